@@ -1,0 +1,1 @@
+"""Change a model you already have, instead of training it again."""

@@ -1,0 +1,55 @@
+"""Structured replacements of `nn.Linear`, one per file, and `swap`, the only code that replaces modules."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+class LinearLike(nn.Module, ABC):
+    """A linear map stored in another form: low-rank increments, masks, integers."""
+
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(..., in_features)` to `(..., out_features)`."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The effective weight `(out_features, in_features)`, differentiable in the trainable tensors."""
+
+    @abstractmethod
+    def merge(self) -> nn.Linear:
+        """A plain (or masked) linear layer computing the same map."""
+
+
+def swap(model: nn.Module, names: Iterable[str], make: Callable[[nn.Module], Layer]) -> dict[str, Layer]:
+    """Replaces the submodules called `names` by `make(old)`, in place.
+
+    Returns:
+        The new modules by name. A name that the model does not have raises `AttributeError`.
+    """
+    made = {}
+    for name in names:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        made[name] = make(model.get_submodule(name))
+        setattr(parent, child, made[name])
+    return made
+
+
+def merge_all(model: nn.Module) -> nn.Module:
+    """Replaces every `LinearLike` by its merged linear layer, in place."""
+    names = [name for name, module in model.named_modules() if isinstance(module, LinearLike)]
+    with torch.no_grad():
+        swap(model, names, lambda layer: layer.merge())  # pyright: ignore[reportCallIssue]
+    return model

@@ -1,0 +1,117 @@
+"""`Method` and its shapes: the paper's hyper-parameters are the fields, calling it applies it.
+
+Importing this module, or any method's module, does not import torch: help, schema and validation stay instant.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from overhaul.artifact import Artifact
+    from overhaul.data import Data
+    from overhaul.stream import Stream
+    from overhaul.table import Table
+    from overhaul.train import Plan
+
+Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+"""A share of a whole, strictly between 0 and 1."""
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+"""A share of a whole that may be nothing or everything."""
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Settings(BaseModel):
+    """A frozen, strict record: unknown keys are errors, values are checked when it is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Method(Settings, ABC):
+    """A published system as an object; the first line of a subclass's docstring is its summary everywhere."""
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of the class's docstring."""
+        return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+class Transform(Method, ABC):
+    """A change without training: prune, quantize, inject, merge, convert."""
+
+    needs_data: ClassVar[bool] = False
+    """Whether `apply` reads calibration data; then the class has fields `samples` and `seq_len`."""
+
+    @abstractmethod
+    def apply(self, model: nn.Module, calib: Stream | None) -> nn.Module:
+        """Changes `model` in place where it can and returns the changed model.
+
+        Args:
+            model: the model, on its device, in evaluation mode.
+            calib: batches `{"input_ids": (B, T) int64, "attention_mask": (B, T) optional}`, or None without data.
+        """
+
+
+class Train(Settings):
+    """How long and how fast to train: shared by every method that trains."""
+
+    steps: Positive = Field(100, description="Optimizer steps.")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Passes over the training data; replaces --steps when given."
+    )
+    batch_size: Positive = Field(4, description="Windows per micro-batch and process.")
+    accumulate: Positive = Field(1, description="Micro-batches per optimizer step.")
+    seq_len: Positive = Field(512, description="Tokens per window.")
+    lr: Rate = Field(1e-4, description="Peak learning rate.")
+    warmup: Fraction = Field(0.1, description="Share of the steps with a linearly rising rate.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
+    weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay.")
+    clip: NonNegative = Field(1.0, description="Largest gradient norm; 0 switches clipping off.")
+    checkpoint_activations: bool = Field(
+        False, description="Recompute each block in the backward pass: less memory, a third more time."
+    )
+    eval_every: Natural = Field(0, description="Steps between held-out perplexities; 0 measures before and after only.")
+    save_every: Natural = Field(50, description="Steps between checkpoints for --resume; 0 writes none.")
+    keep: Positive = Field(2, description="Checkpoints kept while training.")
+
+
+class Training(Method, ABC):
+    """A change by gradient descent: says what to train; the loop is in `overhaul.train`."""
+
+    train: Train = Train()
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _keep_own_defaults(cls, given: Any) -> Any:
+        """`train: {steps: 200}` changes the steps only: the rest stays the method's, not `Train`'s."""
+        if isinstance(given, dict):
+            return {**cls.model_fields["train"].default.model_dump(), **given}
+        return given
+
+    @abstractmethod
+    def plan(self, model: nn.Module, data: Data) -> Plan:
+        """What to train on what, under which update rule."""
+
+
+class Measure(Method, ABC):
+    """Numbers with intervals."""
+
+    @abstractmethod
+    def measure(self, model: nn.Module, data: Data) -> Table:
+        """One row per number."""
+
+
+class Pipeline(Method, ABC):
+    """Several steps, or several models: what one transform or one training cannot say."""
+
+    @abstractmethod
+    def run(self, parent: Artifact, data: Data) -> Artifact:
+        """Returns the changed artifact."""
