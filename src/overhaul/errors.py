@@ -74,6 +74,10 @@ def from_pydantic(error: ValidationError, *, where: str, fields: Iterable[str]) 
             found.append(UserError(f"{where} needs {name!r}", hint=f"give {name}"))
         else:
             message = mistake["msg"].removeprefix("Value error, ")
-            given = "" if mistake["type"] == "value_error" and not mistake["loc"] else f"{name} = {mistake['input']!r}: "
+            given = (
+                ""
+                if mistake["type"] == "value_error" and not mistake["loc"]
+                else f"{name} = {mistake['input']!r}: "
+            )
             found.append(UserError(f"{where}: {given}{message[0].lower()}{message[1:]}"))
     return found

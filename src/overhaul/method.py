@@ -6,9 +6,9 @@ Importing this module, or any method's module, does not import torch: help, sche
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +38,9 @@ class Settings(BaseModel):
 class Method(Settings, ABC):
     """A published system as an object; the first line of a subclass's docstring is its summary everywhere."""
 
+    paper: ClassVar[str] = ""
+    """Authors, title, year, and where to find it."""
+
     @classmethod
     def summary(cls) -> str:
         """The first line of the class's docstring."""
@@ -60,41 +63,38 @@ class Transform(Method, ABC):
         """
 
 
-class Train(Settings):
-    """How long and how fast to train: shared by every method that trains."""
-
-    steps: Positive = Field(100, description="Optimizer steps.")
-    epochs: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Passes over the training data; replaces --steps when given."
-    )
-    batch_size: Positive = Field(4, description="Windows per micro-batch and process.")
-    accumulate: Positive = Field(1, description="Micro-batches per optimizer step.")
-    seq_len: Positive = Field(512, description="Tokens per window.")
-    lr: Rate = Field(1e-4, description="Peak learning rate.")
-    warmup: Fraction = Field(0.1, description="Share of the steps with a linearly rising rate.")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
-    weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay.")
-    clip: NonNegative = Field(1.0, description="Largest gradient norm; 0 switches clipping off.")
-    checkpoint_activations: bool = Field(
-        False, description="Recompute each block in the backward pass: less memory, a third more time."
-    )
-    eval_every: Natural = Field(0, description="Steps between held-out perplexities; 0 measures before and after only.")
-    save_every: Natural = Field(50, description="Steps between checkpoints for --resume; 0 writes none.")
-    keep: Positive = Field(2, description="Checkpoints kept while training.")
+Steps = Annotated[int, Field(gt=0, description="Optimizer steps.")]
+BatchSize = Annotated[int, Field(gt=0, description="Windows per micro-batch and process.")]
+SeqLen = Annotated[int, Field(gt=1, description="Tokens per window.")]
+PeakRate = Annotated[float, Field(gt=0, allow_inf_nan=False, description="Peak learning rate.")]
+# Named types carry the description, so that a method can change a default without repeating the text.
 
 
 class Training(Method, ABC):
     """A change by gradient descent: says what to train; the loop is in `overhaul.train`."""
 
-    train: Train = Train()
-
-    @field_validator("train", mode="before")
-    @classmethod
-    def _keep_own_defaults(cls, given: Any) -> Any:
-        """`train: {steps: 200}` changes the steps only: the rest stays the method's, not `Train`'s."""
-        if isinstance(given, dict):
-            return {**cls.model_fields["train"].default.model_dump(), **given}
-        return given
+    steps: Steps = 100
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="Passes over the training data; replaces --steps when given."
+    )
+    batch_size: BatchSize = 4
+    accumulate: Positive = Field(1, description="Micro-batches per optimizer step.")
+    seq_len: SeqLen = 512
+    lr: PeakRate = 1e-4
+    warmup: Fraction = Field(0.1, description="Share of the steps with a linearly rising rate.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="Decay after the warm-up."
+    )
+    weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay.")
+    clip: NonNegative = Field(1.0, description="Largest gradient norm; 0 switches clipping off.")
+    checkpoint_activations: bool = Field(
+        False, description="Recompute each block in the backward pass: less memory, a third more time."
+    )
+    eval_every: Natural = Field(
+        0, description="Steps between held-out perplexities; 0 measures before and after only."
+    )
+    save_every: Natural = Field(50, description="Steps between checkpoints for --resume; 0 writes none.")
+    keep: Positive = Field(2, description="Checkpoints kept while training.")
 
     @abstractmethod
     def plan(self, model: nn.Module, data: Data) -> Plan:

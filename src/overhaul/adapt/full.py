@@ -1,0 +1,38 @@
+"""Full fine-tuning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from overhaul.method import PeakRate, Training
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from overhaul.data import Data
+    from overhaul.train import Plan
+
+
+class Full(Training):
+    """Train every parameter; pruned weights stay zero."""
+
+    lr: PeakRate = 5e-5
+    keep_zeros: bool = Field(True, description="Hold the pruned weights of a pruned model at zero.")
+
+    def plan(self, model: nn.Module, data: Data) -> Plan:
+        """All parameters under AdamW; with `keep_zeros`, masks are enforced after every step."""
+        from overhaul.objective import CrossEntropy
+        from overhaul.train import Plan, adamw, schedule
+        from overhaul.watch import KeepZeros
+
+        model.requires_grad_(True)
+        return Plan(
+            model=model,
+            objective=CrossEntropy(),
+            stream=data.training(self),
+            optimizer=adamw(list(model.parameters()), self),
+            schedule=schedule(self.schedule, self.warmup),
+            watchers=(KeepZeros(),) if self.keep_zeros else (),
+        )

@@ -1,0 +1,58 @@
+"""LoRA (Hu et al., 2021): W + (alpha / r) B A with a frozen W."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from overhaul.method import Fraction, PeakRate, Positive, Rate, Training
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from overhaul.data import Data
+    from overhaul.train import Plan
+
+
+class LoRA(Training):
+    """Train low-rank increments of the linear layers."""
+
+    lr: PeakRate = 2e-4
+    rank: Positive = Field(16, description="Rank of the increments.")
+    alpha: Rate = Field(32.0, description="The increment is scaled by alpha / rank.")
+    dropout: Fraction = Field(0.0, description="Dropout on the adapter's input.")
+    targets: tuple[str, ...] = Field(
+        (),
+        description="Ends of layer names, such as q_proj v_proj; none means every linear layer of the blocks.",
+    )
+    merge: bool = Field(True, description="Write a merged model; otherwise a PEFT adapter directory.")
+
+    def plan(self, model: nn.Module, data: Data) -> Plan:
+        """Only A and B are trained; at the end they are merged, unless the adapter is to be kept apart.
+
+        Raises:
+            UserError: a target fits no layer, or the model is pruned and merging would fill its zeros.
+        """
+        from overhaul.layers import merge_all, swap
+        from overhaul.layers.lora import LoRALinear, refuse_pruned
+        from overhaul.objective import CrossEntropy
+        from overhaul.select import select_linears
+        from overhaul.train import Plan, adamw, schedule
+
+        names = select_linears(model, self.targets)
+        if self.merge:
+            refuse_pruned(model, names)
+        model.requires_grad_(False)
+        layers = swap(
+            model, names, lambda old: LoRALinear.from_linear(old, self.rank, self.alpha, self.dropout)
+        )
+        trained = [tensor for layer in layers.values() for tensor in (layer.lora_A, layer.lora_B)]
+        return Plan(
+            model=model,
+            objective=CrossEntropy(),
+            stream=data.training(self),
+            optimizer=adamw(trained, self),
+            schedule=schedule(self.schedule, self.warmup),
+            finish=merge_all if self.merge else lambda model: model,
+        )

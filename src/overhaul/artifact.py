@@ -1,0 +1,330 @@
+"""A model directory in memory and back: checked when it is read, written aside and renamed when it is saved."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from overhaul import pretrained
+from overhaul.errors import UserError
+from overhaul.layers import merge_all, swap
+from overhaul.layers.masked import MaskedLinear
+from overhaul.lineage import LineageStep
+
+RECORD = "overhaul.json"
+MASKS = "masks.safetensors"
+STATE = ".state"
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+# Files that this project writes anew for every directory; everything else beside the weights is copied.
+_OWN = {RECORD, MASKS, "recipe.yaml", "README.md", "report.html", "metrics.jsonl", "curves.png", "config.json",
+        "generation_config.json", "source.json", "adapter_config.json"}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A model with all that belongs to it.
+
+    Attributes:
+        model: on its device, in evaluation mode; pruned layers are `MaskedLinear`.
+        processor: the tokenizer (or image or audio processor).
+        path: the directory it was read from.
+        name: how the user called it.
+        dtype: of the weights on disk.
+        weights_sha256: hash of the weights on disk.
+        lineage: what was done to it so far.
+        record: the rest of `overhaul.json`.
+    """
+
+    model: nn.Module
+    processor: Any
+    path: Path
+    name: str
+    dtype: torch.dtype
+    weights_sha256: str
+    lineage: tuple[LineageStep, ...] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    def changed(self, model: nn.Module, step: LineageStep) -> Artifact:
+        """The same artifact with another model and one more step behind it."""
+        return replace(self, model=model, lineage=(*self.lineage, step))
+
+
+def load(
+    ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Artifact:
+    """Reads a named model, a transformers or PEFT directory, or a hub name.
+
+    Args:
+        ref: `smollm2-135m`, a path, or `owner/name`.
+        dtype: of the weights in memory; None keeps that on disk.
+        device: where to put the model.
+
+    Raises:
+        UserError: no such model, no config, a damaged or quantized file, or weights that are not finite.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    path = pretrained.resolve(str(ref))
+    adapter = path if (path / "adapter_config.json").is_file() else None
+    base = pretrained.resolve(_base_of(path)) if adapter else path
+    config = _read_json(base / "config.json")
+    if "quantization_config" in config:
+        how = config["quantization_config"].get("quant_method", "packed")
+        raise UserError(
+            f"{ref} is quantized ({how}): packed weights cannot be pruned or trained",
+            hint="the model it was quantized from",
+        )
+    check_weights(base)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto", local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{ref} cannot be read as a causal language model: {error}") from error
+    tokenizer = AutoTokenizer.from_pretrained(
+        path if (path / "tokenizer_config.json").is_file() else base, local_files_only=True
+    )
+    stored = _read_json(path / RECORD) if (path / RECORD).is_file() else {}
+    model.eval()
+    refuse_non_finite(model, str(ref))
+    if (base / MASKS).is_file():
+        apply_masks(model, base / MASKS)
+    if adapter:
+        from overhaul.interop.peft import merge_adapter
+
+        merge_adapter(model, adapter)
+    return Artifact(
+        model=model.to(device),
+        processor=tokenizer,
+        path=path,
+        name=str(ref),
+        dtype=_dtype_on_disk(base) or model.dtype,
+        weights_sha256=weights_sha256(path),
+        lineage=tuple(LineageStep.from_json(step) for step in stored.get("lineage", ())),
+        record={key: value for key, value in stored.items() if key != "lineage"},
+    )
+
+
+def _base_of(adapter: Path) -> str:
+    return str(_read_json(adapter / "adapter_config.json")["base_model_name_or_path"])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}", hint="a fresh copy of the model") from error
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights, in order; masks are not among them."""
+    return sorted(f for f in path.glob("*.safetensors") if f.name != MASKS) or sorted(
+        path.glob("pytorch_model*.bin")
+    )
+
+
+def check_weights(path: Path) -> None:
+    """Raises `UserError` for missing, truncated or corrupt weight files, naming the file."""
+    files = weight_files(path)
+    if not files:
+        there = ", ".join(sorted(f.name for f in path.iterdir())[:8])
+        raise UserError(
+            f"{path} has no weights", allowed="*.safetensors (there: " + (there or "nothing") + ")"
+        )
+    for file in files:
+        if file.suffix != ".safetensors":
+            continue
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file} is damaged or cut short: {error}", hint="a fresh copy of the model"
+            ) from error
+
+
+def _dtype_on_disk(path: Path) -> torch.dtype | None:
+    """The dtype of the largest tensor of the first weight file."""
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    for file in weight_files(path)[:1]:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118 - not a dict
+                largest = max(slices, key=lambda s: int(np.prod(s.get_shape())))
+                return names.get(largest.get_dtype())
+    return None
+
+
+def refuse_non_finite(model: nn.Module, ref: str) -> None:
+    """Raises `UserError` naming the first tensor with NaN or infinite values."""
+    for name, parameter in model.named_parameters():
+        # The sum of a tensor is finite only if all of it is, and needs no second tensor of its size.
+        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)) and not parameter.isfinite().all():
+            bad = int((~parameter.isfinite()).sum())
+            raise UserError(
+                f"{ref}: tensor {name} has {bad} values that are NaN or infinite",
+                hint="a sound copy of the model",
+            )
+
+
+def weights_sha256(path: Path) -> str:
+    """Hash of the weight files' contents, in order."""
+    digest = hashlib.sha256()
+    for file in weight_files(path):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def pack_masks(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The masks of all `MaskedLinear`, eight weights a byte, and their shapes as metadata."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+    bits = {name: torch.from_numpy(np.packbits(layer.mask.cpu().numpy())) for name, layer in layers.items()}
+    return bits, {name: json.dumps(list(layer.mask.shape)) for name, layer in layers.items()}
+
+
+def apply_masks(model: nn.Module, path: Path) -> None:
+    """Turns the layers whose masks are stored into `MaskedLinear`."""
+    with safe_open(path, framework="numpy") as stored:
+        shapes = {
+            name: json.loads(shape) for name, shape in (stored.metadata() or {}).items() if name != "format"
+        }
+
+        def masked(name: str) -> MaskedLinear:
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            out, width = shapes[name]
+            bits = np.unpackbits(stored.get_tensor(name), count=out * width).reshape(out, width)
+            return MaskedLinear.from_linear(linear, torch.from_numpy(bits.astype(bool)))
+
+        for name in shapes:
+            swap(model, [name], lambda _old, name=name: masked(name))
+
+
+def check_out(out: Path, *, parent: Path | None = None, resume: bool = False) -> None:
+    """Refuses an output directory before any work is done.
+
+    Raises:
+        UserError: not empty, inside the model that is read, not writable, or an unfinished run without `resume`.
+    """
+    if parent and (out.resolve() == parent.resolve() or parent.resolve() in out.resolve().parents):
+        raise UserError(f"-o {out} is inside the model that is read, {parent}", hint="a directory beside it")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"-o {out} is a file", hint="a new directory")
+    there = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
+    if there == [STATE]:
+        if not resume:
+            raise UserError(
+                f"-o {out} holds an unfinished run", hint="the same command with --resume, or a new -o"
+            )
+    elif there:
+        raise UserError(
+            f"-o {out} is not empty: it holds {', '.join(there[:5])}",
+            hint="a new directory; nothing is ever overwritten",
+        )
+    above = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
+        raise UserError(
+            f"-o {out} cannot be written: no permission in {above}", hint="a directory of your own"
+        )
+
+
+@contextlib.contextmanager
+def stage(out: Path) -> Iterator[Path]:
+    """A directory beside `out` to write into; renamed to `out` when the block ends well, removed when it does not.
+
+    Raises:
+        UserError: the disk is full or not writable; the partial output is gone.
+    """
+    aside = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        if out.exists():
+            # Only an empty directory or an unfinished run's checkpoints were accepted by `check_out`.
+            shutil.rmtree(out / STATE, ignore_errors=True)
+            out.rmdir()
+        aside.rename(out)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise UserError(
+                f"the disk is full while writing {out}", hint="-o on a larger disk; nothing partial was left"
+            ) from error
+        if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
+            raise UserError(
+                f"-o {out} cannot be written: {error.strerror}", hint="a directory of your own"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_full_disk(out: Path, needed_bytes: int) -> None:
+    """Raises `UserError` before the work begins when the output cannot fit."""
+    above = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    free = shutil.disk_usage(above).free
+    if free < needed_bytes:
+        raise UserError(
+            f"-o {out} needs about {needed_bytes / 1e6:.0f} MB and {above} has {free / 1e6:.0f} MB free",
+            hint="-o on a larger disk",
+        )
+
+
+def write_model(artifact: Artifact, directory: Path) -> None:
+    """Writes weights, configuration, tokenizer files and masks: what plain transformers loads, and the masks beside it."""
+    model: Any = merge_all(artifact.model)
+    refuse_non_finite(model, "the result")
+    model.to(artifact.dtype)
+    for module in model.modules():
+        if isinstance(module, MaskedLinear):
+            module.enforce()
+    model.save_pretrained(directory)
+    masks, shapes = pack_masks(model)
+    if masks:
+        save_file(masks, directory / MASKS, metadata=shapes)
+    copy_companions(artifact.path, directory)
+    if not (directory / "tokenizer_config.json").exists():
+        artifact.processor.save_pretrained(directory)
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copies what lies beside the weights as it is: tokenizer, chat template, processor files."""
+    weights = {file for pattern in WEIGHTS for file in source.glob(pattern)}
+    for file in source.iterdir():
+        if file.is_file() and file not in weights and file.name not in _OWN and not file.name.startswith("."):
+            shutil.copy2(file, directory / file.name)
+
+
+def write_record(artifact: Artifact, directory: Path, extra: Mapping[str, Any]) -> None:
+    """Writes `overhaul.json`: format, hash of the weights, lineage, and `extra`."""
+    record = {
+        "format": 1,
+        "weights_sha256": weights_sha256(directory),
+        "lineage": [step.to_json() for step in artifact.lineage],
+        **extra,
+    }
+    (directory / RECORD).write_text(json.dumps(record, indent=1, default=str))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The contents of `overhaul.json`."""
+    return _read_json(path / RECORD)
+
+
+def verify(path: Path) -> bool:
+    """Whether the weights of a directory are those its record describes."""
+    return read_record(path)["weights_sha256"] == weights_sha256(path)

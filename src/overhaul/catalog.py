@@ -1,0 +1,98 @@
+"""THE table of methods. A line here is a command, a recipe step, a schema entry, a docs page and a row of contract tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from overhaul.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from overhaul.method import Method
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A method by name: `target` is `module:Class` below this package, `system` the number of its sheet."""
+
+    verb: str
+    name: str
+    target: str
+    summary: str
+    system: int | None = None
+
+    def load(self) -> type[Method]:
+        """Imports the class."""
+        module, _, name = self.target.partition(":")
+        return getattr(import_module(f"overhaul.{module}"), name)
+
+
+VERBS = {
+    "prune": "Set weights to exactly zero.",
+    "adapt": "Train a model, or a small part of it, on text.",
+    "measure": "Numbers with intervals.",
+}
+
+ENTRIES = (
+    Entry("prune", "magnitude", "prune.magnitude:Magnitude", "Zero the smallest weights."),
+    Entry("prune", "random", "prune.random:RandomPruning", "Zero weights at random: the baseline."),
+    Entry(
+        "prune",
+        "wanda",
+        "prune.wanda:Wanda",
+        "Zero the weights that matter least to what flows through them.",
+    ),
+    Entry(
+        "prune",
+        "sparsegpt",
+        "prune.sparsegpt:SparseGPT",
+        "Zero weights one column at a time, mending the rest as it goes.",
+    ),
+    Entry("adapt", "full", "adapt.full:Full", "Train every parameter; pruned weights stay zero."),
+    Entry("adapt", "lora", "adapt.lora:LoRA", "Train low-rank increments of the linear layers."),
+    Entry("adapt", "perp", "adapt.perp:Perp", "Win back a pruned model by training a small part of it.", 1),
+    Entry(
+        "measure",
+        "perplexity",
+        "measure.perplexity:MeasurePerplexity",
+        "Perplexity on held-out text, with a 95% interval.",
+    ),
+    Entry(
+        "measure",
+        "choice",
+        "measure.choice:Choice",
+        "Accuracy on multiple-choice questions, with a 95% interval.",
+    ),
+)
+
+
+def methods(verb: str | None = None) -> Iterator[Entry]:
+    """The entries of one verb, or all."""
+    return (entry for entry in ENTRIES if verb in (None, entry.verb))
+
+
+def find(verb: str, name: str) -> Entry:
+    """The entry of a verb and a method name.
+
+    Raises:
+        UserError: there is none; the nearest name is suggested.
+    """
+    if verb not in VERBS:
+        raise UserError(f"unknown verb {verb!r}", allowed=", ".join(VERBS), hint=did_you_mean(verb, VERBS))
+    names = [entry.name for entry in methods(verb)]
+    if name not in names:
+        raise UserError(
+            f"{verb} has no method {name!r}",
+            allowed=", ".join(names),
+            hint=did_you_mean(name, names) or f"overhaul list {verb}",
+        )
+    return next(entry for entry in methods(verb) if entry.name == name)
+
+
+def changes(entry: Entry) -> bool:
+    """Whether the method writes a model (and not numbers only)."""
+    from overhaul.method import Measure
+
+    return not issubclass(entry.load(), Measure)

@@ -1,0 +1,275 @@
+"""The command line: verb + method + model -> one call on one class.
+
+Nothing here imports torch before a command needs it, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from overhaul import catalog
+from overhaul.errors import Interrupted, UserError, UserErrors, did_you_mean, from_pydantic
+
+COMMANDS = {
+    "run": "Run the steps of a recipe.",
+    "compare": "Compare model directories: quality, size, speed, what changed where.",
+    "show": "Facts and lineage of a model directory.",
+    "generate": "Let a model continue a text.",
+    "list": "The methods.",
+    "data": "The corpora: `data list`, `data preview CORPUS --model M`.",
+    "schema": "The JSON schema of recipes.",
+    "doctor": "Versions, hardware, caches: what to put into a bug report.",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The `overhaul` command; always leaves through `SystemExit`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(arguments)
+    except UserErrors as errors:
+        for error in errors.errors:
+            _box(error)
+        raise SystemExit(2) from None
+    except UserError as error:
+        _box(error)
+        raise SystemExit(2) from None
+    except Interrupted as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(0) from None
+    except Exception:
+        traceback.print_exc()
+        print(
+            "\nThis is a bug in overhaul. Please report it with the lines above and `overhaul doctor`.",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+    raise SystemExit(0)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"overhaul {version('overhaul')}")
+        return
+    verb, rest = arguments[0], arguments[1:]
+    if verb in COMMANDS:
+        from overhaul import commands
+
+        getattr(commands, f"{verb}_command")(rest)
+    elif verb in catalog.VERBS:
+        if not rest or rest[0] in ("-h", "--help"):
+            print(_methods_of(verb))
+            return
+        entry = catalog.find(verb, rest[0])
+        (_change if catalog.changes(entry) else _measure)(entry, rest[1:])
+    else:
+        names = [*catalog.VERBS, *COMMANDS]
+        raise UserError(f"unknown command {verb!r}", allowed=", ".join(names), hint=did_you_mean(verb, names))
+
+
+def _help() -> str:
+    lines = ["usage: overhaul VERB METHOD MODEL -o OUT [options]", "       overhaul COMMAND ...", "",
+             "Change a model you already have, instead of training it again.", ""]  # fmt: skip
+    for verb, what in catalog.VERBS.items():
+        lines.append(f"{verb}: {what}")
+        lines += [f"  {entry.name:12} {entry.summary}" for entry in catalog.methods(verb)]
+        lines.append("")
+    lines += ["commands:", *(f"  {name:12} {what}" for name, what in COMMANDS.items()), ""]
+    lines += ["MODEL is smollm2-135m, a transformers directory, or a hub name. `overhaul VERB METHOD --help` shows",
+              "every option. First steps: overhaul run recipes/quickstart.yaml"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _methods_of(verb: str) -> str:
+    lines = [f"usage: overhaul {verb} METHOD ...", "", catalog.VERBS[verb], ""]
+    return "\n".join(lines + [f"  {entry.name:12} {entry.summary}" for entry in catalog.methods(verb)])
+
+
+def parse(kind: type[Any], arguments: Sequence[str], *, prog: str, description: str) -> Any:
+    """Parses arguments into a dataclass with tyro; a wrong flag gets a suggestion and exits with 2."""
+    import tyro
+
+    return tyro.cli(kind, args=list(arguments), prog=prog, description=description)
+
+
+def flags(settings: type[Any], *, without: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
+    """The fields of a pydantic class as dataclass fields for `parse`, unchecked: pydantic checks them afterwards."""
+    import tyro
+
+    made = []
+    for name, info in settings.model_fields.items():
+        if name not in without:
+            kind = Annotated[info.annotation, tyro.conf.arg(help=info.description or "")]
+            default = dataclasses.field() if info.is_required() else dataclasses.field(default=info.default)
+            made.append((name, kind, default))
+    return made
+
+
+def checked(settings: type[Any], given: Any, *, where: str) -> Any:
+    """Makes the pydantic object from parsed flags; all mistakes are raised at once."""
+    from pydantic import ValidationError
+
+    values = {name: getattr(given, name) for name in settings.model_fields if hasattr(given, name)}
+    try:
+        return settings(**values)
+    except ValidationError as error:
+        raise UserErrors(from_pydantic(error, where=where, fields=settings.model_fields)) from None
+
+
+def _change(entry: catalog.Entry, arguments: list[str]) -> None:
+    """`overhaul VERB METHOD MODEL -o OUT`."""
+    import tyro
+
+    from overhaul.options import Options
+
+    method_class = entry.load()
+    out_flag = Annotated[Path, tyro.conf.arg(aliases=["-o"], help="New directory for the result.")]
+    own = set(method_class.model_fields)
+    kind = dataclasses.make_dataclass(
+        "Change",
+        [
+            (
+                "model",
+                Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Model to read.", metavar="MODEL")],
+            ),
+            ("out", out_flag),
+            *flags(method_class),
+            *flags(Options, without=[name for name in Options.model_fields if name in own]),
+        ],
+        kw_only=True,
+    )
+    where = f"{entry.verb} {entry.name}"
+    given = parse(kind, arguments, prog=f"overhaul {where}", description=method_class.__doc__ or "")
+    errors: list[UserError] = []
+    method = _collect(errors, lambda: checked(method_class, given, where=where))
+    options = _collect(errors, lambda: checked(Options, given, where=where))
+    if errors:
+        raise UserErrors(errors)
+    from overhaul.execute import run_step
+    from overhaul.recipe import Step
+
+    _quiet_libraries()
+    step = Step(entry=entry, method=method, options=options)
+    outcome = run_step(step, given.model, given.out, command=typed())
+    if outcome:
+        show_outcome(outcome)
+
+
+def _measure(entry: catalog.Entry, arguments: list[str]) -> None:
+    """`overhaul measure METHOD MODEL [MODEL ...]`."""
+    import tyro
+
+    from overhaul.options import Options
+
+    method_class = entry.load()
+    only = ("data", "field", "seed", "dtype", "device")
+    kind = dataclasses.make_dataclass(
+        "Measure",
+        [
+            (
+                "model",
+                Annotated[
+                    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help="Models.", metavar="MODEL")
+                ],
+            ),
+            *flags(method_class),
+            *flags(
+                Options,
+                without=[n for n in Options.model_fields if n not in only or n in method_class.model_fields],
+            ),
+            (
+                "json",
+                Annotated[
+                    bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="One JSON object on stdout.")
+                ],
+                dataclasses.field(default=False),
+            ),
+        ],
+        kw_only=True,
+    )
+    where = f"{entry.verb} {entry.name}"
+    given = parse(kind, arguments, prog=f"overhaul {where}", description=method_class.__doc__ or "")
+    if not given.model:
+        raise UserError(f"{where} needs at least one model", hint=f"overhaul {where} smollm2-135m")
+    method, options = checked(method_class, given, where=where), checked(Options, given, where=where)
+    _quiet_libraries()
+    from overhaul.commands import print_table
+    from overhaul.execute import measure
+
+    print_table(measure(method, given.model, options), as_json=given.json)
+
+
+def _collect(errors: list[UserError], make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except UserErrors as found:
+        errors += found.errors
+        return None
+
+
+def show_outcome(outcome: Any) -> None:
+    """The before/after table, where the result is, and what to type next."""
+    from rich.console import Console
+
+    from overhaul.report.tables import print_before_after
+
+    print_before_after(outcome.facts, Console(highlight=False))
+    path = shlex.quote(str(outcome.path))
+    print(
+        f"\nwritten: {path}\n  overhaul show {path}\n  overhaul generate {path} --prompt 'The capital of France is'"
+    )
+
+
+def _quiet_libraries() -> None:
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _box(error: UserError) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    text = Text(error.given)
+    if error.allowed:
+        text.append(f"\nallowed: {error.allowed}")
+    if error.hint:
+        text.append(f"\ntry: {error.hint}")
+    Console(stderr=True, highlight=False).print(
+        Panel(text, title="overhaul cannot do this", title_align="left", border_style="red")
+    )
+
+
+def typed() -> str:
+    """The command line as it was typed."""
+    return shlex.join(["overhaul", *sys.argv[1:]])
+
+
+def print_json(content: Any) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(content, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

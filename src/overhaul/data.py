@@ -1,0 +1,151 @@
+"""A corpus as one model sees it: tokens, windows, streams."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from overhaul.corpora import Corpus
+from overhaul.documents import Row, row_text
+from overhaul.errors import UserError
+from overhaul.method import Training
+from overhaul.stream import Batch, Encoded, Map, Pack, Repeat, Rows, Shuffle, Stream, Take
+
+log = logging.getLogger(__name__)
+Split = Literal["train", "calib", "heldout"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A corpus with the tokenizer of the model that will read it.
+
+    Attributes:
+        corpus: documents, split into train, calib and heldout.
+        tokenizer: a transformers tokenizer.
+        seed: orders the documents.
+        model: how the user called the model, for tables.
+        dtype: of matrix products when something is measured on it.
+    """
+
+    corpus: Corpus
+    tokenizer: Any
+    seed: int = 0
+    model: str = ""
+    dtype: torch.dtype = torch.float32
+
+    def encode(self, row: Row) -> Encoded:
+        """One document as tokens, closed by the end-of-sequence token, which is trained on."""
+        ids: list[int] = []
+        trained: list[bool] = []
+        for text, is_trained in self._segments(row):
+            piece = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += piece
+            trained += [is_trained] * len(piece)
+        if self.tokenizer.eos_token_id is not None:
+            ids.append(self.tokenizer.eos_token_id)
+            trained.append(True)
+        return Encoded(np.array(ids, np.int64), np.array(trained, bool))
+
+    def _segments(self, row: Row) -> list[tuple[str, bool]]:
+        """The row's text in pieces; a conversation is rendered turn by turn by the model's own chat template."""
+        if "messages" not in row or not self.tokenizer.chat_template:
+            return row_text(row)
+        turns = [{"role": message.role, "content": message.content} for message in row["messages"]]
+        pieces, before = [], ""
+        for count, turn in enumerate(turns, 1):
+            after = self.tokenizer.apply_chat_template(turns[:count], tokenize=False)
+            said = after[len(before) :]
+            opening = said.index(turn["content"]) if turn["content"] in said else 0
+            # The model is trained on what the assistant says and on how its turn ends, not on the role's header.
+            pieces += [(said[:opening], False), (said[opening:], turn["role"] == "assistant")]
+            before = after
+        return [(text, is_trained) for text, is_trained in pieces if text]
+
+    def documents(self, *splits: Split) -> Rows:
+        """The documents of some splits as the source of a stream."""
+        items = [row for split in splits for row in getattr(self.corpus, split)]
+        name = f"{self.corpus.name}/{'+'.join(splits)}"
+        return Rows(items, name=name, fingerprint=_hash(self.corpus.fingerprint, name))
+
+    def packed(self, *splits: Split, seq_len: int) -> Pack:
+        """The documents of some splits, in order, once, as windows."""
+        return Pack(Map(self.documents(*splits), self.encode, name="encode"), seq_len=seq_len)
+
+    def windows(self, split: Split, *, seq_len: int, limit: int | None = None) -> Tensor:
+        """The split's text cut into non-overlapping windows.
+
+        Returns:
+            `(N, seq_len)` int64, the first `limit` windows.
+
+        Raises:
+            UserError: the text is shorter than one window.
+        """
+        stream: Stream = self.packed(split, seq_len=seq_len)
+        found = [window["input_ids"] for window in (stream if limit is None else Take(stream, limit))]
+        if not found:
+            raise self._too_short((split,), seq_len)
+        return torch.stack(found)
+
+    def training(self, settings: Training) -> Stream:
+        """Shuffled training documents without end, packed and batched."""
+        rows = self.documents("train")
+        if next(self.packed("train", seq_len=settings.seq_len), None) is None:
+            raise self._too_short(("train",), settings.seq_len)
+        encoded = Map(Repeat(Shuffle(rows, seed=self.seed)), self.encode, name="encode")
+        return Batch(Pack(encoded, seq_len=settings.seq_len), batch_size=settings.batch_size)
+
+    def calibration(self, *, samples: int, seq_len: int, batch_size: int = 1) -> Stream:
+        """`samples` windows for statistics, from the calibration and training text, in a seeded order.
+
+        Fewer are used, with a warning, where the text is shorter than that.
+        """
+        documents = Shuffle(self.documents("calib", "train"), seed=self.seed)
+        packed = Pack(Map(documents, self.encode, name="encode"), seq_len=seq_len)
+        windows = list(Take(packed, samples))
+        if not windows:
+            raise self._too_short(("calib", "train"), seq_len)
+        if len(windows) < samples:
+            log.warning("%s holds %d calibration windows of %d tokens; %d were asked for",
+                        self.corpus.name, len(windows), seq_len, samples)  # fmt: skip
+        name = f"{self.corpus.name}/calibration(seed={self.seed})"
+        rows = Rows(
+            windows,
+            name=name,
+            fingerprint=_hash(self.corpus.fingerprint, name),
+            tokens=len(windows) * seq_len,
+        )
+        return Batch(rows, batch_size=math.gcd(len(windows), batch_size))
+
+    @cached_property
+    def num_training_tokens(self) -> int:
+        """Tokens of one pass over the training documents."""
+        return sum(len(self.encode(row).ids) for row in self.corpus.train)
+
+    def steps_for(self, settings: Training, *, processes: int = 1) -> Training:
+        """Turns `epochs` into `steps`."""
+        if settings.epochs is None:
+            return settings
+        a_step = settings.batch_size * settings.accumulate * settings.seq_len * processes
+        return settings.model_copy(
+            update={"steps": max(1, math.ceil(settings.epochs * self.num_training_tokens / a_step))}
+        )
+
+    def _too_short(self, splits: tuple[Split, ...], seq_len: int) -> UserError:
+        held = sum(len(self.encode(row).ids) for split in splits for row in getattr(self.corpus, split))
+        return UserError(
+            f"corpus {self.corpus.name!r}: its {'+'.join(splits)} text has {held} tokens, less than one window of {seq_len}",
+            allowed=f"--seq-len up to {held}, or more text",
+            hint=f"--seq-len {max(2 ** int(math.log2(max(held, 2))), 2)}",
+        )
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

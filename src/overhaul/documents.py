@@ -1,0 +1,377 @@
+"""Reading a user's rows: text files, JSON lines, Parquet, CSV, `datasets` directories, or standard input.
+
+What is found is reported, never silently dropped: see `Notes`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from overhaul.errors import UserError
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+TABLE_SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".csv")
+SHAPES = (
+    ("text",),
+    ("prompt", "completion"),
+    ("messages",),
+    ("prompt", "chosen", "rejected"),
+    ("question", "answer"),
+)
+"""Columns a row is recognised by; the first that fits wins, other columns are ignored."""
+
+_BETWEEN_DOCUMENTS = re.compile(r"\n(?:[ \t]*\n){2,}")
+
+
+class Message(NamedTuple):
+    """One turn of a conversation; `role` as the chat template names it: `system`, `user`, `assistant`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row(Mapping[str, Any]):
+    """One document or example: a frozen mapping with the columns of one of `SHAPES`.
+
+    Values are strings, except `messages`: a tuple of `Message`.
+    """
+
+    columns: tuple[tuple[str, str | tuple[Message, ...]], ...]
+
+    def __getitem__(self, column: str) -> Any:
+        for name, value in self.columns:
+            if name == column:
+                return value
+        raise KeyError(column)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self.columns)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    @property
+    def id(self) -> str:
+        """Hash of the content, 16 hex digits: equal rows have equal ids, everywhere and always."""
+        content = json.dumps(self.columns, ensure_ascii=False)
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def text_row(text: str) -> Row:
+    """A row that is one plain document."""
+    return Row((("text", text),))
+
+
+def row_text(row: Row) -> list[tuple[str, bool]]:
+    """The row as consecutive pieces of text, each with whether it is trained on.
+
+    Plain text is all trained on; of the other shapes only the answer: `completion`, `answer`, `chosen` and
+    what the assistant says. A question is closed by a newline; prompts and completions are joined as they
+    are; the pieces of a conversation are its contents, without the model's chat template.
+    """
+    match tuple(row):
+        case ("text",):
+            return [(row["text"], True)]
+        case ("messages",):
+            return [(message.content, message.role == "assistant") for message in row["messages"]]
+        case ("question", "answer"):
+            return [(row["question"] + "\n", False), (row["answer"], True)]
+        case (prompt, answer, *_):
+            return [(row[prompt], False), (row[answer], True)]
+        case columns:
+            raise ValueError(f"no shape has the columns {columns}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notes:
+    """What reading met.
+
+    Attributes:
+        empty: rows without any text to train on; dropped.
+        undecodable: rows, or whole files of a directory, that are not UTF-8; dropped.
+        duplicates: rows equal to an earlier one; kept.
+        unsupported: files of a directory with another suffix; not read.
+    """
+
+    empty: int = 0
+    undecodable: int = 0
+    duplicates: int = 0
+    unsupported: int = 0
+
+    def sentences(self) -> tuple[str, ...]:
+        """One sentence for each count above zero."""
+        told = (
+            (self.empty, "empty rows dropped"),
+            (self.undecodable, "rows or files that are not UTF-8 dropped"),
+            (self.duplicates, "exact duplicates kept"),
+            (self.unsupported, "files with an unsupported suffix not read"),
+        )
+        return tuple(f"{count:,} {what}" for count, what in told if count)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows in the order they were read, and what reading them met."""
+
+    rows: tuple[Row, ...]
+    notes: Notes = Notes()
+
+
+class NotUtf8Error(UserError):
+    """Bytes that are not UTF-8, with the place of the first."""
+
+    def __init__(self, where: str, offset: int, byte: int) -> None:
+        super().__init__(
+            f"{where} is not UTF-8: byte 0x{byte:02x} at offset {offset:,}",
+            hint="iconv -f latin1 -t utf-8 OLD > NEW",
+        )
+
+
+Record = tuple[str, Mapping[str, Any] | NotUtf8Error]
+"""Where a record stands (file, or file:line), and its columns or why they cannot be read."""
+
+
+def read_rows(path: Path | str, field: str | None = None, limit: int | None = None) -> Rows:
+    """Reads rows from a file, a directory, or standard input.
+
+    A `.txt` file is cut into documents where two or more blank lines stand together; in a directory, which
+    is read in sorted order with its subdirectories, each `.txt`, `.md`, `.rst` and `.py` file is one
+    document. Standard input is JSON lines if every line starts with `{`, else text.
+
+    Args:
+        path: what to read; `-` is standard input.
+        field: the column that holds the text, for rows in none of `SHAPES`.
+        limit: read at most this many rows.
+
+    Raises:
+        UserError: nothing there, a suffix or columns that are not understood, malformed JSON, or no row left.
+        NotUtf8Error: no row can be decoded.
+    """
+    if str(path) == "-":
+        return _collect(_stdin(), field, limit, "standard input")
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist", allowed="a file, a directory, or - for standard input")
+    records = _directory(path) if path.is_dir() else _file(path, alone=True)
+    return _collect(records, field, limit, str(path))
+
+
+def _collect(records: Iterator[Record | None], field: str | None, limit: int | None, name: str) -> Rows:
+    counts: Counter[str] = Counter()
+    failures: list[NotUtf8Error] = []
+    seen: set[str] = set()
+
+    def readable() -> Iterator[Row]:
+        for record in records:
+            if record is None:
+                counts["unsupported"] += 1
+            elif isinstance(record[1], NotUtf8Error):
+                failures.append(record[1])
+            elif (row := _row(record[0], record[1], field)) is None:
+                counts["empty"] += 1
+            else:
+                counts["duplicates"] += row.id in seen
+                seen.add(row.id)
+                yield row
+
+    rows = tuple(islice(readable(), limit))
+    if not rows and failures:
+        raise failures[0]
+    if not rows:
+        raise UserError(
+            f"{name} is empty: no row with text "
+            f"({counts['empty']} empty rows, {counts['unsupported']} other files)",
+            allowed=f"files ending in {', '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)}, or a datasets directory",
+        )
+    return Rows(rows, Notes(undecodable=len(failures), **counts))
+
+
+def _row(where: str, columns: Mapping[str, Any], field: str | None) -> Row | None:
+    """The record as a row, None if it holds no text to train on."""
+    if field is not None and field in columns:
+        row = text_row(_text(where, field, columns[field]))
+    else:
+        shape = next((s for s in SHAPES if field is None and all(name in columns for name in s)), None)
+        if shape is None:
+            raise _wrong_columns(where, columns, field)
+        row = Row(tuple((name, _value(where, name, columns[name])) for name in shape))
+    return row if any(text.strip() for text, trained in row_text(row) if trained) else None
+
+
+def _value(where: str, name: str, given: Any) -> str | tuple[Message, ...]:
+    if name != "messages":
+        return _text(where, name, given)
+    if not all(isinstance(message, Mapping) and "role" in message for message in given or ()):
+        raise UserError(
+            f"{where}: messages = {given!r:.80}", allowed='a list of {"role": ..., "content": ...}'
+        )
+    return tuple(Message(m["role"], _text(where, "content", m.get("content"))) for m in given or ())
+
+
+def _text(where: str, name: str, given: Any) -> str:
+    if not isinstance(given, str | None):
+        raise UserError(
+            f"{where}: column {name!r} holds {type(given).__name__}, not text", hint="--field COLUMN"
+        )
+    return (given or "").strip("\n")
+
+
+def _wrong_columns(where: str, columns: Mapping[str, Any], field: str | None) -> UserError:
+    found = ", ".join(map(str, columns)) or "none"
+    missing = f"no column {field!r}; " if field else ""
+    text = next((name for name, value in columns.items() if isinstance(value, str)), "COLUMN")
+    return UserError(
+        f"{where}: {missing}columns found: {found}",
+        allowed=" | ".join("+".join(shape) for shape in SHAPES) + ", or --field",
+        hint=f"--field {text}",
+    )
+
+
+def _directory(path: Path) -> Iterator[Record | None]:
+    """Records of every file below; None for a file of another kind."""
+    if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+        yield from _saved_dataset(path)
+        return
+    for file in sorted(path.rglob("*")):
+        if not file.is_file() or any(part.startswith(".") for part in file.relative_to(path).parts):
+            continue
+        if file.name.lower().endswith(TEXT_SUFFIXES + TABLE_SUFFIXES):
+            yield from _file(file, alone=False)
+        else:
+            yield None
+
+
+def _file(path: Path, *, alone: bool) -> Iterator[Record]:
+    name, where = path.name.lower(), str(path)
+    if name.endswith(".jsonl"):
+        yield from _json_lines(where, path.read_bytes())
+    elif name.endswith(".jsonl.zst"):
+        yield from _json_lines(where, _decompressed(path))
+    elif name.endswith(".csv"):
+        yield from _csv(where, path.read_bytes())
+    elif name.endswith(".parquet"):
+        yield from _parquet(path)
+    elif name.endswith(TEXT_SUFFIXES):
+        yield from _documents(where, path.read_bytes(), cut=alone and name.endswith(".txt"))
+    else:
+        raise UserError(
+            f"{path}: unknown suffix {path.suffix!r}", allowed=", ".join(TEXT_SUFFIXES + TABLE_SUFFIXES)
+        )
+
+
+def _stdin() -> Iterator[Record]:
+    raw = sys.stdin.buffer.read()
+    lines = [line.lstrip() for line in raw.splitlines() if line.strip()]
+    if lines and all(line.startswith(b"{") for line in lines):
+        yield from _json_lines("standard input", raw)
+    else:
+        yield from _documents("standard input", raw, cut=True)
+
+
+def _decode(where: str, raw: bytes, start: int = 0) -> str | NotUtf8Error:
+    """Text with unix line ends, without a byte order mark; `raw` begins at byte `start` of its file."""
+    try:
+        return raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        return NotUtf8Error(where, start + error.start, raw[error.start])
+
+
+def _documents(where: str, raw: bytes, *, cut: bool) -> Iterator[Record]:
+    text = _decode(where, raw)
+    if isinstance(text, NotUtf8Error):
+        yield where, text
+        return
+    for document in _BETWEEN_DOCUMENTS.split(text.strip("\n")) if cut else [text]:
+        yield where, {"text": document}
+
+
+def _json_lines(where: str, raw: bytes) -> Iterator[Record]:
+    start = 0
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        text = _decode(f"{where}:{number}", line, start)
+        start += len(line) + 1
+        if isinstance(text, NotUtf8Error):
+            yield f"{where}:{number}", text
+        elif text.strip():
+            yield f"{where}:{number}", _json_object(f"{where}:{number}", text)
+
+
+def _json_object(where: str, line: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where} is not JSON: {error.msg} at column {error.colno}", allowed="one object a line"
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{where} is a JSON {type(found).__name__}", allowed='one object a line, {"text": ...}'
+        )
+    return found
+
+
+def _decompressed(path: Path) -> bytes:
+    import zstandard
+
+    raw, frames = path.read_bytes(), []
+    try:
+        while raw:
+            frame = zstandard.ZstdDecompressor().decompressobj()
+            frames.append(frame.decompress(raw))
+            if not frame.eof:  # the library itself returns half a frame without a word
+                raise zstandard.ZstdError("the file ends too early")
+            raw = frame.unused_data
+    except zstandard.ZstdError as error:
+        raise UserError(
+            f"{path} cannot be decompressed: {error}", allowed="a file written by zstd"
+        ) from error
+    return b"".join(frames)
+
+
+def _csv(where: str, raw: bytes) -> Iterator[Record]:
+    text = _decode(where, raw)
+    if isinstance(text, NotUtf8Error):
+        yield where, text
+        return
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="(more)")
+    for record in reader:
+        yield f"{where}:{reader.line_num}", record
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", record
+    except ArrowInvalid as error:
+        raise UserError(f"{path} is not a Parquet file: {error}") from error
+
+
+def _saved_dataset(path: Path) -> Iterator[Record]:
+    """What `datasets`' `save_to_disk` wrote; of a dictionary of splits, all of them."""
+    from datasets import Dataset, DatasetDict, load_from_disk
+
+    loaded = load_from_disk(str(path))
+    splits: Mapping[Any, Dataset] = loaded if isinstance(loaded, DatasetDict) else {"": loaded}
+    for name, split in splits.items():
+        for number, record in enumerate(split, 1):
+            yield f"{path / str(name)}:{number}", record  # pyright: ignore[reportReturnType]

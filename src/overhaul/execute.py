@@ -1,0 +1,287 @@
+"""One step from a model directory to a new one: check, load, measure, change, measure, write."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from overhaul import artifact as artifacts
+from overhaul import journal, machine, pretrained
+from overhaul.artifact import Artifact
+from overhaul.corpora import Corpus, CorpusSpec, open_corpus
+from overhaul.data import Data
+from overhaul.errors import Interrupted, UserError
+from overhaul.judge import Judge
+from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
+from overhaul.method import Measure, Method, Pipeline, Training, Transform
+from overhaul.options import DEFAULT_CORPUS, Options
+from overhaul.progress import say
+from overhaul.recipe import Recipe, Step
+from overhaul.report.facts import Facts
+from overhaul.table import Table
+from overhaul.train import History, train
+from overhaul.write import write_directory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a step made: the directory, and the facts of every model in its chain, the first one first."""
+
+    path: Path
+    facts: tuple[Facts, ...]
+
+
+def open_data(options: Options) -> Corpus:
+    """The corpus that the options name."""
+    return open_corpus(CorpusSpec(path=options.data or DEFAULT_CORPUS, field=options.field))
+
+
+def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome | None:
+    """Applies one method to a model and writes a new directory.
+
+    Args:
+        step: the method with its options.
+        model: a named model, a directory or a hub name.
+        out: the new directory; it must not exist, or be empty, or hold an unfinished run to be resumed.
+        command: what was typed, for the record.
+
+    Returns:
+        The outcome; None after a dry run, and on all processes but the first of several.
+
+    Raises:
+        UserError: the input is wrong; nothing was written.
+        Interrupted: Ctrl-C while training; a checkpoint was written.
+    """
+    options, method = step.options, step.method
+    path = pretrained.resolve(model)
+    artifacts.check_out(out, parent=path, resume=options.resume)
+    device = machine.pick_device(options.device)
+    dtype = machine.compute_dtype(options.dtype, device)
+    needs_data = isinstance(method, Training) or (isinstance(method, Transform) and method.needs_data)
+    if isinstance(method, Training) and options.data is None:
+        raise UserError(f"{step.entry.verb} {step.entry.name} needs --data", allowed="a corpus name, a file or a directory",
+                        hint="--data sample, or overhaul data list")  # fmt: skip
+    corpus = open_data(options) if needs_data else None
+    parent = artifacts.load(model, device=device, dtype=torch.float32 if options.dtype == "fp32" else None)
+    data = Data(corpus, parent.processor, options.seed) if corpus else None
+    artifacts.refuse_full_disk(
+        out, 2 * sum(p.numel() * parent.dtype.itemsize for p in parent.model.parameters())
+    )
+    if options.dry_run:
+        say_plan(step, parent, data, out)
+        return None
+    judge = Judge.of(options, corpus, parent.processor, dtype)
+    before = judge.chain(parent)
+    changed, layers, history = _change(step, parent, data, dtype, out, judge, command)
+    if not is_main_process():
+        return None
+    after = judge.after(changed, before, layers, step.entry.verb, step.entry.name)
+    facts = (*before, after)
+    return Outcome(path=out, facts=write_directory(changed, out, facts=facts, history=history, judge=judge))
+
+
+def _change(
+    step: Step, parent: Artifact, data: Data | None, dtype: torch.dtype, out: Path, judge: Judge, command: str
+) -> tuple[Artifact, list[journal.LayerNote], History | None]:
+    """Runs the method; the time and memory it takes are its own, without loading and measuring."""
+    options, method = step.options, step.method
+    machine.seed_everything(options.seed)
+    machine.reset_peak_rss()
+    began = time.perf_counter()
+    history = None
+    with journal.recording() as notes:
+        if isinstance(method, Transform):
+            stream = None
+            if method.needs_data and data is not None:
+                settings: Any = method
+                longest = _longest(parent.model, settings.seq_len)
+                stream = data.calibration(samples=settings.samples, seq_len=longest, batch_size=4)
+            with torch.no_grad():
+                model = method.apply(parent.model, stream)
+        elif isinstance(method, Training) and data is not None:
+            model, history = _train(method, parent, data, dtype, out, options, judge)
+        else:
+            assert isinstance(method, Pipeline)
+            assert data is not None
+            model = method.run(parent, data).model
+    lineage = LineageStep(
+        verb=step.entry.verb,
+        method=step.entry.name,
+        fields=flat_fields(method.model_dump(mode="json")),
+        non_default=tuple(flat_fields(method.model_dump(mode="json", exclude_defaults=True))),
+        parents=(Parent(path=_called(parent), hash=parent.weights_sha256),),
+        data=_data_used(data, method, history),
+        seed=options.seed,
+        seconds=round(time.perf_counter() - began, 3),
+        peak_rss_bytes=machine.peak_rss_bytes(),
+        trainable_parameters=history.trainable_parameters if history else None,
+        versions=machine.versions(),
+        hardware=machine.hardware(next(model.parameters()).device),
+        command=command,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    return parent.changed(model, lineage), notes, history
+
+
+def _train(
+    method: Training,
+    parent: Artifact,
+    data: Data,
+    dtype: torch.dtype,
+    out: Path,
+    options: Options,
+    judge: Judge,
+) -> tuple[nn.Module, History]:
+    """Plans and runs the loop, then the plan's finish."""
+    method = data.steps_for(method, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    if method.seq_len > (longest := _longest(parent.model, method.seq_len)):
+        raise UserError(
+            f"--seq-len {method.seq_len} is more than the model reads", allowed=f"up to {longest}"
+        )
+    if method.checkpoint_activations:
+        inner: Any = parent.model
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    plan = method.plan(parent.model, data)
+    asked = {
+        "model": parent.weights_sha256,
+        "data": data.corpus.fingerprint,
+        "dtype": str(dtype),
+        **flat_fields(method.model_dump(mode="json")),
+    }
+    try:
+        history = train(plan, method, seed=options.seed, dtype=dtype, state_dir=out / artifacts.STATE,
+                        resume=options.resume, asked=asked, evaluate=judge.perplexity, track=options.track)  # fmt: skip
+    except Interrupted as stopped:
+        typed = shlex.join(["overhaul", *(a for a in sys.argv[1:] if a != "--resume"), "--resume"])
+        raise Interrupted(
+            f"{stopped}; a checkpoint is in {out / artifacts.STATE}. Go on with:\n  {typed}"
+        ) from None
+    for parameter in plan.model.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    with torch.no_grad():
+        return plan.finish(plan.model), history
+
+
+def _longest(model: nn.Module, asked: int) -> int:
+    inner: Any = model
+    return min(asked, getattr(inner.config, "max_position_embeddings", asked))
+
+
+def _called(parent: Artifact) -> str:
+    """A named model by its name, a directory by its absolute path, so that the record can be replayed from anywhere."""
+    return parent.name if parent.name in pretrained.NAMED else str(parent.path.resolve())
+
+
+def _data_used(data: Data | None, method: Method, history: History | None) -> DataUsed | None:
+    if data is None:
+        return None
+    settings: Any = method
+    tokens = history.tokens if history else settings.samples * settings.seq_len
+    corpus = data.corpus
+    return DataUsed(name=corpus.name, fingerprint=corpus.fingerprint, tokens=tokens, licence=corpus.licence)
+
+
+def run_recipe(
+    plan: Recipe, *, command: str = "", told: Callable[[Outcome], None] = lambda _: None
+) -> Outcome | None:
+    """Runs every step of a recipe; step N goes to `out/NN-verb-method`, and what was finished before is kept.
+
+    Args:
+        plan: the recipe.
+        command: what was typed, for the record.
+        told: called with the outcome of each step.
+    """
+    model, outcome = plan.model, None
+    if not plan.options.resume:
+        artifacts.check_out(plan.out)
+    for number, step in enumerate(plan.steps, 1):
+        out = plan.out / f"{number:02d}-{step.entry.verb}-{step.entry.name}"
+        if plan.options.resume and (out / artifacts.RECORD).is_file():
+            _refuse_other_step(out, step)
+            say(f"{out} is finished")
+        else:
+            say(f"step {number} of {len(plan.steps)}: {step.entry.verb} {step.entry.name}")
+            outcome = run_step(step, model, out, command=command)
+            if outcome is None and step.options.dry_run:
+                say("the steps after it depend on its output")
+                return None
+            if outcome:
+                told(outcome)
+        model = str(out)
+    return outcome
+
+
+def _refuse_other_step(out: Path, step: Step) -> None:
+    """A finished directory is kept by --resume only if it is what the recipe would make."""
+    last = artifacts.read_record(out)["lineage"][-1]
+    asked = json.loads(json.dumps(flat_fields(step.method.model_dump(mode="json"))))
+    if (last["verb"], last["method"], last["fields"], last["seed"]) != (
+        step.entry.verb, step.entry.name, asked, step.options.seed,
+    ):  # fmt: skip
+        raise UserError(
+            f"{out} was made with other settings than the recipe has now",
+            hint="another out, or without --resume",
+        )
+
+
+def measure(method: Measure, models: Sequence[str], options: Options) -> Table:
+    """Runs a measure on several models, one in memory at a time."""
+    device = machine.pick_device(options.device)
+    dtype = machine.compute_dtype(options.dtype, device)
+    corpus = open_data(options)
+    table = Table(())
+    for name in models:
+        made = artifacts.load(name, device=device, dtype=torch.float32 if options.dtype == "fp32" else None)
+        table += method.measure(made.model, Data(corpus, made.processor, options.seed, name, dtype))
+    return table
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of several."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path) -> None:
+    """The dry run: what would be changed, how much memory and data it would take, which files it would write."""
+    parameters = sum(p.numel() for p in parent.model.parameters())
+    say(f"{step.entry.verb} {step.entry.name} on {parent.name}: {parameters:,} parameters, {parent.dtype}")
+    method = step.method
+    if isinstance(method, Training) and data is not None:
+        method = data.steps_for(method)
+        plan = method.plan(parent.model, data)
+        trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
+        tokens = method.steps * method.batch_size * method.accumulate * method.seq_len
+        say(
+            f"trains {trained:,} parameters ({trained / parameters:.3%}), {16 * trained / 1e6:.1f} MB of masters, gradients and states"
+        )
+        say(f"{method.steps} steps, {tokens:,} tokens\n{plan.stream.describe().tree()}")
+        say(f"about {_seconds_per_step(plan, method) * method.steps:.0f} s, from one step tried")
+    elif data is not None:
+        settings: Any = method
+        say(
+            f"{settings.samples} windows of {_longest(parent.model, settings.seq_len)} tokens from {data.corpus.name}"
+        )
+    say(
+        f"writes {out}: weights ({parameters * parent.dtype.itemsize / 1e6:.0f} MB), overhaul.json, recipe.yaml, README.md, report.html"
+    )
+
+
+def _seconds_per_step(plan: Any, method: Training) -> float:
+    """Time of one step, the second of two: the first one warms up."""
+    one = method.model_copy(update={"steps": 1})
+    train(plan, one, quiet=True)
+    began = time.perf_counter()
+    train(plan, one, quiet=True)
+    return time.perf_counter() - began

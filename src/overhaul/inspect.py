@@ -1,0 +1,105 @@
+"""Looking at models without changing them: facts, comparison, the state of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from overhaul import artifact as artifacts
+from overhaul import machine, pretrained
+from overhaul.artifact import Artifact
+from overhaul.fetch import cache_directory
+from overhaul.judge import Judge, counts, short
+from overhaul.options import Options
+from overhaul.report.facts import Facts, Report
+
+
+def describe(ref: str) -> dict[str, Any]:
+    """Parameters, non-zero share, size, type and lineage of a model.
+
+    Returns:
+        `{"parameters", "nonzero_share", "nonzero_share_blocks", "bytes", "dtype", "verified", "lineage"}`; each
+        lineage entry has `verb`, `method`, `fields`, `parent`, `seconds`, `peak_rss_bytes` and more.
+    """
+    made = artifacts.load(ref)
+    counted = counts(made.model)
+    return {
+        "parameters": counted["parameters"],
+        "nonzero_share": counted["nonzero_share_all"],
+        "nonzero_share_blocks": counted["nonzero_share_blocks"],
+        "bytes": size_on_disk(made),
+        "dtype": short(made.dtype),
+        "verified": made.record.get("weights_sha256") == made.weights_sha256,
+        "lineage": [step.to_json() for step in made.lineage],
+    }
+
+
+def size_on_disk(made: Artifact) -> int:
+    """Bytes of the weight files."""
+    return sum(file.stat().st_size for file in artifacts.weight_files(made.path))
+
+
+def compare(refs: Sequence[str], options: Options) -> tuple[Report, list[dict[str, Any]]]:
+    """Measures models on one held-out text, and says which tensors differ from the first model's.
+
+    Facts that a directory's record holds for the same text are taken from there.
+    """
+    device = machine.pick_device(options.device)
+    dtype = machine.compute_dtype(options.dtype, device)
+    facts: list[Facts] = []
+    changes: list[dict[str, Any]] = []
+    lineage = ()
+    reference: dict[str, torch.Tensor] = {}
+    for ref in refs:
+        made = artifacts.load(ref, device=device)
+        judge = Judge.of(options, None, made.processor, dtype)
+        one = judge.chain(made)[-1]
+        facts.append(replace(one, label=Path(ref).name, path=ref, bytes=size_on_disk(made)))
+        state = made.model.state_dict()
+        if reference:
+            changes.append({"model": ref, **_difference(reference, state)})
+        else:
+            reference = {name: tensor.clone() for name, tensor in state.items()}
+        lineage = made.lineage or lineage
+    environment = {**machine.versions(), "hardware": machine.hardware(device)}
+    title = "Comparison of " + ", ".join(Path(ref).name for ref in refs)
+    return Report(title=title, facts=tuple(facts), lineage=tuple(lineage), environment=environment), changes
+
+
+def _difference(reference: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """How many tensors differ, and the five with the largest relative change."""
+    change = {}
+    for name, tensor in state.items():
+        other = reference.get(name)
+        if other is None or other.shape != tensor.shape:
+            change[name] = float("inf")
+        elif not torch.equal(other, tensor):
+            gap = (tensor.float() - other.float()).norm()
+            change[name] = float(gap / other.float().norm().clamp_min(1e-30))
+    most = sorted(change, key=lambda name: change[name], reverse=True)[:5]
+    return {
+        "tensors": len(state),
+        "changed_tensors": len(change),
+        "most_changed": [f"{name} ({change[name]:.2g})" for name in most],
+    }
+
+
+def doctor() -> dict[str, Any]:
+    """Versions, hardware, caches."""
+    device = machine.pick_device("auto")
+    cache = cache_directory()
+    held = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) if cache.exists() else 0
+    models = [name for name in pretrained.NAMED if (cache / "models" / name / "config.json").is_file()]
+    return {
+        **machine.versions(),
+        "device": str(device),
+        "hardware": machine.hardware(device),
+        "matrix products": short(machine.compute_dtype("auto", device)),
+        "free memory": f"{machine.free_bytes() / 1e9:.1f} GB",
+        "cache": f"{cache} ({held / 1e6:.0f} MB)",
+        "models in cache": ", ".join(models) or "none",
+    }

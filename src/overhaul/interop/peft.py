@@ -1,0 +1,49 @@
+"""PEFT's adapter directories: written from our LoRA layers, and read back into a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from overhaul.layers.lora import LoRALinear
+
+if TYPE_CHECKING:
+    from overhaul.artifact import Artifact
+
+
+def write_adapter(made: Artifact, directory: Path) -> None:
+    """Writes the LoRA layers of a model as `adapter_model.safetensors` and `adapter_config.json`, as `peft` loads them."""
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    from overhaul.artifact import copy_companions
+
+    layers = {name: module for name, module in made.model.named_modules() if isinstance(module, LoRALinear)}
+    first = next(iter(layers.values()))
+    config = LoraConfig(
+        r=first.rank,
+        lora_alpha=first.alpha,  # pyright: ignore[reportArgumentType] - peft reads a float too
+        lora_dropout=first.dropout,
+        target_modules=sorted({name.rsplit(".", 1)[-1] for name in layers}),
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(made.path.resolve()),
+        inference_mode=True,
+    )
+    config.save_pretrained(directory)
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach().float().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach().float().contiguous()
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    copy_companions(made.path, directory)
+
+
+def merge_adapter(model: nn.Module, directory: Path) -> None:
+    """Adds the adapter in a PEFT directory to the weights of `model`, in place."""
+    from peft import PeftModel
+
+    inner: Any = model
+    PeftModel.from_pretrained(inner, str(directory)).merge_and_unload()

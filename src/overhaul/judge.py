@@ -1,0 +1,160 @@
+"""Before and after: the same held-out windows and prompts for every model of a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from overhaul import artifact as artifacts
+from overhaul import evaluate, machine
+from overhaul.artifact import Artifact
+from overhaul.corpora import Corpus, CorpusSpec, open_corpus
+from overhaul.data import Data
+from overhaul.journal import LayerNote
+from overhaul.layers.masked import MaskedLinear
+from overhaul.options import DEFAULT_CORPUS, Options
+from overhaul.report.facts import Facts, LayerFacts
+from overhaul.select import block_linears
+from overhaul.table import Row
+
+PROMPTS = ("The capital of France is", "It was a bright morning, and the old man")
+PROMPT_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Measures models on one held-out text.
+
+    Attributes:
+        corpus: its held-out part is read; None measures no quality.
+        windows_NT: the held-out windows.
+        dtype: of matrix products.
+    """
+
+    corpus: Corpus | None
+    windows_NT: Tensor | None
+    processor: Any
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, options: Options, corpus: Corpus | None, processor: Any, dtype: torch.dtype) -> Judge:
+        """The judge that the options ask for: on --evaluate, else on the corpus of --data, else on the sample."""
+        if options.evaluate == "none":
+            return cls(None, None, processor, dtype)
+        if options.evaluate is not None or corpus is None:
+            corpus = open_corpus(CorpusSpec(path=options.evaluate or DEFAULT_CORPUS))
+        data = Data(corpus, processor)
+        windows_NT = data.windows("heldout", seq_len=options.evaluate_seq_len, limit=options.evaluate_windows)
+        return cls(corpus, windows_NT, processor, dtype)
+
+    @property
+    def key(self) -> str:
+        """Facts measured under one key can be compared."""
+        if self.corpus is None or self.windows_NT is None:
+            return "none"
+        return f"{self.corpus.fingerprint[:16]}/{tuple(self.windows_NT.shape)}/{self.dtype}"
+
+    def perplexity(self, model: nn.Module) -> float:
+        """Held-out perplexity, for evaluation while training."""
+        if self.windows_NT is None:
+            return float("nan")
+        return evaluate.perplexity(model, self.windows_NT, dtype=self.dtype).estimate.value
+
+    def chain(self, parent: Artifact) -> tuple[Facts, ...]:
+        """Facts of the parent and of what it was made from; measured now unless its record has them under this key."""
+        if parent.record.get("facts_key") == self.key:
+            return tuple(read_facts(stored) for stored in parent.record["facts"])
+        base_is_masked = any(isinstance(module, MaskedLinear) for module in parent.model.modules())
+        label = Path(parent.name).name if parent.lineage else ("pruned" if base_is_masked else "dense")
+        last = parent.lineage[-1] if parent.lineage else None
+        measured = self.facts(parent.model, label=label, path=parent.name)
+        size = sum(file.stat().st_size for file in artifacts.weight_files(parent.path))
+        measured = replace(measured, bytes=size, dtype=short(parent.dtype))
+        if last:
+            measured = replace(measured, seconds=last.seconds, peak_rss_bytes=last.peak_rss_bytes)
+        return (measured,)
+
+    def after(
+        self, changed: Artifact, before: Sequence[Facts], layers: Sequence[LayerNote], verb: str, method: str
+    ) -> Facts:
+        """Facts of the result of a step; bytes on disk are filled in once it is written."""
+        step = changed.lineage[-1]
+        facts = self.facts(changed.model, label=_label(verb, method, before), path="", errors=layers)
+        trained = step.trainable_parameters
+        return replace(
+            facts,
+            dtype=short(changed.dtype),
+            seconds=step.seconds,
+            peak_rss_bytes=step.peak_rss_bytes,
+            trainable_parameters=trained,
+            trainable_share=trained / facts.parameters if trained else None,
+        )
+
+    def facts(self, model: nn.Module, *, label: str, path: str, errors: Sequence[LayerNote] = ()) -> Facts:
+        """Everything about a model in memory that tables show."""
+        quality: dict[str, Any] = {}
+        if self.corpus is not None and self.windows_NT is not None:
+            scored = evaluate.perplexity(model, self.windows_NT, dtype=self.dtype)
+            estimate = asdict(scored.estimate)
+            with machine.autocast(next(model.parameters()).device, self.dtype):
+                said = tuple(
+                    (p, evaluate.generate(model, self.processor, p, tokens=PROMPT_TOKENS)) for p in PROMPTS
+                )
+            quality = {
+                "perplexity": Row(model=path or label, metric="perplexity", **estimate),
+                "corpus": self.corpus.name,
+                "seq_len": self.windows_NT.shape[1],
+                "tokens_per_second": scored.tokens_per_second,
+                "generations": said,
+            }
+        return Facts(label=label, path=path, **counts(model, errors), **quality)
+
+
+def counts(model: nn.Module, errors: Sequence[LayerNote] = ()) -> dict[str, Any]:
+    """Parameters and non-zeros, of the whole model and of the linear layers in its blocks."""
+    parameters = list(model.parameters())
+    total = sum(p.numel() for p in parameters)
+    known = {layer.layer: layer.error for layer in errors}
+    layers, nonzero_blocks, total_blocks = [], 0, 0
+    for name, linear in block_linears(model).items():
+        nonzero = int(linear.weight.count_nonzero())
+        nonzero_blocks += nonzero
+        total_blocks += linear.weight.numel()
+        layers.append(
+            LayerFacts(name=name, sparsity=1 - nonzero / linear.weight.numel(), error=known.get(name))
+        )
+    return {
+        "parameters": total,
+        "nonzero_share_all": sum(int(p.count_nonzero()) for p in parameters) / total,
+        "nonzero_share_blocks": nonzero_blocks / total_blocks if total_blocks else None,
+        "layers": tuple(layers),
+    }
+
+
+def _label(verb: str, method: str, before: Sequence[Facts]) -> str:
+    """How tables call the result: "pruned" after a prune, "won back" when an adapt follows a prune."""
+    done = {
+        "prune": "pruned",
+        "adapt": "won back" if any("pruned" in one.label for one in before) else "adapted",
+    }
+    return f"{done.get(verb, verb)} ({method})"
+
+
+def short(dtype: torch.dtype) -> str:
+    """`bf16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
+
+
+def read_facts(stored: dict[str, Any]) -> Facts:
+    """Reads facts from a record."""
+    plain = dict(stored)
+    plain["perplexity"] = Row(**stored["perplexity"]) if stored.get("perplexity") else None
+    plain["metrics"] = tuple(Row(**row) for row in stored.get("metrics", ()))
+    plain["layers"] = tuple(LayerFacts(**layer) for layer in stored.get("layers", ()))
+    plain["generations"] = tuple((prompt, text) for prompt, text in stored.get("generations", ()))
+    return Facts(**plain)

@@ -1,0 +1,131 @@
+"""The model card: README.md of an output directory, with the front matter that model hubs read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from overhaul.report.facts import Report
+from overhaul.report.sentences import limits, step_sentence, verdict
+from overhaul.report.tables import markdown_table
+
+Relation = Literal["finetune", "adapter", "merge", "quantized"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardData:
+    """A corpus as a card names it; `hub_name` is its name on the hub, if it has one."""
+
+    name: str
+    license: str
+    hub_name: str = ""
+
+
+def model_card(
+    report: Report,
+    *,
+    name: str,
+    license: str,
+    base_model: str | Sequence[str],
+    relation: Relation,
+    datasets: Sequence[CardData] = (),
+    citations: Sequence[str] = (),
+    use_snippet: str = "",
+) -> str:
+    """The card as text; the last of `report.facts` is the model it describes, the first is its base.
+
+    Args:
+        report: what was done and measured.
+        name: what the model is called, and what the snippet loads.
+        license: of the weights: an SPDX-like identifier of the hub, such as `apache-2.0`.
+        base_model: the model or models it was made from.
+        relation: how it was made from them.
+        datasets: the corpora that the steps read.
+        citations: BibTeX entries or references of the methods' papers.
+        use_snippet: Python that uses the model; by default, plain transformers generating a sentence.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    # Markdown, not HTML: escaping here would show up in code blocks.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template("card.md.j2").render(
+        front_matter=front_matter(
+            report, name=name, license=license, base_model=base_model, relation=relation, datasets=datasets
+        ),
+        name=name,
+        verdict=verdict(report.facts),
+        sentences=[step_sentence(step) for step in report.lineage],
+        table=markdown_table(report.facts),
+        snippet=(use_snippet or transformers_snippet(name)).strip(),
+        limits=limits(report.facts),
+        datasets=datasets,
+        report=report,
+        citations=[citation.strip() for citation in citations],
+    )
+
+
+def front_matter(
+    report: Report,
+    *,
+    name: str,
+    license: str,
+    base_model: str | Sequence[str],
+    relation: Relation,
+    datasets: Sequence[CardData] = (),
+) -> str:
+    """The YAML between the `---` lines, in the vocabulary of model hubs."""
+    import yaml
+
+    methods = dict.fromkeys(step.method for step in report.lineage)
+    fields: dict[str, Any] = {
+        "base_model": base_model if isinstance(base_model, str) else list(base_model),
+        "base_model_relation": relation,
+        "library_name": "transformers",
+        "license": license,
+        "pipeline_tag": "text-generation",
+        "tags": ["overhaul", *methods],
+    }
+    hub_names = [data.hub_name for data in datasets if data.hub_name]
+    if hub_names:
+        fields["datasets"] = hub_names
+    if results := _results(report):
+        fields["model-index"] = [{"name": name, "results": results}]
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _results(report: Report) -> list[dict[str, Any]]:
+    model = report.facts[-1]
+    rows = [*((model.perplexity,) if model.perplexity else ()), *model.metrics]
+    results = []
+    for row in rows:
+        # `accuracy/boolq` names its corpus itself; perplexity was measured on the corpus of the facts.
+        metric, _, corpus = row.metric.partition("/")
+        corpus = corpus or model.corpus or "held-out text"
+        results.append(
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"name": corpus, "type": corpus},
+                "metrics": [{"type": metric, "value": float(f"{row.value:.6g}")}],
+            }
+        )
+    return results
+
+
+def transformers_snippet(name: str) -> str:
+    """Python that loads the model `name` with plain transformers and writes a sentence with it."""
+    return f"""
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({name!r}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({name!r})
+inputs = tokenizer("It is a truth universally acknowledged", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+"""

@@ -1,0 +1,184 @@
+"""The records every report is made from: plain, frozen data that can be written by hand in a test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from overhaul.table import Row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFacts:
+    """One linear layer.
+
+    Attributes:
+        name: its dotted name, such as `model.layers.3.self_attn.q_proj`.
+        sparsity: share of its weights that are zero.
+        error: squared change of its output over the squared output, on calibration data.
+    """
+
+    name: str
+    sparsity: float | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """One model directory, measured; None is "not measured".
+
+    Attributes:
+        label: how tables call it: "dense", "pruned", "won back", or the directory's name.
+        path: the directory or model name.
+        parameters: how many numbers the model has, tied ones counted once.
+        nonzero_share_blocks: share of non-zeros in the linear layers of the blocks, which pruning touches.
+        nonzero_share_all: the same over all parameters, embeddings and norms included.
+        bytes: weights on disk.
+        dtype: dtype on disk.
+        perplexity: on `corpus`, in windows of `seq_len` tokens.
+        metrics: other measurements, one per metric name.
+        tokens_per_second: forward speed over windows of 512 tokens.
+        peak_rss_bytes, seconds: cost of the verb that made the directory.
+        trainable_parameters, trainable_share: what that verb trained, if it trained.
+        layers: per-layer numbers.
+        generations: (prompt, text that follows it), prompts in the same order for every model.
+    """
+
+    label: str
+    path: str
+    parameters: int
+    nonzero_share_blocks: float | None = None
+    nonzero_share_all: float | None = None
+    bytes: int | None = None
+    dtype: str = ""
+    perplexity: Row | None = None
+    corpus: str = ""
+    seq_len: int | None = None
+    metrics: tuple[Row, ...] = ()
+    tokens_per_second: float | None = None
+    peak_rss_bytes: int | None = None
+    seconds: float | None = None
+    trainable_parameters: int | None = None
+    trainable_share: float | None = None
+    layers: tuple[LayerFacts, ...] = ()
+    generations: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parent:
+    """A directory that a step read, and the hash of its weights."""
+
+    path: str
+    hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataUsed:
+    """A corpus that a step read, with the hash of the tokens it took."""
+
+    name: str
+    fingerprint: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineageStep:
+    """One verb applied once.
+
+    Attributes:
+        fields: every setting of the method, nested ones under dotted names.
+        non_default: the names in `fields` that were not left at their default.
+        command: what to type to do it again.
+    """
+
+    verb: str
+    method: str
+    fields: Mapping[str, object]
+    non_default: tuple[str, ...] = ()
+    parents: tuple[Parent, ...] = ()
+    data: DataUsed | None = None
+    seed: int | None = None
+    seconds: float | None = None
+    peak_rss_bytes: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hardware: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """A line; curves with the same `y_label` are drawn into one chart."""
+
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    x_label: str
+    y_label: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All there is to say about a run; the first of `facts` is what the others are compared with."""
+
+    title: str
+    facts: tuple[Facts, ...]
+    lineage: tuple[LineageStep, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    recipe_yaml: str = ""
+    commands: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+HISTORY_LABELS = {"loss": "loss (nats per token)", "lr": "learning rate", "grad_norm": "gradient norm"}
+
+
+def curves_of_history(history: Sequence[Mapping[str, float]]) -> tuple[Curve, ...]:
+    """The curves in a training history: loss, its terms if there are several, learning rate, gradient norm.
+
+    Args:
+        history: points `{"step":, "loss":, "loss/<term>":, "lr":, "grad_norm":, ...}`; a key may be absent.
+    """
+    names = list(dict.fromkeys(key for point in history for key in point))
+    terms = [name for name in names if name.startswith("loss/")]
+    wanted = ["loss", *(terms if len(terms) > 1 else ()), "lr", "grad_norm"]
+    curves = []
+    for name in wanted:
+        points = [(point["step"], point[name]) for point in history if name in point]
+        if points:
+            x, y = zip(*points, strict=True)
+            label = HISTORY_LABELS[name.split("/")[0]]
+            curves.append(Curve(name=name, x=x, y=y, x_label="step", y_label=label))
+    return tuple(curves)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """How much of the log-perplexity gap between the reference and the worst model each model has closed.
+
+    Attributes:
+        reference, worst: the ends of the gap: 1 and 0.
+        shares: (label, share) of every model but the reference; above 1 is better than the reference.
+    """
+
+    reference: Facts
+    worst: Facts
+    shares: tuple[tuple[str, float], ...]
+
+
+def recovery(facts: Sequence[Facts]) -> Recovery | None:
+    """(ln worst - ln model) / (ln worst - ln reference); None where nothing was lost or little is known."""
+    measured = [
+        (one, math.log(one.perplexity.value))
+        for one in facts
+        if one.perplexity and math.isfinite(one.perplexity.value)
+    ]
+    if len(measured) < 3 or measured[0][0] is not facts[0]:
+        return None
+    reference, best = measured[0]
+    worst, lost = max(measured, key=lambda pair: pair[1])
+    if lost <= best:
+        return None
+    shares = tuple((one.label, (lost - log) / (lost - best)) for one, log in measured[1:])
+    return Recovery(reference=reference, worst=worst, shares=shares)

@@ -1,0 +1,238 @@
+"""Small SVG charts, coloured by the page's style sheet, so that they follow light and dark.
+
+Lengths are in units of the SVG's view box; a chart scales with its column. Series are told apart by colour,
+by dash pattern and by the legend; every chart has a title for screen readers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from markupsafe import Markup, escape
+
+from overhaul.report.facts import Curve, LayerFacts
+from overhaul.report.numbers import as_percent
+
+MOST_POINTS = 500
+"""A line with more points is drawn through the extremes of groups of points; the CSV has them all."""
+
+DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 2", "10 4")
+
+
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) within [low, high], `wanted` of them or so."""
+    if high <= low:
+        return [low]
+    raw = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(step * power for step in (1, 2, 5, 10) if step * power >= 0.8 * raw)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
+    """About `most` of `points`: the lowest and the highest of each group, so that no spike is lost."""
+    if len(points) <= most:
+        return list(points)
+    size = math.ceil(2 * len(points) / most)
+    kept: list[tuple[float, float]] = []
+    for start in range(0, len(points), size):
+        group = points[start : start + size]
+        kept += sorted({min(group, key=lambda point: point[1]), max(group, key=lambda point: point[1])})
+    return kept
+
+
+def finite_points(curve: Curve) -> list[tuple[float, float]]:
+    """The points of a curve that can be drawn."""
+    return [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
+
+
+def line_chart(curves: Sequence[Curve], *, title: str) -> Markup:
+    """Curves with common axes: 480 x 250, y ticks left, x ticks below, a legend when there are several.
+
+    Args:
+        curves: at least one, all with the labels of the first.
+        title: for screen readers; the page prints it above.
+    """
+    width, height, left, right, top, bottom = 480, 250, 52, 16, 26, 38
+    lines = [thinned(finite_points(curve)) for curve in curves]
+    xs, ys = ([point[axis] for line in lines for point in line] or [0.0, 1.0] for axis in (0, 1))
+    x_low, x_high = min(xs), max(xs)
+    y_low, y_high = _padded(min(ys), max(ys))
+
+    def at_x(x: float) -> float:
+        return left + (width - left - right) * (x - x_low) / ((x_high - x_low) or 1)
+
+    def at_y(y: float) -> float:
+        return height - bottom - (height - top - bottom) * (y - y_low) / (y_high - y_low)
+
+    marks = []
+    for y in ticks(y_low, y_high):
+        marks.append(
+            f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>'
+        )
+        marks.append(_text(left - 7, at_y(y) + 4, f"{y:.6g}", anchor="end"))
+    for x in ticks(x_low, x_high):
+        marks.append(_text(at_x(x), height - bottom + 16, f"{x:.6g}", anchor="middle"))
+    marks.append(_text((left + width - right) / 2, height - 4, curves[0].x_label, anchor="middle"))
+    marks.append(_text(0, 12, curves[0].y_label))
+    for index, line in enumerate(lines):
+        path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line)
+        dash = f' stroke-dasharray="{DASHES[index % 6]}"' if index % 6 else ""
+        marks.append(f'<polyline class="line s{index % 6}"{dash} points="{path}"/>')
+        if len(line) == 1:
+            cx, cy = at_x(line[0][0]), at_y(line[0][1])
+            marks.append(f'<circle class="dot s{index % 6}" cx="{cx:.1f}" cy="{cy:.1f}" r="3"/>')
+    if len(curves) > 1:
+        marks += _legend([curve.name for curve in curves], right_edge=width - right)
+    return _svg(width, height, marks, title=title)
+
+
+def _legend(names: Sequence[str], *, right_edge: float) -> list[str]:
+    marks = []
+    x = right_edge - sum(34 + 6.3 * len(name) for name in names)
+    for index, name in enumerate(names):
+        dash = f' stroke-dasharray="{DASHES[index % 6]}"' if index % 6 else ""
+        marks.append(f'<line class="line s{index % 6}"{dash} x1="{x:.1f}" x2="{x + 18:.1f}" y1="8" y2="8"/>')
+        marks.append(_text(x + 23, 12, name))
+        x += 34 + 6.3 * len(name)
+    return marks
+
+
+def bar_chart(bars: Sequence[tuple[str, float]], *, title: str, full: str) -> Markup:
+    """Horizontal bars of shares from 0 to 1; a bar beyond 1 runs past the line that marks 1.
+
+    Args:
+        bars: (label, share); a share below 0 shows no bar.
+        title: for screen readers.
+        full: what a share of 1 means.
+    """
+    labels = [_shortened(label, 24) for label, _ in bars]
+    width, right, row, top = 600, 50, 30, 22
+    left = 16 + 7 * max(map(len, labels))
+    height = top + row * len(bars) + 4
+    longest = max(1.0, *(share for _, share in bars))
+
+    def at(share: float) -> float:
+        return left + (width - left - right) * share / longest
+
+    marks = [_text(at(1), 12, full, anchor="end" if longest < 1.15 else "middle")]
+    for index, (label, (_, share)) in enumerate(zip(labels, bars, strict=True)):
+        y = top + row * index
+        shown = max(share, 0.0)
+        marks.append(_text(0, y + 17, label, strong=True))
+        marks.append(f'<rect class="track" x="{left}" y="{y + 4}" width="{at(1) - left:.1f}" height="18"/>')
+        marks.append(f'<rect class="bar" x="{left}" y="{y + 4}" width="{at(shown) - left:.1f}" height="18"/>')
+        marks.append(_text(max(at(shown), at(1)) + 8, y + 17, as_percent(share, digits=2), strong=True))
+    marks.append(f'<line class="axis" x1="{at(1):.1f}" x2="{at(1):.1f}" y1="{top}" y2="{height - 4}"/>')
+    return _svg(width, height, marks, title=title)
+
+
+def placed(name: str) -> tuple[str, str]:
+    """(block, projection) of a layer: its first number and what follows; ("", name) without a number."""
+    match = re.match(r"(?:.*?\.)?(\d+)\.(.+)$", name)
+    return (match[1], match[2]) if match else ("", name)
+
+
+def heat_map(
+    layers: Sequence[LayerFacts],
+    value: Callable[[LayerFacts], float | None],
+    text: Callable[[float | None], str],
+    *,
+    highest: float,
+    title: str,
+) -> Markup:
+    """Blocks from left to right, projections from top to bottom; the darker, the higher.
+
+    Args:
+        layers: of one model, in its order.
+        value: what is drawn, from 0 to `highest`; None is drawn as an empty cell.
+        text: how a value is written, in the tooltips and the scale.
+        highest: the value at full strength.
+        title: for screen readers.
+    """
+    cells = [(*placed(layer.name), layer) for layer in layers]
+    blocks = list(dict.fromkeys(block for block, _, _ in cells))
+    rows = list(dict.fromkeys(row for _, row, _ in cells))
+    left, top, side = 8 + 6.4 * max(map(len, rows)), 4, 18
+    step = min(40.0, max(10.0, 560 / len(blocks)))
+    right, bottom = left + step * len(blocks), top + side * len(rows)
+    marks = [_text(left - 8, top + side * index + 13, row, anchor="end") for index, row in enumerate(rows)]
+    for block, row, layer in cells:
+        number = value(layer)
+        x, y = left + step * blocks.index(block), top + side * rows.index(row)
+        strength = 0.0 if number is None or not highest else min(max(number / highest, 0.0), 1.0)
+        tip = f"<title>{escape(layer.name)}: {escape(text(number))}</title>"
+        kind = "cell none" if number is None else "cell"
+        marks.append(
+            f'<rect class="{kind}" x="{x:.1f}" y="{y}" width="{step - 1.5:.1f}" height="{side - 1.5}" '
+            f'fill-opacity="{strength:.3f}">{tip}</rect>'
+        )
+    every = max(1, math.ceil(len(blocks) / 10))
+    for index in range(0, len(blocks), every):
+        marks.append(_text(left + step * (index + 0.5), bottom + 14, blocks[index], anchor="middle"))
+    marks.append(_text(left - 8, bottom + 14, "block", anchor="end"))
+    marks += _scale(left, bottom + 30, text(0.0), text(highest))
+    return _svg(max(right, left + 200) + 4, bottom + 46, marks, title=title)
+
+
+def _scale(left: float, y: float, lowest: str, highest: str) -> list[str]:
+    start = left + 8 * len(lowest) + 6
+    steps = [
+        f'<rect class="cell" x="{start + 14 * index:.1f}" y="{y}" width="14" height="10" '
+        f'fill-opacity="{index / 8:.3f}"/>'
+        for index in range(9)
+    ]
+    return [_text(left, y + 9, lowest), *steps, _text(start + 14 * 9 + 6, y + 9, highest)]
+
+
+def curves_png(curves: Sequence[Curve], path: Path) -> None:
+    """Writes the charts of `line_chart` side by side into a PNG; `curves` has at least one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    charts = by_label(curves)
+    figure = Figure(figsize=(5.2 * len(charts), 3.2), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    for axes, group in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+        for curve in group:
+            axes.plot(curve.x, curve.y, label=curve.name, linewidth=1.4)
+        axes.set(xlabel=group[0].x_label, title=group[0].y_label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(group) > 1:
+            axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def by_label(curves: Sequence[Curve]) -> list[list[Curve]]:
+    """Curves in groups of the same `y_label`, in the order of their first."""
+    labels = dict.fromkeys(curve.y_label for curve in curves)
+    return [[curve for curve in curves if curve.y_label == label] for label in labels]
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    """A little room above and below; a flat line gets a tenth of its height."""
+    room = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
+    # A quantity that is never negative gets no negative axis.
+    return (max(low - room, 0.0) if low >= 0 else low - room), high + room
+
+
+def _shortened(label: str, most: int) -> str:
+    return label if len(label) <= most else f"{label[: most - 1]}…"
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start", strong: bool = False) -> str:
+    weight = ' class="strong"' if strong else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'
+
+
+def _svg(width: float, height: float, marks: Sequence[str], *, title: str) -> Markup:
+    label = escape(title)
+    return Markup(
+        f'<svg role="img" aria-label="{label}" viewBox="0 0 {width:.0f} {height:.0f}" '
+        f'style="max-width:{width * 1.15:.0f}px">{"".join(marks)}</svg>'
+    )

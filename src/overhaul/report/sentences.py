@@ -1,0 +1,93 @@
+"""What the numbers say, in sentences: the verdict, the limits, one sentence per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from overhaul.report.facts import Facts, LineageStep, Recovery, recovery
+from overhaul.report.numbers import as_count, as_duration, as_interval, as_percent, as_quantity, as_size
+from overhaul.report.tables import before_after
+
+VISIBLY_SPARSE = 0.95
+"""Below this share of non-zeros a model is called sparse; trained weights hold a few zeros by chance."""
+
+
+def verdict(facts: Sequence[Facts]) -> str:
+    """The outcome in one sentence: for one model what it is, for more what the last has won or lost."""
+    last, gap = facts[-1], recovery(facts)
+    if len(facts) == 1:
+        clauses = [_description(last)]
+    elif gap and last.trainable_share is not None and last is not gap.worst:
+        clauses = [*_sparsity(last), f"{_won_back(gap)}, with {_cost(last)}"]
+    else:
+        clauses = [*_sparsity(last), _change(facts)]
+    sentence = " and ".join(clauses)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def limits(facts: Sequence[Facts]) -> tuple[str, ...]:
+    """What the last model does worse than the first, and what its zeros do not buy; one sentence each."""
+    reference, last = facts[0], facts[-1]
+    if reference is last:
+        return ()
+    table = before_after(facts)
+    sentences = [
+        f"{column}: {after} in {last.label}, {before} in {reference.label}."
+        for column, before, after in zip(table.columns, table.rows[0], table.rows[-1], strict=True)
+        if after.worse
+    ]
+    if _sparsity(last) and reference.bytes and last.bytes and last.bytes >= reference.bytes:
+        sentences.append(
+            f"Zeros are stored like other numbers: the weights take {as_size(last.bytes)}, as before, "
+            "and run no faster without a kernel for sparse matrices."
+        )
+    return tuple(sentences)
+
+
+def step_sentence(step: LineageStep) -> str:
+    """`prune wanda with sparsity 0.5, on 16,384 tokens of austen, in 21 s.`, without default settings."""
+    settings = ", ".join(f"{name} {step.fields[name]}" for name in step.non_default if name in step.fields)
+    parts = [f"{step.verb} {step.method}" + (f" with {settings}" if settings else "")]
+    if step.data:
+        parts.append(f"on {step.data.tokens:,} tokens of {step.data.name}")
+    if step.seconds is not None:
+        parts.append(f"in {as_duration(step.seconds)}")
+    return ", ".join(parts) + "."
+
+
+def _description(facts: Facts) -> str:
+    size = f", {as_size(facts.bytes)} on disk" if facts.bytes else ""
+    quality = f", perplexity {as_interval(facts.perplexity)}" if facts.perplexity else ""
+    corpus = f" on {facts.corpus}" if facts.perplexity and facts.corpus else ""
+    return f"{facts.label} has {as_count(facts.parameters)} parameters{size}{quality}{corpus}"
+
+
+def _sparsity(facts: Facts) -> list[str]:
+    """The clause about zeros, or nothing for a dense model."""
+    if facts.nonzero_share_blocks is None or facts.nonzero_share_blocks > VISIBLY_SPARSE:
+        return []
+    zeros = 1 - facts.nonzero_share_blocks
+    amount = "half" if abs(zeros - 0.5) < 0.005 else as_percent(zeros)
+    return [f"{amount} of the block weights are zero"]
+
+
+def _won_back(gap: Recovery) -> str:
+    share = gap.shares[-1][1]
+    amount = "all" if share >= 1 else as_percent(share, digits=2)
+    return f"{amount} of the lost log-perplexity is back"
+
+
+def _cost(facts: Facts) -> str:
+    trained = f"{as_percent(facts.trainable_share, digits=2)} of the parameters trained"
+    return f"{trained} in {as_duration(facts.seconds)}" if facts.seconds is not None else trained
+
+
+def _change(facts: Sequence[Facts]) -> str:
+    before, after = facts[0], facts[-1]
+    if not (before.perplexity and after.perplexity):
+        return f"{len(facts)} models are shown side by side, without perplexity on both ends"
+    factor = as_quantity(after.perplexity.value / before.perplexity.value, digits=3)
+    return (
+        f"perplexity went from {as_quantity(before.perplexity.value)} ({before.label}) "
+        f"to {as_quantity(after.perplexity.value)} ({after.label}), {factor} times as much"
+    )

@@ -1,0 +1,252 @@
+"""The before/after table: one content, shown in a terminal, in Markdown, in HTML and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from overhaul.report.facts import Facts
+from overhaul.report.numbers import (
+    MISSING,
+    as_count,
+    as_duration,
+    as_percent,
+    as_quantity,
+    as_size,
+    as_speed,
+    interval_ends,
+)
+from overhaul.table import Row
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Better = Literal["less", "more"]
+
+DIRECTION: Mapping[str, Better] = {"perplexity": "less", "loss": "less", "error": "less", "accuracy": "more"}
+"""Which way a metric improves, by its name up to the first slash; other metrics are never marked."""
+
+
+MOST_SIDE_BY_SIDE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One entry: its text, the interval under it, and whether it is worse than the reference's."""
+
+    text: str
+    ends: str = ""
+    worse: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.ends}".rstrip()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeforeAfter:
+    """Column titles, and one row of cells per model; the first cell of a row is the model's label."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Column:
+    title: str
+    number: Callable[[Facts], float | None]
+    text: Callable[[float | None], str]
+    better: Better | None = None
+    tolerance: float = 0.0  # relative, for numbers that have no interval
+
+    def cell(self, facts: Facts, reference: Facts) -> Cell:
+        number, at_reference = self.number(facts), self.number(reference)
+        worse = False
+        if self.better and number is not None and at_reference is not None:
+            excess = number - at_reference if self.better == "less" else at_reference - number
+            worse = excess > self.tolerance * at_reference
+        return Cell(text=self.text(number), worse=worse)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MetricColumn:
+    title: str
+    row: Callable[[Facts], Row | None]
+    better: Better | None
+
+    def cell(self, facts: Facts, reference: Facts) -> Cell:
+        row, at_reference = self.row(facts), self.row(reference)
+        if row is None:
+            return Cell(text=MISSING)
+        return Cell(
+            text=as_quantity(row.value),
+            ends=interval_ends(row),
+            worse=is_worse(row, at_reference, self.better),
+        )
+
+
+def is_worse(row: Row, reference: Row | None, better: Better | None) -> bool:
+    """Whether a value lies beyond the reference's interval on the bad side."""
+    if reference is None or better is None:
+        return False
+    return row.value > reference.high if better == "less" else row.value < reference.low
+
+
+def _columns(facts: Sequence[Facts]) -> list[_Column | _MetricColumn]:
+    # Peak memory and time belong to the verb that made a directory: costs, not qualities, so never marked.
+    metrics = dict.fromkeys(row.metric for one in facts for row in one.metrics)
+    columns: list[_Column | _MetricColumn] = [
+        _MetricColumn(title="perplexity", row=lambda one: one.perplexity, better="less"),
+        *(_metric_column(metric) for metric in metrics),
+        _Column(title="non-zero (blocks)", number=lambda one: one.nonzero_share_blocks, text=as_percent),
+        _Column(title="non-zero (all)", number=lambda one: one.nonzero_share_all, text=as_percent),
+        _Column(
+            title="parameters",
+            number=lambda one: one.parameters,
+            text=as_count,
+            better="less",
+            tolerance=0.001,
+        ),
+        _Column(title="size", number=lambda one: one.bytes, text=as_size, better="less", tolerance=0.001),
+        _Column(
+            title="tokens/s",
+            number=lambda one: one.tokens_per_second,
+            text=as_speed,
+            better="more",
+            tolerance=0.05,
+        ),
+        _Column(title="peak memory", number=lambda one: one.peak_rss_bytes, text=as_size),
+        _Column(title="time", number=lambda one: one.seconds, text=as_duration),
+    ]
+    if any(one.trainable_share is not None for one in facts):
+        columns.append(_Column(title="trained", number=lambda one: one.trainable_share, text=as_percent))
+    return columns
+
+
+def _metric_column(metric: str) -> _MetricColumn:
+    return _MetricColumn(
+        title=metric,
+        row=lambda one: next((row for row in one.metrics if row.metric == metric), None),
+        better=DIRECTION.get(metric.split("/")[0]),
+    )
+
+
+def before_after(facts: Sequence[Facts]) -> BeforeAfter:
+    """The table's content; `facts[0]` is what the others are compared with.
+
+    A metric is worse when its value lies beyond the reference's 95% interval; parameters and size when they
+    grew; tokens/s when it fell by more than 5%, the spread of such timings.
+    """
+    reference, columns = facts[0], _columns(facts)
+    rows = tuple(
+        (Cell(text=one.label), *(column.cell(one, reference) for column in columns)) for one in facts
+    )
+    return BeforeAfter(columns=("model", *(column.title for column in columns)), rows=rows, note=_note(facts))
+
+
+def _note(facts: Sequence[Facts]) -> str:
+    sentences = []
+    measured = next((one for one in facts if one.perplexity), None)
+    if measured and measured.perplexity:
+        corpus = f"of {measured.corpus}" if measured.corpus else "of held-out text"
+        windows = f" in windows of {measured.seq_len}" if measured.seq_len else ""
+        sentences.append(
+            f"Perplexity over {measured.perplexity.count:,} tokens {corpus}{windows}, 95% interval."
+        )
+    sentences.append("Non-zero share of the blocks' linear layers, and of all parameters.")
+    sentences.append("Tokens/s: forward pass. Peak memory and time: of the step that made the model.")
+    return " ".join(sentences)
+
+
+def before_after_table(facts: Sequence[Facts]) -> Table:
+    """The table for a terminal; what is worse than in the first model is marked with an asterisk.
+
+    Up to four models stand side by side, which fits 80 columns; more are listed below each other.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    heading, *rows = _oriented(before_after(facts))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for index, title in enumerate(heading):
+        table.add_column(Text(title.text), justify="right" if index else "left", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(
+            row[0].text,
+            *(Text(_marked(cell, between="\n"), style="yellow" if cell.worse else "") for cell in row[1:]),
+        )
+    if any(cell.worse for row in rows for cell in row):
+        table.caption = Text(f"* worse than {facts[0].label}")
+        table.caption_justify = "left"
+    return table
+
+
+def _oriented(content: BeforeAfter) -> list[tuple[Cell, ...]]:
+    """Heading and rows: one column per model up to four models, one row per model beyond."""
+    heading = tuple(Cell(text=title) for title in content.columns)
+    rows = [heading, *content.rows]
+    return list(zip(*rows, strict=True)) if len(content.rows) <= MOST_SIDE_BY_SIDE else rows
+
+
+def _marked(cell: Cell, *, between: str = " ") -> str:
+    # The blank keeps the digits of marked and unmarked cells of a column under each other.
+    mark = "*" if cell.worse else " "
+    return f"{cell.text}{mark}{between}{cell.ends} " if cell.ends and between == "\n" else f"{cell}{mark}"
+
+
+def print_before_after(facts: Sequence[Facts], console: Console) -> None:
+    """Prints the table: fitted to a terminal; elsewhere in full width as plain aligned text."""
+    if console.is_terminal:
+        console.print(before_after_table(facts))
+    else:
+        console.file.write(plain_table(facts))
+
+
+def plain_table(facts: Sequence[Facts]) -> str:
+    """The same as aligned text without colours or wrapping, ending in a newline."""
+    rows = _oriented(before_after(facts))
+    texts = [[_marked(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    lines = [
+        "  ".join(
+            text.rjust(width) if index else text.ljust(width)
+            for index, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in texts
+    ]
+    if any(cell.worse for row in rows for cell in row):
+        lines.append(f"* worse than {facts[0].label}")
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(facts: Sequence[Facts]) -> str:
+    """The table in GitHub's Markdown, ending in a newline; worse entries say so."""
+    content = before_after(facts)
+    lines = [
+        _markdown_row(content.columns),
+        _markdown_row([":--", *["--:"] * (len(content.columns) - 1)]),
+        *(
+            _markdown_row([f"{cell} (worse)" if cell.worse else str(cell) for cell in row])
+            for row in content.rows
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(texts: Sequence[str]) -> str:
+    escaped = (text.replace("|", "\\|") for text in texts)
+    return f"| {' | '.join(escaped)} |"
+
+
+def json_rows(facts: Sequence[Facts]) -> list[dict[str, Any]]:
+    """Per model its facts without layers and generations; `worse` names the columns that got worse."""
+    content = before_after(facts)
+    rows = []
+    for one, cells in zip(facts, content.rows, strict=True):
+        row = {key: value for key, value in asdict(one).items() if key not in ("layers", "generations")}
+        worse = [column for column, cell in zip(content.columns, cells, strict=True) if cell.worse]
+        rows.append({**row, "worse": worse})
+    return rows

@@ -1,0 +1,50 @@
+"""Which linear layers a method works on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from overhaul.errors import UserError, did_you_mean
+from overhaul.layers import LinearLike
+from overhaul.walk import decoder_blocks
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every `nn.Linear` in the decoder's blocks by qualified name; embeddings and the head are not among them."""
+    return {
+        f"{prefix}.{name}": module
+        for prefix, block in decoder_blocks(model).items()
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def select_linears(model: nn.Module, targets: Sequence[str] = ()) -> list[str]:
+    """The names of the blocks' linear layers that end in one of `targets`; all of them when there are no targets.
+
+    Raises:
+        UserError: a target fits no layer; the layers that exist are listed.
+    """
+    names = list(block_linears(model))
+    if not targets:
+        return names
+    ends = sorted({name.rsplit(".", 1)[-1] for name in names})
+    for target in targets:
+        if not any(_ends_in(name, target) for name in names):
+            raise UserError(
+                f"no linear layer is called {target!r}",
+                allowed=", ".join(ends),
+                hint=did_you_mean(target, ends),
+            )
+    return [name for name in names if any(_ends_in(name, target) for target in targets)]
+
+
+def _ends_in(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether layers of the model are still in another form than plain linear layers."""
+    return any(isinstance(module, LinearLike) for module in model.modules())

@@ -1,0 +1,346 @@
+"""Streams compose, describe themselves, and can be saved in the middle.
+
+A stream is an iterator with a state: `state_dict()` after any item and `load_state_dict()` in another process go on
+with exactly the next item. Items are whatever the source yields: rows, encoded documents, windows, batches.
+
+    Batch(Pack(Repeat(Shuffle(Rows(documents), seed=0)), seq_len=512), batch_size=4)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+IGNORED = -100
+"""The label of a token that is not trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What a stream is made of: one line of `tree()` per node.
+
+    Attributes:
+        name: the class and its settings.
+        fingerprint: content hash of the node and all below it.
+        tokens: how many tokens one pass holds, None where that is not known without reading.
+    """
+
+    name: str
+    fingerprint: str
+    tokens: int | None
+    children: tuple[Node, ...] = ()
+
+    def tree(self, indent: int = 0) -> str:
+        """The node and its children, one a line, indented."""
+        tokens = "" if self.tokens is None else f"  {self.tokens:,} tokens"
+        lines = [f"{'  ' * indent}{self.name}  [{self.fingerprint[:8]}]{tokens}"]
+        return "\n".join(lines + [child.tree(indent + 1) for child in self.children])
+
+
+class Encoded(NamedTuple):
+    """One document as tokens: `ids` (N,) int64 and, for each, whether it is trained on."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+
+
+class Stream(ABC, Iterator[Any]):
+    """An iterator with a state. Subclasses are finished classes: they are composed, never extended."""
+
+    sources: tuple[Stream, ...] = ()
+
+    @abstractmethod
+    def __next__(self) -> Any:
+        """The next item; raises `StopIteration` at the end of a finite stream."""
+
+    @abstractmethod
+    def own_state(self) -> dict[str, Any]:
+        """The state of this node without its sources."""
+
+    @abstractmethod
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `own_state` returned."""
+
+    @abstractmethod
+    def label(self) -> str:
+        """The class and its settings, as shown by `describe`."""
+
+    def tokens(self) -> int | None:
+        """Tokens in one pass, where known."""
+        return self.sources[0].tokens() if len(self.sources) == 1 else None
+
+    def restart(self, epoch: int) -> None:
+        """Back to the first item; a shuffled stream takes the order of that epoch."""
+        for source in self.sources:
+            source.restart(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on from here, as plain data and tensors."""
+        return {"own": self.own_state(), "sources": [source.state_dict() for source in self.sources]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where `state_dict` was taken; the stream must be composed alike."""
+        self.load_own_state(state["own"])
+        for source, saved in zip(self.sources, state["sources"], strict=True):
+            source.load_state_dict(saved)
+
+    def describe(self) -> Node:
+        """The stream as a tree with a content hash and a token count at each node."""
+        children = tuple(source.describe() for source in self.sources)
+        content = "\n".join([self.label(), *(child.fingerprint for child in children)])
+        return Node(self.label(), hashlib.sha256(content.encode()).hexdigest(), self.tokens(), children)
+
+
+class Rows(Stream):
+    """The items of a sequence, in order."""
+
+    def __init__(
+        self, items: Sequence[Any], *, name: str, fingerprint: str, tokens: int | None = None
+    ) -> None:
+        self.items, self.name, self.fingerprint, self._tokens = items, name, fingerprint, tokens
+        self.order: Sequence[int] = range(len(items))
+        self.cursor = 0
+
+    def __next__(self) -> Any:
+        if self.cursor >= len(self.order):
+            raise StopIteration
+        self.cursor += 1
+        return self.items[self.order[self.cursor - 1]]
+
+    def own_state(self) -> dict[str, Any]:
+        return {"cursor": self.cursor}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.cursor = state["cursor"]
+
+    def label(self) -> str:
+        return f"{self.name} ({len(self.items):,} rows, {self.fingerprint[:8]})"
+
+    def tokens(self) -> int | None:
+        return self._tokens
+
+    def restart(self, epoch: int) -> None:
+        self.cursor = 0
+
+
+class Shuffle(Stream):
+    """The rows of a source in an order drawn from the seed and the epoch."""
+
+    def __init__(self, source: Rows, *, seed: int) -> None:
+        self.sources, self.rows, self.seed = (source,), source, seed
+        self.restart(0)
+
+    def __next__(self) -> Any:
+        return next(self.rows)
+
+    def own_state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.restart(state["epoch"])
+
+    def label(self) -> str:
+        return f"shuffle(seed={self.seed})"
+
+    def restart(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.rows.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows.items)).tolist()
+        self.rows.restart(epoch)
+
+
+class Repeat(Stream):
+    """A finite source again and again: `times` passes, or without end."""
+
+    def __init__(self, source: Stream, *, times: int | None = None) -> None:
+        self.sources, self.times, self.epoch = (source,), times, 0
+
+    def __next__(self) -> Any:
+        try:
+            return next(self.sources[0])
+        except StopIteration:
+            if self.times is not None and self.epoch + 1 >= self.times:
+                raise
+        self.epoch += 1
+        self.sources[0].restart(self.epoch)
+        return next(self.sources[0])
+
+    def own_state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.epoch = state["epoch"]
+
+    def label(self) -> str:
+        return "repeat" if self.times is None else f"repeat({self.times})"
+
+    def restart(self, epoch: int) -> None:
+        self.epoch = epoch
+        super().restart(epoch)
+
+
+class Map(Stream):
+    """Each item through a function without state."""
+
+    def __init__(self, source: Stream, function: Callable[[Any], Any], *, name: str) -> None:
+        self.sources, self.function, self.name = (source,), function, name
+
+    def __next__(self) -> Any:
+        return self.function(next(self.sources[0]))
+
+    def own_state(self) -> dict[str, Any]:
+        return {}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        pass
+
+    def label(self) -> str:
+        return self.name
+
+
+class Pack(Stream):
+    """Encoded documents joined end to end and cut into windows of `seq_len` tokens.
+
+    Yields `{"input_ids": (T,), "labels": (T,)}` int64 tensors; labels are aligned with the inputs (the objective
+    shifts them) and `IGNORED` where a token is not trained on. A last, shorter window is left out.
+    """
+
+    def __init__(self, source: Stream, *, seq_len: int) -> None:
+        self.sources, self.seq_len = (source,), seq_len
+        self.ids = np.zeros(0, np.int64)
+        self.labels = np.zeros(0, np.int64)
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        ids, labels, held = [self.ids], [self.labels], len(self.ids)
+        while held < self.seq_len:
+            document = next(self.sources[0])
+            ids.append(document.ids)
+            labels.append(np.where(document.trained, document.ids, IGNORED))
+            held += len(document.ids)
+        self.ids, self.labels = np.concatenate(ids), np.concatenate(labels)
+        window = {
+            "input_ids": torch.from_numpy(self.ids[: self.seq_len].copy()),
+            "labels": torch.from_numpy(self.labels[: self.seq_len].copy()),
+        }
+        self.ids, self.labels = self.ids[self.seq_len :], self.labels[self.seq_len :]
+        return window
+
+    def own_state(self) -> dict[str, Any]:
+        return {"ids": torch.from_numpy(self.ids.copy()), "labels": torch.from_numpy(self.labels.copy())}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.ids, self.labels = state["ids"].numpy().copy(), state["labels"].numpy().copy()
+
+    def label(self) -> str:
+        return f"pack({self.seq_len})"
+
+    def restart(self, epoch: int) -> None:
+        self.ids, self.labels = self.ids[:0], self.labels[:0]
+        super().restart(epoch)
+
+
+class Take(Stream):
+    """The first `count` items."""
+
+    def __init__(self, source: Stream, count: int) -> None:
+        self.sources, self.count, self.taken = (source,), count, 0
+
+    def __next__(self) -> Any:
+        if self.taken >= self.count:
+            raise StopIteration
+        item = next(self.sources[0])
+        self.taken += 1
+        return item
+
+    def own_state(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.taken = state["taken"]
+
+    def label(self) -> str:
+        return f"take({self.count})"
+
+    def tokens(self) -> int | None:
+        return None
+
+    def restart(self, epoch: int) -> None:
+        self.taken = 0
+        super().restart(epoch)
+
+
+class Mix(Stream):
+    """Several sources of documents or windows in token-exact shares.
+
+    The next item comes from the source that is furthest behind its share, counted in tokens, so that the realised
+    share is never further off than one item and needs no random numbers. Ends when any source ends.
+    """
+
+    def __init__(self, sources: Sequence[Stream], shares: Sequence[float]) -> None:
+        if len(sources) != len(shares) or any(share < 0 for share in shares) or not sum(shares) > 0:
+            raise ValueError(
+                f"{len(sources)} sources need as many shares >= 0, not all zero; got {list(shares)}"
+            )
+        kept = [
+            (source, share / sum(shares)) for source, share in zip(sources, shares, strict=True) if share > 0
+        ]
+        self.sources = tuple(source for source, _ in kept)
+        self.shares = tuple(share for _, share in kept)
+        self.seen = [0] * len(kept)
+
+    def __next__(self) -> Any:
+        behind = [
+            share * (sum(self.seen) + 1) - seen for share, seen in zip(self.shares, self.seen, strict=True)
+        ]
+        index = int(np.argmax(behind))
+        item = next(self.sources[index])
+        self.seen[index] += num_tokens(item)
+        return item
+
+    def own_state(self) -> dict[str, Any]:
+        return {"seen": list(self.seen)}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.seen = list(state["seen"])
+
+    def label(self) -> str:
+        return f"mix({', '.join(f'{share:.3g}' for share in self.shares)})"
+
+    def restart(self, epoch: int) -> None:
+        self.seen = [0] * len(self.sources)
+        super().restart(epoch)
+
+
+def replay(new: Stream, old: Stream, *, share: float) -> Stream:
+    """New data with a share of old data among it; a share of 0 is the plain stream of new data."""
+    return Mix((new, old), (1 - share, share)) if share > 0 else new
+
+
+def num_tokens(item: Any) -> int:
+    """Tokens of an encoded document or a window."""
+    return len(item.ids if isinstance(item, Encoded) else item["input_ids"])
+
+
+class Batch(Stream):
+    """`batch_size` items stacked: each tensor gains a leading axis. A last, smaller batch is left out."""
+
+    def __init__(self, source: Stream, *, batch_size: int) -> None:
+        self.sources, self.batch_size = (source,), batch_size
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        items = [next(self.sources[0]) for _ in range(self.batch_size)]
+        return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+    def own_state(self) -> dict[str, Any]:
+        return {}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        pass
+
+    def label(self) -> str:
+        return f"batch({self.batch_size})"

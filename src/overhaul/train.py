@@ -1,0 +1,353 @@
+"""THE loop: one function runs every plan, on one process or many.
+
+A method that trains returns a `Plan`; nothing else in this project contains a training loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from overhaul import checkpoint, machine
+from overhaul.errors import Interrupted, UserError
+from overhaul.method import Training
+from overhaul.objective import Batch, Forward, Mean, Objective, weighted_mean
+from overhaul.progress import Bar
+from overhaul.sharding import distribute
+from overhaul.stream import Stream
+from overhaul.watch import Watcher
+
+Schedule = Callable[[float], float]
+"""Share of the run in (0, 1) -> factor of the peak learning rate."""
+
+FREE_ON_RESUME = ("save_every", "keep", "eval_every")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to train on what, under which update rule.
+
+    Attributes:
+        model: the model with its trainable parameters marked by `requires_grad`.
+        objective: `(forward, batch) -> Terms`.
+        stream: micro-batches, mappings of tensors.
+        optimizer: any torch optimizer; it is called with a closure.
+        schedule: share of the run -> factor of the peak rate.
+        watchers: change something on a timetable.
+        finish: applied to the model after the last step: merge adapters, drop masks.
+    """
+
+    model: nn.Module
+    objective: Objective
+    stream: Stream
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule = lambda share: 1.0
+    watchers: tuple[Watcher, ...] = ()
+    finish: Callable[[nn.Module], nn.Module] = lambda model: model
+
+
+@dataclass(slots=True)
+class History:
+    """One point per optimizer step, as written to `metrics.jsonl`."""
+
+    points: list[dict[str, Any]] = field(default_factory=list)
+    trainable_parameters: int = 0
+    optimizer_bytes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def schedule(name: str, warmup: float) -> Schedule:
+    """A linear warm-up over the first `warmup` share of the run, then `linear`, `cosine` or `constant` decay to 0."""
+
+    def factor(share: float) -> float:
+        if share < warmup:
+            return share / warmup
+        left = (1 - share) / (1 - warmup) if warmup < 1 else 1.0
+        return {"linear": left, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))), "constant": 1.0}[name]
+
+    return factor
+
+
+def adamw(parameters: list[nn.Parameter], settings: Training) -> torch.optim.Optimizer:
+    """AdamW over fp32 masters of `parameters`, fused where the device has it.
+
+    The parameters are turned into fp32 in place: an update of 1e-4 of a bf16 weight would be rounded away.
+    """
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+
+class _Loss(nn.Module):
+    """The model and its objective as one module, so that a data-parallel wrapper sees one forward call."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch) -> dict[str, Mean]:
+        return self.objective(Forward(self.model, batch), batch)
+
+
+def train(
+    plan: Plan,
+    settings: Training,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    state_dir: Path | None = None,
+    resume: bool = False,
+    asked: dict[str, Any] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    track: str | None = None,
+    quiet: bool = False,
+) -> History:
+    """Runs `settings.steps` optimizer steps of `plan`, in place.
+
+    Args:
+        plan: what to do.
+        settings: how long, how fast.
+        seed: kept in the checkpoint's manifest; the caller has seeded before building the plan.
+        dtype: type of the matrix products (autocast).
+        state_dir: where checkpoints go; None writes none.
+        resume: go on from the newest checkpoint in `state_dir`, bit for bit.
+        asked: further settings that must not change on resume.
+        evaluate: held-out perplexity, called every `settings.eval_every` steps.
+        track: a tracker that accelerate knows, to which every point is mirrored.
+        quiet: no progress.
+
+    Raises:
+        UserError: nothing is trainable, the loss is not finite, or the settings changed on resume.
+        Interrupted: Ctrl-C; a checkpoint was written.
+    """
+    trainable = [p for p in plan.model.parameters() if p.requires_grad]
+    if not trainable:
+        raise UserError(
+            "nothing is trainable: the plan selects no parameter", hint="select at least one group"
+        )
+    accelerator = Accelerator(cpu=trainable[0].device.type == "cpu", log_with=track, project_dir=state_dir)
+    if track:
+        accelerator.init_trackers("overhaul", config=_plain(settings.model_dump()))
+    loss_module = distribute(accelerator, _Loss(plan.model, plan.objective), plan.optimizer)
+    run = _Run(plan, settings, accelerator, loss_module, dtype)
+    run.history.trainable_parameters = sum(p.numel() for p in trainable)
+    asked = {"seed": seed, **settings.model_dump(), **(asked or {})}
+    first = run.load(state_dir, asked) if resume and state_dir else 0
+    plan.model.train()
+    for watcher in plan.watchers:
+        watcher.start(plan.model)
+    began = time.perf_counter() - run.history.seconds
+    quiet = quiet or not accelerator.is_main_process
+    with _interruptible() as interrupted, Bar("training", settings.steps, done=first, quiet=quiet) as bar:
+        for step in range(first + 1, settings.steps + 1):
+            point = run.step(step)
+            run.history.seconds = time.perf_counter() - began
+            if evaluate and settings.eval_every and step % settings.eval_every == 0:
+                plan.model.eval()
+                point["perplexity"] = evaluate(plan.model)
+                plan.model.train()
+            run.history.points.append(point | {"seconds": round(run.history.seconds, 3)})
+            accelerator.log(point, step=step)
+            bar.step(f"loss {point['loss']:.3f}  {run.history.tokens / run.history.seconds:.0f} tokens/s")
+            due = settings.save_every and step % settings.save_every == 0 and step < settings.steps
+            if state_dir and accelerator.is_main_process and (due or interrupted.is_set()):
+                run.save(state_dir, step, asked)
+            if interrupted.is_set():
+                raise Interrupted(f"stopped after step {step} of {settings.steps}")
+    for watcher in plan.watchers:
+        watcher.end(plan.model)
+    plan.model.eval()
+    accelerator.end_training()
+    state = plan.optimizer.state.values()
+    run.history.optimizer_bytes = sum(v.nbytes for s in state for v in s.values() if isinstance(v, Tensor))
+    return run.history
+
+
+class _Run:
+    """One training run: what changes from step to step."""
+
+    def __init__(
+        self, plan: Plan, settings: Training, accelerator: Accelerator, loss: nn.Module, dtype: torch.dtype
+    ) -> None:
+        self.plan, self.settings, self.accelerator, self.loss, self.dtype = (
+            plan,
+            settings,
+            accelerator,
+            loss,
+            dtype,
+        )
+        self.trainable = [p for group in plan.optimizer.param_groups for p in group["params"]]
+        self.device = self.trainable[0].device
+        self.peak_rates = [group["lr"] for group in plan.optimizer.param_groups]
+        self.history = History()
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One optimizer step; returns its point of the history."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        drawn = [next(self.plan.stream) for _ in range(self.settings.accumulate * processes)]
+        counts = _sum_counts([self.plan.objective.counts(batch) for batch in drawn])
+        own = [
+            {key: value.to(self.device) for key, value in batch.items()} for batch in drawn[rank::processes]
+        ]
+        factor = self.plan.schedule((step - 0.5) / self.settings.steps)
+        for group, peak in zip(self.plan.optimizer.param_groups, self.peak_rates, strict=True):
+            group["lr"] = peak * factor
+        totals: dict[str, Tensor] = {}
+        norm = torch.zeros(())
+
+        def closure() -> Tensor:
+            nonlocal totals, norm
+            self.plan.optimizer.zero_grad(set_to_none=True)
+            totals, loss = self._backward(own, counts, step)
+            norm = self._clip(step)
+            return loss
+
+        self.plan.optimizer.step(closure)
+        for watcher in self.plan.watchers:
+            watcher.step(self.plan.model, step)
+        self.history.tokens += sum(batch["input_ids"].numel() for batch in drawn if "input_ids" in batch)
+        means = {name: float(total) / max(counts[name], 1) for name, total in totals.items()}
+        weights = {name: weight for name, (weight, _) in self.plan.objective.named().items()}
+        return {
+            "step": step,
+            "tokens": self.history.tokens,
+            "loss": sum(weights[name] * mean for name, mean in means.items()),
+            **{f"loss/{name}": mean for name, mean in means.items()},
+            "lr": self.peak_rates[0] * factor,
+            "grad_norm": float(norm),
+        }
+
+    def _backward(
+        self, own: list[dict[str, Tensor]], counts: dict[str, int], step: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of the mean over all micro-batches and processes; returns the totals and the loss."""
+        sums: dict[str, Tensor] = {}
+        for index, batch in enumerate(own):
+            last = index == len(own) - 1
+            wait = contextlib.nullcontext() if last else self.accelerator.no_sync(self.loss)
+            with wait:
+                with machine.autocast(self.device, self.dtype):
+                    terms = self.loss(batch)
+                loss = weighted_mean(terms, counts)
+                if not torch.isfinite(loss):
+                    raise UserError(**_blame(self.plan.model, batch, step, index, self.dtype))
+                # Data-parallel wrappers average gradients over processes; this makes it a sum.
+                (loss * self.accelerator.num_processes).backward()
+            for name, mean in terms.items():
+                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + mean.total.detach().float()
+        if self.accelerator.num_processes > 1:
+            reduced = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
+            sums = dict(zip(sums, reduced, strict=True))
+        weights = {name: weight for name, (weight, _) in self.plan.objective.named().items()}
+        return sums, torch.stack(
+            [weights[name] * total / max(counts[name], 1) for name, total in sums.items()]
+        ).sum()
+
+    def _clip(self, step: int) -> Tensor:
+        limit = self.settings.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable, limit)
+        if not torch.isfinite(norm):
+            names = [
+                n
+                for n, p in self.plan.model.named_parameters()
+                if p.grad is not None and not p.grad.isfinite().all()
+            ]
+            raise UserError(
+                f"the gradient is not finite at step {step}, first in {names[0]}",
+                hint="a lower --lr, or --dtype fp32; the last good checkpoint is kept",
+            )
+        return norm
+
+    def save(self, state_dir: Path, step: int, asked: dict[str, Any]) -> None:
+        """Writes a checkpoint."""
+        state = {
+            "optimizer": self.plan.optimizer.state_dict(),
+            "stream": self.plan.stream.state_dict(),
+            "watchers": [watcher.state_dict() for watcher in self.plan.watchers],
+            "random": machine.rng_state(),
+            "history": self.history,
+        }
+        checkpoint.write(
+            state_dir, step, model=self.plan.model, state=state, asked=_plain(asked), keep=self.settings.keep
+        )
+
+    def load(self, state_dir: Path, asked: dict[str, Any]) -> int:
+        """Goes on from the newest checkpoint; returns the steps it had done, 0 where there is none."""
+        newest = checkpoint.newest(state_dir)
+        if newest is None:
+            return 0
+        checkpoint.refuse_changes(newest, _plain(asked), free=FREE_ON_RESUME)
+        state = checkpoint.read(newest, self.plan.model)
+        self.plan.optimizer.load_state_dict(state["optimizer"])
+        self.plan.stream.load_state_dict(state["stream"])
+        for watcher, saved in zip(self.plan.watchers, state["watchers"], strict=True):
+            watcher.load_state_dict(saved)
+        machine.set_rng_state(state["random"])
+        self.history = state["history"]
+        return newest.step
+
+
+def _plain(asked: dict[str, Any]) -> dict[str, Any]:
+    """As it will be read back from JSON, so that tuples and paths compare equal."""
+    return json.loads(json.dumps(asked, default=str))
+
+
+def _sum_counts(counts: list[dict[str, int]]) -> dict[str, int]:
+    return {name: sum(count[name] for count in counts) for name in counts[0]}
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C into an event that is looked at after the step; the second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def on_signal(*_: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _blame(model: nn.Module, batch: Batch, step: int, micro_batch: int, dtype: torch.dtype) -> dict[str, str]:
+    """The error for a loss that is not finite: runs the batch again and names the first module to go wrong."""
+    first: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            tensors = output if isinstance(output, tuple | list) else [output]
+            if not first and any(isinstance(t, Tensor) and not t.isfinite().all() for t in tensors):
+                first.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(n)) for n, m in model.named_modules() if not list(m.children())]
+    with torch.no_grad(), machine.autocast(next(model.parameters()).device, dtype):
+        Forward(model, batch).hidden()
+    for hook in hooks:
+        hook.remove()
+    where = f"the first module with a bad output is {first[0]}" if first else "all hidden states are finite"
+    return {
+        "given": f"the loss is not finite at step {step}, micro-batch {micro_batch}; {where}",
+        "hint": "a lower --lr, --dtype fp32, or a look at the data; the last good checkpoint is kept",
+    }

@@ -1,0 +1,133 @@
+"""An output directory: model, record, recipe, card, report, curves, all written aside and renamed at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from overhaul import artifact as artifacts
+from overhaul import catalog, pretrained, recipe
+from overhaul.artifact import Artifact
+from overhaul.judge import Judge
+from overhaul.lineage import LineageStep
+from overhaul.report.card import CardData, Relation, model_card
+from overhaul.report.facts import Facts, Report, curves_of_history
+from overhaul.report.figures import curves_png
+from overhaul.report.html import html_report
+from overhaul.select import has_adapters
+from overhaul.train import History
+
+
+def write_directory(
+    made: Artifact,
+    out: Path,
+    *,
+    facts: tuple[Facts, ...],
+    history: History | None,
+    judge: Judge,
+) -> tuple[Facts, ...]:
+    """Writes everything that belongs to the result of a step.
+
+    Args:
+        made: the changed model with its lineage.
+        out: where to.
+        facts: of every model of the chain, the result last.
+        history: of the training, if there was one.
+        judge: under whose key the facts were measured.
+
+    Returns:
+        The facts with the result's path and size on disk.
+    """
+    with artifacts.stage(out) as directory:
+        if has_adapters(made.model):
+            from overhaul.interop.peft import write_adapter
+
+            write_adapter(made, directory)
+        else:
+            artifacts.write_model(made, directory)
+        size = sum(file.stat().st_size for file in artifacts.weight_files(directory))
+        facts = (*facts[:-1], replace(facts[-1], path=str(out), bytes=size))
+        artifacts.write_record(
+            made, directory, {"facts_key": judge.key, "facts": [asdict(one) for one in facts]}
+        )
+        recipe_yaml = replay(made.lineage, out)
+        (directory / "recipe.yaml").write_text(recipe_yaml)
+        report = build_report(made.lineage, facts, history.points if history else (), recipe_yaml)
+        (directory / "report.html").write_text(html_report(report))
+        if history:
+            lines = (json.dumps(point) for point in history.points)
+            (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+            curves_png(report.curves, directory / "curves.png")
+        (directory / "README.md").write_text(
+            card(made, report, out, adapter=(directory / "adapter_config.json").exists())
+        )
+    return facts
+
+
+def build_report(
+    lineage: Sequence[LineageStep],
+    facts: tuple[Facts, ...],
+    points: Sequence[Mapping[str, float]],
+    recipe_yaml: str,
+) -> Report:
+    """The report on a chain of steps."""
+    last = lineage[-1]
+    return Report(
+        title=f"{last.verb} {last.method}: {Path(facts[-1].path).name}",
+        facts=facts,
+        lineage=tuple(lineage),
+        curves=curves_of_history(points),
+        recipe_yaml=recipe_yaml,
+        commands=tuple(dict.fromkeys(step.command for step in lineage if step.command)),
+        environment={**last.versions, "hardware": last.hardware},
+    )
+
+
+def replay(lineage: Sequence[LineageStep], out: Path) -> str:
+    """The recipe that makes the directory again from the model the chain began with."""
+    base = lineage[0].parents[0].path
+    steps = []
+    for step in lineage:
+        chosen: dict[str, Any] = {name: step.fields[name] for name in step.non_default}
+        if step.data:
+            chosen["data"] = step.data.name
+        if step.seed:
+            chosen["seed"] = step.seed
+        steps.append((step.verb, step.method, chosen))
+    return recipe.to_yaml(base, steps, out=f"{out.name}-again")
+
+
+def card(made: Artifact, report: Report, out: Path, *, adapter: bool) -> str:
+    """The model card of the result."""
+    base = made.lineage[0].parents[0].path
+    named = pretrained.NAMED.get(base)
+    used = {step.data.name: step.data for step in made.lineage if step.data}
+    methods = dict.fromkeys(catalog.find(step.verb, step.method).load() for step in made.lineage)
+    relation: Relation = "adapter" if adapter else "finetune"
+    return model_card(
+        report,
+        name=out.name,
+        license=named.license.lower() if named else inherited_license(made.path),
+        base_model=named.base_model if named else base,
+        relation=relation,
+        datasets=[CardData(name=data.name, license=data.licence or "unknown") for data in used.values()],
+        citations=[method.paper for method in methods if method.paper],
+    )
+
+
+def inherited_license(path: Path) -> str:
+    """The licence in the front matter of the parent's card; `unknown` where it says nothing."""
+    readme = path / "README.md"
+    parts = readme.read_text(errors="replace").split("---", 2) if readme.is_file() else []
+    if len(parts) < 3:
+        return "unknown"
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return "unknown"
+    return str(front.get("license", "unknown")) if isinstance(front, dict) else "unknown"

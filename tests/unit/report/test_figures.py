@@ -1,0 +1,109 @@
+"""Charts: right ticks, no lost spikes, numbers where they belong."""
+
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from overhaul.report.facts import Curve
+from overhaul.report.figures import bar_chart, curves_png, heat_map, line_chart, placed, thinned, ticks
+from overhaul.report.numbers import as_percent
+
+from .examples import full_report, layers
+
+
+def curve(name: str, *ys: float) -> Curve:
+    return Curve(name=name, x=tuple(range(len(ys))), y=ys, x_label="step", y_label="loss")
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 100) == [0, 20, 40, 60, 80, 100]
+    assert ticks(3.4, 6.9) == [4, 5, 6]
+    assert ticks(0, 5.2e-4) == pytest.approx([0, 1e-4, 2e-4, 3e-4, 4e-4, 5e-4])
+    assert ticks(7, 7) == [7]
+
+
+def test_thinning_keeps_the_extremes_in_order() -> None:
+    points = [(float(x), math.sin(x / 50)) for x in range(10_000)]
+    points[5_001] = (5_001.0, 99.0)
+
+    kept = thinned(points, most=200)
+
+    assert len(kept) <= 200
+    assert (5_001.0, 99.0) in kept
+    assert kept == sorted(kept)
+
+
+def test_a_short_line_is_drawn_as_it_is() -> None:
+    assert thinned([(0.0, 1.0), (1.0, 2.0)]) == [(0.0, 1.0), (1.0, 2.0)]
+
+
+def test_higher_values_are_drawn_higher_and_not_a_number_is_left_out() -> None:
+    svg = ElementTree.fromstring(line_chart([curve("loss", 3.0, math.nan, 1.0)], title="t"))
+
+    (line,) = svg.iter("polyline")
+    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in line.attrib["points"].split())
+    assert x0 < x1
+    assert y0 < y1  # SVG counts downwards
+
+
+@pytest.mark.parametrize("ys", [(2.0,), (2.0, 2.0), (0.0, 0.0), (math.nan,), ()])
+def test_degenerate_curves_are_drawn(ys: tuple[float, ...]) -> None:
+    svg = line_chart([curve("loss", *ys)], title="t")
+
+    assert "nan" not in svg
+    ElementTree.fromstring(svg)
+
+
+def test_series_differ_by_more_than_colour_and_are_named() -> None:
+    svg = line_chart([curve("ce", 2, 1), curve("distill", 1, 0.5)], title="t")
+
+    assert "stroke-dasharray" in svg
+    assert ">ce</text>" in svg
+    assert ">distill</text>" in svg
+
+
+def test_bars_are_proportional() -> None:
+    svg = ElementTree.fromstring(bar_chart([("a", 0.5), ("b", 1.0), ("c", -0.2)], title="t", full="dense"))
+
+    half, whole, none = (
+        float(bar.attrib["width"]) for bar in svg.iter("rect") if bar.attrib["class"] == "bar"
+    )
+    assert half == pytest.approx(whole / 2, abs=0.1)
+    assert none == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.layers.3.self_attn.q_proj", ("3", "self_attn.q_proj")),
+        ("h.11.mlp.experts.2.up", ("11", "mlp.experts.2.up")),
+        ("lm_head", ("", "lm_head")),
+    ],
+)
+def test_layers_are_placed_by_block_and_projection(name: str, place: tuple[str, str]) -> None:
+    assert placed(name) == place
+
+
+def test_a_heat_map_has_one_cell_per_layer_at_its_strength() -> None:
+    svg = heat_map(layers(3, 0.5, None), lambda layer: layer.sparsity, as_percent, highest=1.0, title="t")
+
+    tips = re.findall(r'fill-opacity="0.500"><title>(.*?)</title>', svg)
+    assert len(tips) == 3 * 7
+    assert tips[0] == "model.layers.0.self_attn.q_proj: 50.0%"
+
+
+def test_an_unmeasured_layer_is_an_empty_cell() -> None:
+    svg = heat_map(layers(1, None, None), lambda layer: layer.sparsity, as_percent, highest=0.0, title="t")
+
+    assert svg.count('class="cell none"') == 7
+
+
+def test_curves_are_written_as_a_picture(tmp_path: Path) -> None:
+    path = tmp_path / "curves.png"
+
+    curves_png(full_report().curves, path)
+
+    assert path.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,65 @@
+"""What the numbers say."""
+
+from dataclasses import replace
+
+from overhaul.report.sentences import limits, step_sentence, verdict
+
+from .examples import full_report, perplexity, three_facts
+
+
+def test_pruned_and_won_back() -> None:
+    assert verdict(three_facts()) == (
+        "Half of the block weights are zero and 85% of the lost log-perplexity is back, "
+        "with 1.8% of the parameters trained in 2 min 10 s."
+    )
+
+
+def test_better_than_the_reference_is_all_of_it() -> None:
+    dense, pruned, won_back = three_facts()
+
+    sentence = verdict((dense, pruned, replace(won_back, perplexity=perplexity("m", 27.0))))
+
+    assert "all of the lost log-perplexity is back" in sentence
+
+
+def test_pruned_only() -> None:
+    dense, pruned, _ = three_facts()
+
+    assert verdict((dense, replace(pruned, nonzero_share_blocks=0.3))) == (
+        "70.0% of the block weights are zero and perplexity went from 28.05 (dense) to 1197 (pruned), "
+        "42.7 times as much."
+    )
+
+
+def test_one_model_is_described() -> None:
+    assert verdict(three_facts()[:1]) == (
+        "Dense has 134.5 M parameters, 269 MB on disk, perplexity 28.05 [26.93, 29.17] on austen."
+    )
+
+
+def test_without_perplexity_nothing_is_claimed() -> None:
+    dense, *_ = three_facts()
+    bare = replace(dense, perplexity=None)
+
+    assert verdict((bare, bare)) == "2 models are shown side by side, without perplexity on both ends."
+
+
+def test_limits_name_what_got_worse_and_what_zeros_do_not_buy() -> None:
+    worse, stored = limits(three_facts())
+
+    assert worse == "perplexity: 49.10 [47.14, 51.06] in won back, 28.05 [26.93, 29.17] in dense."
+    assert stored.startswith("Zeros are stored like other numbers")
+
+
+def test_an_unchanged_model_has_no_limits() -> None:
+    dense, *_ = three_facts()
+
+    assert limits((dense,)) == ()
+    assert limits((dense, replace(dense, label="copy"))) == ()
+
+
+def test_a_step_names_the_settings_that_were_chosen() -> None:
+    prune, perp = full_report().lineage
+
+    assert step_sentence(prune) == "prune wanda with samples 32, on 16,384 tokens of austen, in 21 s."
+    assert step_sentence(replace(perp, non_default=(), data=None, seconds=None)) == "adapt perp."

@@ -1,0 +1,153 @@
+"""Named corpora and a user's own."""
+
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from overhaul import corpora
+from overhaul.corpora import CorpusSpec, named_corpora, open_corpus
+from overhaul.documents import read_rows
+from overhaul.errors import UserError
+
+OFFLINE = [info.name for info in named_corpora() if not info.fetched]
+FETCHED = [info.name for info in named_corpora() if info.fetched]
+TEXTS = Path(corpora.__file__).parent / "texts"
+
+
+def check(name: str) -> corpora.Corpus:
+    corpus = open_corpus(name)
+    info = next(info for info in named_corpora() if info.name == name)
+    assert corpus.train
+    assert corpus.calib
+    assert corpus.heldout
+    assert corpus.check_leakage() == []
+    assert corpus.bytes == pytest.approx(info.bytes, rel=0.3)
+    return corpus
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_corpora_that_are_always_there_do_not_leak(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FETCHED)
+def test_fetched_corpora_do_not_leak_and_hold_no_markup(name):
+    corpus = check(name)
+
+    if name.startswith("manpages"):
+        text = "\n".join(row["text"] for row in corpus.heldout)
+        assert "\\fB" not in text
+        assert "\n.SH" not in text
+
+
+def test_the_sample_is_small_prose_with_room_for_the_demo():
+    corpus = open_corpus("sample")
+
+    assert corpus.bytes <= 300_000
+    assert len(corpus.train) >= 12
+    sizes = {part: sum(len(row["text"]) for row in getattr(corpus, part)) for part in ("train", "heldout")}
+    assert sizes["train"] >= 100 * 512 * 4.2  # characters a token of English
+    assert sizes["heldout"] >= 16 * 512 * 4.2
+    assert {row["text"].count("\r") for row in corpus.train} == {0}
+
+
+def test_the_sample_names_its_sources():
+    told = (TEXTS / "README.md").read_text()
+
+    for file in TEXTS.glob("*.txt"):
+        assert file.stem.rstrip("0123456789") in told
+
+
+def test_the_same_corpus_has_the_same_fingerprint_and_another_limit_another():
+    whole = open_corpus("sample")
+
+    assert open_corpus(CorpusSpec(path="sample")).fingerprint == whole.fingerprint
+    assert open_corpus(CorpusSpec(path="sample", limit=20)).fingerprint != whole.fingerprint
+
+
+def test_a_users_file_is_divided_and_what_was_met_is_noted(tmp_path):
+    lines = (TEXTS / "moby-dick-001.txt").read_text().splitlines()
+    (tmp_path / "book.txt").write_text("\n\n\n".join([*lines, lines[0]]))
+
+    corpus = open_corpus(tmp_path / "book.txt")
+
+    assert (corpus.name, corpus.licence, corpus.source) == (
+        "book.txt",
+        "not stated",
+        str(tmp_path / "book.txt"),
+    )
+    assert corpus.check_leakage() == []
+    assert "1 exact duplicates kept" in corpus.notes
+
+
+def test_a_path_is_never_taken_for_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("sample").mkdir()
+    Path("sample/a.txt").write_text((TEXTS / "moby-dick-015.txt").read_text())
+
+    for spec in (Path("sample"), "./sample"):
+        assert open_corpus(spec).licence == "not stated"
+
+
+def test_field_and_limit_reach_the_reader(tmp_path):
+    rows = read_rows(TEXTS / "moby-dick-001.txt").rows[0]["text"].split("\n\n")
+    (tmp_path / "a.csv").write_text("body\n" + "".join('"' + row.replace('"', "'") + '"\n' for row in rows))
+
+    corpus = open_corpus(CorpusSpec(path=str(tmp_path / "a.csv"), field="body", limit=12))
+
+    assert len(corpus.train) + len(corpus.calib) + len(corpus.heldout) == 12
+
+
+def test_an_unknown_name_gets_a_suggestion(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(UserError, match="did you mean 'sample'") as caught:
+        open_corpus("smaple")
+
+    assert "stdlib" in caught.value.allowed
+
+
+def test_a_named_corpus_has_no_columns():
+    with pytest.raises(UserError, match="named corpus"):
+        open_corpus(CorpusSpec(path="sample", field="body"))
+
+
+def test_a_spec_is_strict():
+    with pytest.raises(ValidationError):
+        CorpusSpec(path="sample", limit=0)
+    with pytest.raises(ValidationError):
+        CorpusSpec.model_validate({"path": "sample", "rows": 3})
+
+
+def test_r_strings_reads_what_r_writes():
+    def number(*values: int) -> bytes:
+        return b"".join(value.to_bytes(4, "big") for value in values)
+
+    words = b"".join(number(9, len(word)) + word for word in (b"Emma", "café".encode(), b""))
+    version_2 = b"X\n" + number(2, 0, 0) + number(16, 3) + words
+    version_3 = b"X\n" + number(3, 0, 0) + number(5) + b"UTF-8" + number(16, 3) + words
+
+    database = b"".join(number(len(entry)) + zlib.compress(entry) for entry in (version_2, version_3))
+
+    assert list(corpora._r_strings(database)) == [["Emma", "café", ""]] * 2
+
+
+def test_chapters_lose_headings_and_line_breaks():
+    novel = "EMMA\n\nVOLUME I\n\nCHAPTER I\n\nEmma was\nhandsome.\n\nClever.\n\nCHAPTER II\n\nRich.\n\nFINIS"
+
+    assert list(corpora._chapters(novel)) == ["Emma was handsome.\n\nClever.", "Rich."]
+
+
+def test_listing_the_corpora_imports_no_heavy_package():
+    script = (
+        "import sys, overhaul.corpora as c; c.named_corpora(); print({'torch', 'pyarrow'} & set(sys.modules))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "set()\n"

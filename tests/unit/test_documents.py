@@ -1,0 +1,191 @@
+"""Rows from every supported format, and what is said about those that cannot be read."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import zstandard
+
+from overhaul.documents import Message, NotUtf8Error, Row, read_rows, row_text, text_row
+from overhaul.errors import UserError
+
+RECORDS = [{"text": "first", "source": 1}, {"text": "second", "source": 2}]
+
+
+def json_lines(records: list[dict]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def texts(path: Path | str, **options) -> list[str]:
+    return [row["text"] for row in read_rows(path, **options).rows]
+
+
+def test_a_text_file_is_cut_where_two_blank_lines_stand(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\nstill one\n\n\ntwo\n \n\n\nthree\n")
+
+    assert texts(tmp_path / "a.txt") == ["one\n\nstill one", "two", "three"]
+
+
+def test_every_table_format_gives_the_same_rows(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    (tmp_path / "a.jsonl").write_text(json_lines(RECORDS))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(json_lines(RECORDS).encode()))
+    parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "source"])
+        writer.writeheader()
+        writer.writerows(RECORDS)
+
+    for name in ("a.jsonl", "a.jsonl.zst", "a.parquet", "a.csv"):
+        assert texts(tmp_path / name) == ["first", "second"], name
+
+
+def test_a_compressed_file_may_have_several_frames_but_not_half_a_one(tmp_path):
+    first, second = (zstandard.compress(json_lines([record]).encode()) for record in RECORDS)
+    (tmp_path / "a.jsonl.zst").write_bytes(first + second)
+    (tmp_path / "cut.jsonl.zst").write_bytes(first + second[:-5])
+
+    assert texts(tmp_path / "a.jsonl.zst") == ["first", "second"]
+    with pytest.raises(UserError, match="ends too early"):
+        read_rows(tmp_path / "cut.jsonl.zst")
+
+
+def test_a_saved_dataset_and_a_dictionary_of_splits(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    Dataset.from_list(RECORDS).save_to_disk(tmp_path / "one")
+    DatasetDict({name: Dataset.from_list(RECORDS) for name in ("train", "test")}).save_to_disk(
+        tmp_path / "two"
+    )
+
+    assert texts(tmp_path / "one") == ["first", "second"]
+    assert texts(tmp_path / "two") == ["first", "second"] * 2
+
+
+def test_a_directory_is_read_sorted_one_document_a_file_and_the_rest_is_counted(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/c.md").write_text("# c\n\n\n\nstill c")
+    (tmp_path / "b.py").write_text("b = 1\n")
+    (tmp_path / "a.jsonl").write_text(json_lines(RECORDS))
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin1"))
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / ".hidden.txt").write_text("not read")
+
+    found = read_rows(tmp_path)
+
+    assert [row["text"] for row in found.rows] == ["first", "second", "b = 1", "# c\n\n\n\nstill c"]
+    assert (found.notes.undecodable, found.notes.unsupported) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("piped", "expected"),
+    [(json_lines(RECORDS), ["first", "second"]), ("plain\ntext", ["plain\ntext"])],
+    ids=["json lines", "text"],
+)
+def test_standard_input(monkeypatch, piped, expected):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(piped.encode())))
+
+    assert texts("-") == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"text": "t"}, [("t", True)]),
+        ({"prompt": "p", "completion": "c"}, [("p", False), ("c", True)]),
+        ({"question": "q", "answer": "a"}, [("q\n", False), ("a", True)]),
+        ({"prompt": "p", "chosen": "good", "rejected": "bad"}, [("p", False), ("good", True)]),
+        (
+            {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+            [("u", False), ("a", True)],
+        ),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_each_shape_trains_on_its_answer(tmp_path, record, expected):
+    (tmp_path / "a.jsonl").write_text(json_lines([record]))
+
+    (row,) = read_rows(tmp_path / "a.jsonl").rows
+
+    assert row_text(row) == expected
+
+
+def test_a_row_is_a_frozen_mapping_with_a_stable_id():
+    row = Row((("messages", (Message("user", "hi"),)),))
+
+    assert dict(row) == {"messages": (Message("user", "hi"),)}
+    assert text_row("a").id == text_row("a").id != text_row("b").id
+    assert text_row("a").id == "0798f1ceea91e418"
+    with pytest.raises(AttributeError):
+        row.columns = ()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_field_wins_over_the_shapes_and_limit_stops_early(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json_lines([{"text": "no", "body": f"row {i}"} for i in range(5)]))
+
+    assert texts(tmp_path / "a.jsonl", field="body", limit=2) == ["row 0", "row 1"]
+
+
+def test_empty_and_undecodable_rows_are_dropped_and_counted_duplicates_only_counted(tmp_path):
+    lines = [b'{"text": "a"}', b'{"text": " "}', b'{"text": null}', b'{"text": "caf\xe9"}', b'{"text": "a"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+
+    found = read_rows(tmp_path / "a.jsonl")
+
+    assert [row["text"] for row in found.rows] == ["a", "a"]
+    assert found.notes.sentences() == (
+        "2 empty rows dropped",
+        "1 rows or files that are not UTF-8 dropped",
+        "1 exact duplicates kept",
+    )
+
+
+def test_not_utf8_names_the_file_and_the_first_bad_byte(tmp_path):
+    (tmp_path / "a.txt").write_bytes("un café".encode("latin1"))
+
+    with pytest.raises(NotUtf8Error, match=r"a\.txt is not UTF-8: byte 0xe9 at offset 6"):
+        read_rows(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "  \n\n", "is empty"),
+        ("a.docx", "x", "unknown suffix '.docx'"),
+        ("a.jsonl", '{"body": "x", "id": 3}\n', "columns found: body, id"),
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl:2 is not JSON"),
+        ("a.jsonl", '["x"]\n', "a.jsonl:1 is a JSON list"),
+        ("a.jsonl", '{"text": ["x"]}\n', "column 'text' holds list"),
+        ("a.jsonl", '{"messages": ["x"]}\n', "messages = "),
+        ("a.jsonl.zst", "not compressed", "cannot be decompressed"),
+        ("a.parquet", "not a table", "is not a Parquet file"),
+    ],
+)
+def test_what_cannot_be_read_is_a_user_error(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+
+    with pytest.raises(UserError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_a_wrong_column_tells_what_would_do(tmp_path):
+    (tmp_path / "a.csv").write_text("id,body\n1,x\n")
+
+    with pytest.raises(UserError) as caught:
+        read_rows(tmp_path / "a.csv", field="txt")
+
+    assert "no column 'txt'; columns found: id, body" in caught.value.given
+    assert "prompt+completion" in caught.value.allowed
+    assert caught.value.hint.startswith("--field ")
+
+
+def test_a_missing_path_and_an_empty_directory(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_rows(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is empty"):
+        read_rows(tmp_path)
