@@ -19,7 +19,7 @@ setup: $(READY) ## the environment .venv, with everything but the docs and the p
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
-	$(PIP) $(BIN)/python install --quiet --constraint constraints.txt pip --editable '.[dev,gguf,austen]'
+	$(PIP) $(BIN)/python install --quiet --constraint constraints.txt pip --editable '.[dev,gguf]'
 	touch $@
 
 demo: setup ## prune SmolLM2-135M to half, win it back, report: about six minutes

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,35 @@ def weights_sha256(path: Path) -> str:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
+
+
+def dense_ancestor(made: Artifact) -> Callable[[str], dict[str, Tensor]] | None:
+    """Reads tensors of the newest ancestor without masks: `read("model.layers.0.")` -> tensors without that prefix.
+
+    None when the lineage names no such directory, or it is gone or was changed since.
+    """
+    for step in reversed(made.lineage):
+        for parent in step.parents:
+            path = pretrained.cached(parent.path) if parent.path in pretrained.NAMED else Path(parent.path)
+            if (
+                path is None
+                or not path.is_dir()
+                or (path / MASKS).is_file()
+                or weights_sha256(path) != parent.hash
+            ):
+                continue
+            files = weight_files(path)
+
+            def read(prefix: str, files: list[Path] = files) -> dict[str, Tensor]:
+                found = {}
+                for file in files:
+                    with safe_open(file, framework="pt") as opened:
+                        names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a dict
+                        found |= {name.removeprefix(prefix): opened.get_tensor(name) for name in names}
+                return found
+
+            return read
+    return None
 
 
 def pack_masks(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,7 +1,8 @@
 """Cross-entropy of a large vocabulary straight from the hidden states, without ever holding all logits.
 
-The logits of a chunk of tokens become their own gradient in place, and the gradients of the hidden states and of the
-output embedding are taken while the chunk is there: nothing is recomputed, and only they wait for the backward pass.
+The logits of a chunk of tokens become their own gradient in place, and the gradients of the hidden states and
+of the output embedding are taken while the chunk is there: nothing is recomputed, and only they wait for the
+backward pass.
 
 Shapes: N tokens, D hidden width, V vocabulary, C tokens of one chunk, R tokens of one block of rows.
 """
@@ -9,7 +10,6 @@ Shapes: N tokens, D hidden width, V vocabulary, C tokens of one chunk, R tokens 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +20,7 @@ CHUNK_TOKENS = 512
 """Enough tokens for the matrix products to run at full speed: 50 MB of bf16 logits at 49,152 words."""
 
 _ROWS_ELEMENTS = 400_000
-"""Logits that go through softmax together: 1.6 MB in fp32, so the passes after the first find them in the cache."""
-
-_SLAB_WORDS = 2048
-"""Rows of the output embedding whose gradient is added at once, for the same reason."""
+"""Logits that go through softmax together: 1.6 MB in fp32, so the later passes find them in the cache."""
 
 
 def linear_cross_entropy(
@@ -35,10 +32,10 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
-    """The sum of -log softmax(hidden weight^T + bias)[label] over the labels that are not `ignore_index`, in nats.
+    """The sum of -log softmax(hidden weight^T + bias)[label] over the trained labels, in nats.
 
-    Matrix products run in the autocast type where autocast is on, else in the wider of the operands' types; softmax,
-    its logarithm, the sum and the weight's gradient over chunks are fp32 (fp64 for fp64 inputs).
+    Matrix products run in the autocast type where autocast is on, else in the wider of the operands' types;
+    softmax, its logarithm, and the sums over tokens and chunks are fp32 (fp64 for fp64 inputs).
 
     Args:
         hidden_ND: last hidden states.
@@ -49,8 +46,8 @@ def linear_cross_entropy(
         chunk_tokens: tokens whose logits exist at one time; changes memory and speed, not the result.
 
     Returns:
-        A scalar, fp32 or wider. It can be differentiated once, and its graph used once: `retain_graph` and double
-        backward raise `RuntimeError`.
+        A scalar, fp32 or wider. Its backward pass runs once: a second one raises `RuntimeError`, even after
+        `retain_graph`, and so does differentiating twice.
     """
     if not torch.is_grad_enabled():
         return token_nll(
@@ -63,42 +60,7 @@ def linear_cross_entropy(
     return loss
 
 
-@dataclass(frozen=True, slots=True)
-class TokenScores:
-    """How a model rates each label.
-
-    Attributes:
-        nll_N: -log probability in nats, fp32 or wider; 0 where the label is ignored.
-        greedy_N: whether no word is likelier than the label, bool; False where the label is ignored.
-    """
-
-    nll_N: Tensor
-    greedy_N: Tensor
-
-
 @torch.no_grad()
-def score_tokens(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    labels_N: Tensor,
-    bias_V: Tensor | None = None,
-    *,
-    ignore_index: int = -100,
-    chunk_tokens: int = CHUNK_TOKENS,
-) -> TokenScores:
-    """Negative log-likelihood and greedy hit of each label, without gradient; arguments as `linear_cross_entropy`."""
-    kept = labels_N != ignore_index
-    hidden_KD, labels_K = hidden_ND[kept], labels_N[kept]
-    dtype = _compute_dtype(hidden_ND, weight_VD)
-    nll_N = torch.zeros(labels_N.shape, dtype=_statistics_dtype(dtype), device=hidden_ND.device)
-    greedy_N = torch.zeros_like(labels_N, dtype=torch.bool)
-    nll_K, greedy_K = nll_N[kept], greedy_N[kept]
-    for at, logits_CV in _logits(hidden_KD, weight_VD.to(dtype), bias_V, dtype, chunk_tokens):
-        nll_K[at], greedy_K[at] = _differentiate_(logits_CV, labels_K[at], with_gradient=False)
-    nll_N[kept], greedy_N[kept] = nll_K, greedy_K
-    return TokenScores(nll_N, greedy_N)
-
-
 def token_nll(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -108,10 +70,17 @@ def token_nll(
     ignore_index: int = -100,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
-    """`(N,)` negative log-likelihoods in nats, 0 where ignored, without gradient; see `linear_cross_entropy`."""
-    return score_tokens(
-        hidden_ND, weight_VD, labels_N, bias_V, ignore_index=ignore_index, chunk_tokens=chunk_tokens
-    ).nll_N
+    """`(N,)` negative log-likelihoods in nats, fp32 or wider, 0 where ignored; never records a gradient.
+
+    Arguments and arithmetic are those of `linear_cross_entropy`.
+    """
+    kept = labels_N != ignore_index
+    hidden_KD, labels_K = hidden_ND[kept], labels_N[kept]
+    dtype = _compute_dtype(hidden_ND, weight_VD)
+    nll_K = hidden_ND.new_empty(len(labels_K), dtype=_statistics_dtype(dtype))
+    for at, logits_CV in _logits(hidden_KD.to(dtype), weight_VD.to(dtype), bias_V, chunk_tokens):
+        nll_K[at] = _differentiate_(logits_CV, labels_K[at], with_gradient=False)
+    return nll_K.new_zeros(labels_N.shape).masked_scatter_(kept, nll_K)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -132,19 +101,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         product_VD, product_ND = weight_VD.to(dtype), hidden_ND.to(dtype)
         loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
         grad_ND = torch.empty_like(product_ND) if need_hidden else None
-        grad_VD = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
+        grad_VD: Tensor | None = None
         grad_V = torch.zeros_like(bias_V, dtype=wide) if need_bias and bias_V is not None else None
-        for at, grad_CV in _logits(product_ND, product_VD, bias_V, dtype, chunk_tokens):
-            nll_C, _ = _differentiate_(
-                grad_CV, labels_N[at], with_gradient=need_hidden or need_weight or need_bias
-            )
-            loss += nll_C.sum()
+        for at, grad_CV in _logits(product_ND, product_VD, bias_V, chunk_tokens):
+            loss += _differentiate_(grad_CV, labels_N[at], with_gradient=any(ctx.needs_input_grad)).sum()
             if grad_ND is not None:
                 torch.mm(grad_CV, product_VD, out=grad_ND[at])
-            if grad_VD is not None:
-                _add_product_(grad_VD, grad_CV, product_ND[at])
+            if need_weight:
+                product = grad_CV.t() @ product_ND[at]
+                grad_VD = product.to(wide) if grad_VD is None else grad_VD.add_(product)
             if grad_V is not None:
                 grad_V += grad_CV.sum(0, dtype=wide)
+        if need_weight and grad_VD is None:  # no label was trained
+            grad_VD = torch.zeros_like(weight_VD, dtype=wide)
         ctx.grads = (grad_ND, grad_VD, grad_V)
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, bias_V.dtype if bias_V is not None else None)
         return loss
@@ -152,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Scaled in place and given away, so that the embedding's gradient, the largest tensor here, exists once.
+        # Scaled in place and given away: the embedding's gradient, the largest tensor here, exists only once.
         if ctx.grads is None:
             raise RuntimeError("linear_cross_entropy: its backward pass can run only once")
         (grad_ND, grad_VD, grad_V), ctx.grads = ctx.grads, None
@@ -178,49 +147,38 @@ def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _logits(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype, chunk_tokens: int
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, chunk_tokens: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Chunk by chunk, the tokens and their logits `(C, V)`, in a buffer that the next chunk overwrites."""
     num_tokens = hidden_ND.shape[0]
-    buffer_CV = hidden_ND.new_empty(min(chunk_tokens, num_tokens), weight_VD.shape[0], dtype=dtype)
-    bias_V = None if bias_V is None else bias_V.to(dtype)
+    buffer_CV = hidden_ND.new_empty(min(chunk_tokens, num_tokens), weight_VD.shape[0])
     for start in range(0, num_tokens, chunk_tokens):
         at = slice(start, min(start + chunk_tokens, num_tokens))
-        logits_CV = buffer_CV[: at.stop - start]
-        torch.mm(hidden_ND[at].to(dtype), weight_VD.t(), out=logits_CV)
+        logits_CV = torch.mm(hidden_ND[at], weight_VD.t(), out=buffer_CV[: at.stop - start])
         if bias_V is not None:
             logits_CV += bias_V
         yield at, logits_CV
 
 
-def _differentiate_(logits_CV: Tensor, labels_C: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
+def _differentiate_(logits_CV: Tensor, labels_C: Tensor, *, with_gradient: bool) -> Tensor:
     """Turns logits into the gradient of their loss, softmax - onehot(label), in place.
 
     Returns:
-        nll_C and greedy_C as in `TokenScores`. Without gradient `logits_CV` stays as it is.
+        The losses `(C,)`. Without gradient `logits_CV` stays as it is.
     """
     num_tokens, num_words = logits_CV.shape
     rows = max(1, _ROWS_ELEMENTS // num_words)
     wide_RV = logits_CV.new_empty(min(rows, num_tokens), num_words, dtype=_statistics_dtype(logits_CV.dtype))
     nll_C = wide_RV.new_empty(num_tokens)
-    greedy_C = torch.empty_like(labels_C, dtype=torch.bool)
     for at in (slice(start, min(start + rows, num_tokens)) for start in range(0, num_tokens, rows)):
         scratch_RV = wide_RV[: at.stop - at.start].copy_(logits_CV[at])
         labels_R1 = labels_C[at, None]
         top_R, label_R = scratch_RV.amax(-1), scratch_RV.gather(1, labels_R1)[:, 0]
         torch.softmax(scratch_RV, -1, out=scratch_RV)
-        # The likeliest word has a probability of at least 1/V, so this logarithm is exact where the label's own
-        # probability would have underflowed: log-sum-exp = top - log softmax(top).
+        # log-sum-exp = top - log softmax(top): the likeliest word has a probability of at least 1/V, so this
+        # logarithm is exact where the label's own probability would have underflowed.
         nll_C[at] = top_R - scratch_RV.amax(-1).log_() - label_R
-        greedy_C[at] = label_R >= top_R
         if with_gradient:
             scratch_RV.scatter_add_(1, labels_R1, scratch_RV.new_full((), -1.0).expand(labels_R1.shape))
             logits_CV[at] = scratch_RV
-    return nll_C, greedy_C
-
-
-def _add_product_(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
-    """Adds grad^T hidden to `total_VD`, slab by slab: the sum is fp32 where the product is bf16."""
-    for start in range(0, total_VD.shape[0], _SLAB_WORDS):
-        words = slice(start, start + _SLAB_WORDS)
-        total_VD[words] += grad_CV[:, words].t() @ hidden_CD
+    return nll_C

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -33,6 +34,8 @@ class Data:
         seed: orders the documents.
         model: how the user called the model, for tables.
         dtype: of matrix products when something is measured on it.
+        dense_tensors: prefix of names -> the weights before pruning, without the prefix, read from the ancestor's
+            files; None when the lineage names no dense ancestor that is still there.
     """
 
     corpus: Corpus
@@ -40,6 +43,7 @@ class Data:
     seed: int = 0
     model: str = ""
     dtype: torch.dtype = torch.float32
+    dense_tensors: Callable[[str], dict[str, Tensor]] | None = None
 
     def encode(self, row: Row) -> Encoded:
         """One document as tokens, closed by the end-of-sequence token, which is trained on."""

@@ -29,6 +29,7 @@ from overhaul.options import DEFAULT_CORPUS, Options
 from overhaul.progress import say
 from overhaul.recipe import Recipe, Step
 from overhaul.report.facts import Facts
+from overhaul.select import has_adapters
 from overhaul.table import Table
 from overhaul.train import History, train
 from overhaul.write import write_directory
@@ -74,7 +75,11 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
                         hint="--data sample, or overhaul data list")  # fmt: skip
     corpus = open_data(options) if needs_data else None
     parent = artifacts.load(model, device=device, dtype=torch.float32 if options.dtype == "fp32" else None)
-    data = Data(corpus, parent.processor, options.seed) if corpus else None
+    data = (
+        Data(corpus, parent.processor, options.seed, dense_tensors=artifacts.dense_ancestor(parent))
+        if corpus
+        else None
+    )
     artifacts.refuse_full_disk(
         out, 2 * sum(p.numel() * parent.dtype.itemsize for p in parent.model.parameters())
     )
@@ -143,7 +148,7 @@ def _train(
     options: Options,
     judge: Judge,
 ) -> tuple[nn.Module, History]:
-    """Plans and runs the loop, then the plan's finish."""
+    """Runs the method's plans through the loop, one after the other, each with its finish."""
     method = data.steps_for(method, processes=int(os.environ.get("WORLD_SIZE", "1")))
     if method.seq_len > (longest := _longest(parent.model, method.seq_len)):
         raise UserError(
@@ -152,26 +157,52 @@ def _train(
     if method.checkpoint_activations:
         inner: Any = parent.model
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    plan = method.plan(parent.model, data)
+    if method.in_stages() and options.resume:
+        raise UserError(
+            "this method trains in stages and writes no checkpoints",
+            hint="the command without --resume, to a new -o",
+        )
     asked = {
         "model": parent.weights_sha256,
         "data": data.corpus.fingerprint,
         "dtype": str(dtype),
         **flat_fields(method.model_dump(mode="json")),
     }
-    try:
-        history = train(plan, method, seed=options.seed, dtype=dtype, state_dir=out / artifacts.STATE,
-                        resume=options.resume, asked=asked, evaluate=judge.perplexity, track=options.track)  # fmt: skip
-    except Interrupted as stopped:
-        typed = shlex.join(["overhaul", *(a for a in sys.argv[1:] if a != "--resume"), "--resume"])
-        raise Interrupted(
-            f"{stopped}; a checkpoint is in {out / artifacts.STATE}. Go on with:\n  {typed}"
-        ) from None
-    for parameter in plan.model.parameters():
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    with torch.no_grad():
-        return plan.finish(plan.model), history
+    histories, stored = [], next(parent.model.parameters()).dtype
+    for plan in method.stages(parent.model, data):
+        try:
+            history = train(
+                plan,
+                method,
+                seed=options.seed,
+                dtype=dtype,
+                state_dir=None if method.in_stages() else out / artifacts.STATE,
+                resume=options.resume,
+                asked=asked,
+                evaluate=judge.perplexity,
+                track=options.track,
+                quiet=method.in_stages(),
+            )
+        except Interrupted as stopped:
+            raise _resumable(stopped, method, out) from None
+        for parameter in plan.model.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        with torch.no_grad():
+            plan.finish(plan.model)
+        histories.append(history)
+    if not has_adapters(parent.model):
+        # What is measured from here on is what will be written.
+        parent.model.to(stored)
+    return parent.model, History.joined(histories)
+
+
+def _resumable(stopped: Interrupted, method: Training, out: Path) -> Interrupted:
+    """What to tell after Ctrl-C."""
+    if method.in_stages() or (not method.save_every and not (out / artifacts.STATE).exists()):
+        return Interrupted(f"{stopped}; nothing was written")
+    typed = shlex.join(["overhaul", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+    return Interrupted(f"{stopped}; a checkpoint is in {out / artifacts.STATE}. Go on with:\n  {typed}")
 
 
 def _longest(model: nn.Module, asked: int) -> int:

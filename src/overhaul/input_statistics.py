@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from overhaul.errors import UserError
 
 Statistic = Literal["input_norm", "hessian", "absmax"]
-"""`input_norm`: 2-norm of each input (I,). `hessian`: `2/N sum x x^T` (I, I). `absmax`: largest magnitude (I,)."""
+"""2-norm of each input (I,); `2/N sum x x^T` (I, I); largest magnitude of each input (I,)."""
 
 
 class StopForward(BaseException):
-    """Everything needed from this forward pass has been seen; no model's `except Exception` may swallow it."""
+    """Everything needed from this forward pass has been seen; `except Exception` in a model lets it through."""
 
 
 class _Sums:
@@ -77,7 +77,7 @@ def collect(
 ) -> dict[str, Tensor]:
     """One statistic of the inputs of each layer, over all passes, in fp32.
 
-    A pass is left as soon as it has reached every layer once: the last product, often the largest, is not needed.
+    A pass is left as soon as it has reached every layer once: the last product, often the largest, is spared.
 
     Args:
         linears: layers by name.
@@ -159,7 +159,7 @@ def _finish(kind: Statistic, total: Tensor, count: int) -> Tensor:
 
 @contextmanager
 def _exact_bf16_products(dtype: torch.dtype) -> Iterator[None]:
-    """Lets fp32 products round their operands to bf16, where that changes nothing because they are bf16 values.
+    """Lets fp32 products round their operands to bf16 where that changes nothing: they are bf16 values.
 
     The sums stay fp32; on processors with bf16 instructions this is up to three times as fast.
     """

@@ -1,4 +1,4 @@
-"""What a method has to say about each layer it changed, for the report: kept only where somebody is recording.
+"""What a method says about each layer it changed, for the report: kept only where somebody is recording.
 
 with recording() as notes:
     model = method.apply(model, calib)
@@ -20,8 +20,8 @@ class LayerNote:
     Attributes:
         layer: its qualified name in the model.
         sparsity: share of its weights that the mask removes, from 0 to 1.
-        error: norm of the change over norm of the original, in the method's own measure: of the weights for
-            criteria without data, of the layer's output as far as the method's statistic tells for the others.
+        error: norm of the change over norm of the original, of the weights for criteria without data, of the
+            layer's output, as far as the method's statistic tells, for the others.
     """
 
     layer: str

@@ -6,6 +6,7 @@ Importing this module, or any method's module, does not import torch: help, sche
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -99,6 +100,17 @@ class Training(Method, ABC):
     @abstractmethod
     def plan(self, model: nn.Module, data: Data) -> Plan:
         """What to train on what, under which update rule."""
+
+    def stages(self, model: nn.Module, data: Data) -> Iterator[Plan]:
+        """Plans that are run one after the other; the next is asked for when the one before is finished.
+
+        One plan for most methods; a method that trains part after part yields one for each.
+        """
+        yield self.plan(model, data)
+
+    def in_stages(self) -> bool:
+        """Whether there is more than one plan: then a checkpoint of one would not be one of the run."""
+        return False
 
 
 class Measure(Method, ABC):

@@ -15,22 +15,22 @@ class Options(Settings):
     """Settings of a run that are not the method's."""
 
     data: str | None = Field(
-        None, description="Corpus to calibrate or train on: a name, a file or a directory."
+        default=None, description="Corpus to calibrate or train on: a name, a file or a directory."
     )
-    field: str | None = Field(None, description="Column of the corpus that holds the text.")
+    field: str | None = Field(default=None, description="Column of the corpus that holds the text.")
     evaluate: str | None = Field(
-        None,
+        default=None,
         description="Corpus whose held-out part judges the result: default that of --data, or none for no table.",
     )
-    evaluate_windows: Positive = Field(16, description="Held-out windows scored before and after.")
-    evaluate_seq_len: Positive = Field(512, description="Tokens per held-out window.")
-    seed: Natural = Field(0, description="Of every random choice.")
+    evaluate_windows: Positive = Field(default=16, description="Held-out windows scored before and after.")
+    evaluate_seq_len: Positive = Field(default=512, description="Tokens per held-out window.")
+    seed: Natural = Field(default=0, description="Of every random choice.")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Of matrix products; auto is bf16 where it is fast."
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N.")
-    resume: bool = Field(False, description="Go on from the checkpoint in OUT.")
-    dry_run: bool = Field(False, description="Say what would be done, and do nothing.")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N.")
+    resume: bool = Field(default=False, description="Go on from the checkpoint in OUT.")
+    dry_run: bool = Field(default=False, description="Say what would be done, and do nothing.")
     track: Literal["tensorboard", "trackio", "wandb"] | None = Field(
-        None, description="Mirror metrics.jsonl to a tracker that is installed."
+        default=None, description="Mirror metrics.jsonl to a tracker that is installed."
     )

@@ -9,7 +9,7 @@ Importing this module does not import torch: the methods' fields are declared he
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -24,7 +24,7 @@ DEFAULT_SPARSITY = 0.5
 
 
 class Pattern(NamedTuple):
-    """N:M sparsity: of each `group` consecutive inputs of an output, `kept` stay; `2:4` is what GPUs speed up."""
+    """N:M sparsity: of each `group` consecutive inputs of an output `kept` stay; GPUs speed up 2:4."""
 
     kept: int
     group: int
@@ -58,7 +58,7 @@ class Target(Settings):
     sparsity: Share | None = Field(
         None,
         validate_default=True,
-        description="Share of each layer's weights to remove; 0.5, or what the pattern implies, unless given.",
+        description="Share of each layer's weights to remove; by default 0.5 or what the pattern implies.",
     )
 
     @field_validator("pattern")
@@ -122,8 +122,8 @@ def keep_mask(score_OI: Tensor, sparsity: float, per: Literal["tensor", "row"] =
 def keep_all_but(score_OI: Tensor, count: int, per: Literal["tensor", "row"] = "tensor") -> Tensor:
     """Removes exactly the `count` lowest scores of the tensor, or of each row.
 
-    Among equal scores the one with the lower index goes first, as in a stable ascending sort; a threshold alone
-    would remove all of them and so too many.
+    Among equal scores the one with the lower index goes first, as in a stable ascending sort; a threshold
+    alone would remove all of them and so too many.
 
     Returns:
         (O, I) bool, True = kept. Raises `ValueError` when a score is not a number.
@@ -141,7 +141,7 @@ def keep_all_but(score_OI: Tensor, count: int, per: Literal["tensor", "row"] = "
 
 
 def keep_mask_pattern(score_OI: Tensor, kept: int, group: int) -> Tensor:
-    """Keeps the `kept` highest scores of each `group` consecutive inputs; of equal scores the later ones stay.
+    """Keeps the `kept` highest scores of each `group` consecutive inputs; of equal scores the later stay.
 
     Returns:
         (O, I) bool, True = kept. `group` must divide I. Raises `ValueError` when a score is not a number.
@@ -166,7 +166,7 @@ def already_kept(linear: nn.Linear) -> Tensor | None:
 
 
 def check_model(model: nn.Module, target: Target) -> None:
-    """Raises `UserError` naming the first layer that cannot reach the target; nothing has been changed then."""
+    """Raises `UserError` naming the first layer that cannot reach the target, before anything is changed."""
     from overhaul.walk import decoder_blocks, linears_of
 
     for block_name, block in decoder_blocks(model).items():
@@ -185,8 +185,7 @@ def _check_layer(name: str, linear: nn.Linear, target: Target) -> None:
     pattern = target.n_of_m
     if pattern and linear.in_features % pattern.group:
         raise UserError(
-            f"{name} has {linear.in_features} inputs, which groups of {pattern.group} (pattern {target.pattern}) "
-            "do not divide",
+            f"{name} has {linear.in_features} inputs, not divisible into the groups of {target.pattern}",
             hint=f"--sparsity {target.share:g} without a pattern",
         )
     mask_OI = already_kept(linear)
@@ -204,7 +203,10 @@ def prune_layer(model: nn.Module, name: str, mask_OI: Tensor, *, error: float) -
     from overhaul.layers import swap
     from overhaul.layers.masked import MaskedLinear
 
-    layer = swap(model, [name], lambda linear: MaskedLinear.from_linear(linear, mask_OI))[name]
+    def mask(linear: nn.Module) -> MaskedLinear:
+        return MaskedLinear.from_linear(cast("nn.Linear", linear), mask_OI)
+
+    layer = swap(model, [name], mask)[name]
     note_layer(name, sparsity=layer.num_pruned / mask_OI.numel(), error=error)
 
 

@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,22 @@ class History:
     optimizer_bytes: int = 0
     tokens: int = 0
     seconds: float = 0.0
+
+    @classmethod
+    def joined(cls, stages: Sequence[History]) -> History:
+        """The histories of plans run one after the other: points say their stage, costs add up."""
+        points = [
+            point | ({"stage": number} if len(stages) > 1 else {})
+            for number, stage in enumerate(stages, 1)
+            for point in stage.points
+        ]
+        return cls(
+            points,
+            trainable_parameters=sum(stage.trainable_parameters for stage in stages),
+            optimizer_bytes=max((stage.optimizer_bytes for stage in stages), default=0),
+            tokens=sum(stage.tokens for stage in stages),
+            seconds=sum(stage.seconds for stage in stages),
+        )
 
 
 def schedule(name: str, warmup: float) -> Schedule:
@@ -215,10 +231,10 @@ class _Run:
             norm = self._clip(step)
             return loss
 
-        self.plan.optimizer.step(closure)
+        self.plan.optimizer.step(closure)  # pyright: ignore - torch types the closure as returning float
         for watcher in self.plan.watchers:
             watcher.step(self.plan.model, step)
-        self.history.tokens += sum(batch["input_ids"].numel() for batch in drawn if "input_ids" in batch)
+        self.history.tokens += sum(_num_tokens(batch) for batch in drawn)
         means = {name: float(total) / max(counts[name], 1) for name, total in totals.items()}
         weights = {name: weight for name, (weight, _) in self.plan.objective.named().items()}
         return {
@@ -243,7 +259,7 @@ class _Run:
                     terms = self.loss(batch)
                 loss = weighted_mean(terms, counts)
                 if not torch.isfinite(loss):
-                    raise UserError(**_blame(self.plan.model, batch, step, index, self.dtype))
+                    raise UserError(**_blame(self.plan, batch, step, index, self.dtype))
                 # Data-parallel wrappers average gradients over processes; this makes it a sum.
                 (loss * self.accelerator.num_processes).backward()
             for name, mean in terms.items():
@@ -305,6 +321,11 @@ def _plain(asked: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(asked, default=str))
 
 
+def _num_tokens(batch: Batch) -> int:
+    """Positions in a micro-batch: the first two axes of its first tensor, which are rows and tokens."""
+    return next(iter(batch.values())).shape[:2].numel()
+
+
 def _sum_counts(counts: list[dict[str, int]]) -> dict[str, int]:
     return {name: sum(count[name] for count in counts) for name in counts[0]}
 
@@ -329,7 +350,7 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _blame(model: nn.Module, batch: Batch, step: int, micro_batch: int, dtype: torch.dtype) -> dict[str, str]:
+def _blame(plan: Plan, batch: Batch, step: int, micro_batch: int, dtype: torch.dtype) -> dict[str, str]:
     """The error for a loss that is not finite: runs the batch again and names the first module to go wrong."""
     first: list[str] = []
 
@@ -341,9 +362,11 @@ def _blame(model: nn.Module, batch: Batch, step: int, micro_batch: int, dtype: t
 
         return hook
 
-    hooks = [m.register_forward_hook(look(n)) for n, m in model.named_modules() if not list(m.children())]
-    with torch.no_grad(), machine.autocast(next(model.parameters()).device, dtype):
-        Forward(model, batch).hidden()
+    hooks = [
+        m.register_forward_hook(look(n)) for n, m in plan.model.named_modules() if not list(m.children())
+    ]
+    with torch.no_grad(), machine.autocast(next(plan.model.parameters()).device, dtype):
+        plan.objective(Forward(plan.model, batch), batch)
     for hook in hooks:
         hook.remove()
     where = f"the first module with a bad output is {first[0]}" if first else "all hidden states are finite"

@@ -1,10 +1,10 @@
-"""Block by block through a decoder, each block fed by the blocks already changed: `for block in walk(model, calib)`.
+"""Block by block through a decoder, each fed by those already changed: `for block in walk(model, calib)`.
 
 Letters of shapes: B windows in a batch, T tokens in a window, D model width, N tokens, I input features.
 
-The inputs of block 0 are caught once. When the loop body is done with a block, its outputs are computed with the
-CHANGED block and become the inputs of the next, so memory holds one set of hidden states and the statistics of one
-block (SparseGPT, arXiv:2301.00774, section 4; PERP, arXiv:2312.15230, section 3.3).
+The inputs of block 0 are caught once. When the loop body is done with a block, its outputs are computed with
+the CHANGED block and become the inputs of the next, so memory holds one set of hidden states and the statistics
+of one block (SparseGPT, arXiv:2301.00774, section 4; PERP, arXiv:2312.15230, section 3.3).
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from overhaul.errors import UserError
+from overhaul.input_statistics import Statistic, StopForward, collect
 from overhaul.progress import Bar
 
 TOKENS_PER_FORWARD = 4096
-"""Large enough for efficient matrix products, small enough for a block's activations to stay near the cache."""
-
-Statistic = Literal["input_norm", "hessian", "absmax"]
+"""Large enough for efficient matrix products, small enough for a block's activations to stay cheap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +31,15 @@ class Call:
     """One call of a block during calibration.
 
     Attributes:
-        hidden_BTD: what flows in, in the model's dtype.
+        hidden: what flows in (B, T, D), in the model's dtype.
         args, kwargs: the other arguments, as the model passes them to this block: positions, attention mask.
-        real_BT: which tokens are not padding; None when all are real.
+        real: which tokens (B, T) are not padding; None when all are real.
     """
 
-    hidden_BTD: Tensor
+    hidden: Tensor
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    real_BT: Tensor | None
+    real: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Block:
 
     def __call__(self, call: Call) -> Tensor:
         """The block's output (B, T, D) as it is now; differentiable unless gradients are off."""
-        out = self.module(call.hidden_BTD, *call.args, **call.kwargs)
+        out = self.module(call.hidden, *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -82,12 +82,12 @@ class Block:
             Qualified name -> statistic. Layers that read the same tensor (q, k, v; gate, up) share one.
 
         Raises:
-            UserError: there is no calibration data, a layer was never reached (a mixture's expert that no token
-                was routed to), or its inputs are not finite.
+            UserError: there is no calibration data, a layer was never reached (a mixture's expert that no
+                token was routed to), or its inputs are not finite.
         """
         if not self.calls:
             raise UserError(f"{kind} of {self.name} needs calibration data", hint="--data sample")
-        return _collect(self, kind)
+        return collect(self.linears, [(partial(self, call), call.real) for call in self.calls], kind)
 
 
 def walk(model: nn.Module, calib: Iterable[Mapping[str, Tensor]] | None, title: str = "") -> Iterator[Block]:
@@ -103,15 +103,12 @@ def walk(model: nn.Module, calib: Iterable[Mapping[str, Tensor]] | None, title: 
         UserError: the model has no list of decoder blocks, or the calibration data is empty.
     """
     blocks = decoder_blocks(model)
-    calls_of = _catch_calls(model, list(blocks.values()), calib) if calib is not None else [()] * len(blocks)
-    hidden = [call.hidden_BTD for call in calls_of[0]]
+    caught = _Caught(len(blocks)) if calib is None else _catch(model, list(blocks.values()), calib)
+    hidden, caught.hidden = caught.hidden, []
     with Bar(title, len(blocks), quiet=not title) as bar:
         for index, (name, module) in enumerate(blocks.items()):
-            calls = tuple(
-                Call(x_BTD, call.args, call.kwargs, call.real_BT)
-                for x_BTD, call in zip(hidden, calls_of[index], strict=True)
-            )
-            block = Block(name, module, calls)
+            calls = zip(hidden, caught.arguments[index], strict=True)
+            block = Block(name, module, tuple(Call(x_BTD, *arguments) for x_BTD, arguments in calls))
             hidden = []
             yield block
             if index + 1 < len(blocks):
@@ -123,8 +120,8 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder's repeated blocks by qualified name: the largest list of modules that hold linear layers.
 
     Raises:
-        UserError: there is none; there are an encoder's and a decoder's; or the blocks keep weight matrices in
-            something else than `nn.Linear`, which would silently stay as they are.
+        UserError: there is none; there is an encoder too; or the blocks keep weight matrices in something else
+            than `nn.Linear`, which would silently stay as they are.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError(
@@ -168,7 +165,7 @@ def _refuse_hidden_matrices(block_name: str, block: nn.Module) -> None:
         if _is_conv1d(module):
             raise UserError(
                 f"{block_name}.{name} is a Conv1D (a transposed linear layer, as in GPT-2), not nn.Linear",
-                allowed="blocks whose matrices are nn.Linear: Llama, Qwen, Mistral, OPT, GPT-NeoX and many more",
+                allowed="blocks whose matrices are nn.Linear: Llama, Qwen, Mistral, OPT, GPT-NeoX and more",
             )
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             continue
@@ -181,30 +178,30 @@ def _refuse_hidden_matrices(block_name: str, block: nn.Module) -> None:
                 )
 
 
-class _Stop(Exception):
-    """Everything needed from this forward pass has been seen."""
+class _Caught:
+    """What the blocks were called with: the inputs of block 0, and per block and batch all other arguments.
 
-
-def _catch_calls(
-    model: nn.Module, blocks: list[nn.Module], calib: Iterable[Mapping[str, Tensor]]
-) -> list[tuple[Call, ...]]:
-    """The calls of each block, all with the hidden states that enter block 0: no block is run.
-
-    Arguments are caught per block because they may differ: sliding and full attention, rotary on and off.
+    The arguments may differ between blocks: sliding and full attention, rotary embedding on and off.
     """
-    calls_of: list[list[Call]] = [[] for _ in blocks]
+
+    def __init__(self, num_blocks: int) -> None:
+        self.hidden: list[Tensor] = []
+        self.arguments: list[list[tuple[tuple[Any, ...], dict[str, Any], Tensor | None]]] = [
+            [] for _ in range(num_blocks)
+        ]
+
+
+def _catch(model: nn.Module, blocks: list[nn.Module], calib: Iterable[Mapping[str, Tensor]]) -> _Caught:
+    """Runs the model up to its blocks and past them, without running any."""
+    caught = _Caught(len(blocks))
     device = next(model.parameters()).device
     for batch in _resized(calib, TOKENS_PER_FORWARD):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        with torch.no_grad(), _stubs(blocks, calls_of, _real_tokens(batch)):
-            try:
-                model(**batch)
-            except _Stop:
-                continue
-        raise RuntimeError("the model's forward did not reach its last block")
-    if not calls_of[0]:
+        with torch.no_grad(), _stubs(blocks, caught, _real_tokens(batch)), suppress(StopForward):
+            model(**batch)
+    if not caught.hidden:
         raise UserError("the calibration data is empty", hint="--data sample, or a longer text")
-    return [tuple(calls) for calls in calls_of]
+    return caught
 
 
 def _real_tokens(batch: Mapping[str, Tensor]) -> Tensor | None:
@@ -213,7 +210,7 @@ def _real_tokens(batch: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def _resized(calib: Iterable[Mapping[str, Tensor]], num_tokens: int) -> Iterator[dict[str, Tensor]]:
-    """The same windows in the same order, in batches of about `num_tokens`; only what a decoder reads is kept."""
+    """The same windows in the same order, in batches of about `num_tokens`, without labels and the like."""
     pending: list[dict[str, Tensor]] = []
     for batch in calib:
         rows = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
@@ -238,31 +235,25 @@ def _joined(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-@contextmanager
-def _stubs(blocks: list[nn.Module], calls_of: list[list[Call]], real_BT: Tensor | None) -> Iterator[None]:
-    """Within the context each block only records its arguments; the last one ends the forward pass.
+_NO_CACHE = {"use_cache": False, "past_key_values": None, "layer_past": None}
+"""A cache would grow: each block is called several times on the same tokens."""
 
-    A cache is left out of the recorded arguments: each block is called several times on the same tokens.
-    """
-    entering: list[Tensor] = []
+
+@contextmanager
+def _stubs(blocks: list[nn.Module], caught: _Caught, real_BT: Tensor | None) -> Iterator[None]:
+    """Within the context each block only records its arguments; the last one ends the forward pass."""
 
     def stub(index: int) -> Callable[..., Tensor]:
         def record(*args: Any, **kwargs: Any) -> Tensor:
-            kwargs = {
-                name: False
-                if name == "use_cache"
-                else None
-                if name in ("past_key_values", "layer_past")
-                else value
-                for name, value in kwargs.items()
-            }
             hidden_BTD = args[0] if args else kwargs.pop("hidden_states")
-            # What a stub returns is ignored by the next one, whether the model takes it whole or its item 0.
-            entering.append(hidden_BTD)
-            calls_of[index].append(Call(entering[0], args[1:], kwargs, real_BT))
+            if index == 0:
+                caught.hidden.append(hidden_BTD)
+            kwargs |= {name: without for name, without in _NO_CACHE.items() if name in kwargs}
+            caught.arguments[index].append((args[1:], kwargs, real_BT))
             if index == len(blocks) - 1:
-                raise _Stop
-            return entering[0]
+                raise StopForward
+            # The next stub ignores what it gets: no matter whether the model passes on this or its item 0.
+            return caught.hidden[-1]
 
         return record
 
@@ -273,140 +264,3 @@ def _stubs(blocks: list[nn.Module], calls_of: list[list[Call]], real_BT: Tensor 
     finally:
         for block in blocks:
             del block.forward  # uncovers the class's own
-
-
-class _Sums:
-    """Running statistics of the inputs of a block's linear layers, one for all that read the same tensor.
-
-    That two layers read the same tensor is a property of the block's code, so the first pass decides it. The
-    tensor seen last is held, hence `is` cannot be fooled by a freed tensor's reused address.
-    """
-
-    def __init__(self, kind: Statistic) -> None:
-        self.kind = kind
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.leader: dict[str, str] = {}
-        self.finished: dict[str, Tensor] = {}
-        self.last_input: Tensor | None = None
-        self.last_name = ""
-
-    def see(self, name: str, x: Tensor, real_BT: Tensor | None) -> None:
-        """Adds the input of the layer `name`."""
-        if name not in self.leader:
-            self.leader[name] = self.leader[self.last_name] if x is self.last_input else name
-        self.last_input, self.last_name = x, name
-        if self.leader[name] != name:
-            return
-        x_NI = _rows(x, real_BT)
-        self.counts[name] = self.counts.get(name, 0) + len(x_NI)
-        if name not in self.sums:
-            width = x_NI.shape[1]
-            shape = (width, width) if self.kind == "hessian" else (width,)
-            self.sums[name] = torch.zeros(shape, dtype=torch.float32, device=x.device)
-        if len(x_NI):
-            _ADD[self.kind](self.sums[name], x_NI)
-
-    def result(self, name: str) -> Tensor:
-        """The statistic of the layer `name`, shared with the other readers of its input."""
-        leader = self.leader.get(name)
-        if leader is None or self.counts[leader] == 0:
-            raise UserError(
-                f"no calibration token reaches {name}, so nothing is known about its inputs",
-                hint="more or more varied calibration data: --samples, --data",
-            )
-        if leader not in self.finished:
-            self.finished[leader] = _finish(self.kind, self.sums.pop(leader), self.counts[leader])
-            if not self.finished[leader].isfinite().all():
-                raise UserError(f"the inputs of {name} contain NaN or infinity", hint="--dtype float32")
-        return self.finished[leader]
-
-
-@torch.no_grad()
-def _collect(block: Block, kind: Statistic) -> dict[str, Tensor]:
-    linears = block.linears
-    sums = _Sums(kind)
-    waiting: set[str] = set()
-    real_BT: Tensor | None = None
-
-    def before(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            sums.see(name, args[0], real_BT)
-            waiting.discard(name)
-            if not waiting:  # the last product, often the largest, need not be computed
-                raise _Stop
-
-        return see
-
-    handles = [linear.register_forward_pre_hook(before(name)) for name, linear in linears.items()]
-    try:
-        for call in block.calls:
-            waiting.update(linears)
-            real_BT = call.real_BT
-            with suppress(_Stop):
-                block(call)
-            sums.last_input = None
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: sums.result(name) for name in linears}
-
-
-def _rows(x: Tensor, real_BT: Tensor | None) -> Tensor:
-    """The tokens (N, I) of a layer's input, without padding where the layout still shows which they are.
-
-    A mixture's expert gets a selection of tokens whose origin is lost: there padding cannot be told apart.
-    """
-    x_NI = x.flatten(0, -2)
-    return x_NI if real_BT is None or len(x_NI) != real_BT.numel() else x_NI[real_BT.flatten()]
-
-
-def _add_squares(sum_I: Tensor, x_NI: Tensor) -> None:
-    # Small pieces stay in the cache between the conversion, the square and the sum.
-    for piece_NI in x_NI.split(128):
-        sum_I += piece_NI.float().square_().sum(dim=0)
-
-
-def _add_products(sum_II: Tensor, x_NI: Tensor) -> None:
-    """Adds the upper triangle of `x^T x`, in block rows; what is below the diagonal blocks stays 0."""
-    with _exact_bf16_products(x_NI.dtype):
-        x_NI = x_NI.float()
-        for start in range(0, x_NI.shape[1], 384):
-            rows = slice(start, start + 384)
-            sum_II[rows, start:].addmm_(x_NI[:, rows].T, x_NI[:, start:])
-
-
-def _add_absmax(sum_I: Tensor, x_NI: Tensor) -> None:
-    torch.maximum(sum_I, x_NI.abs().amax(dim=0).float(), out=sum_I)
-
-
-_ADD: Mapping[Statistic, Callable[[Tensor, Tensor], None]] = {
-    "input_norm": _add_squares,
-    "hessian": _add_products,
-    "absmax": _add_absmax,
-}
-
-
-def _finish(kind: Statistic, total: Tensor, count: int) -> Tensor:
-    if kind == "input_norm":
-        return total.sqrt_()
-    if kind == "hessian":
-        upper_II = total.triu_().mul_(2 / count)
-        return upper_II + upper_II.triu(1).T
-    return total
-
-
-@contextmanager
-def _exact_bf16_products(dtype: torch.dtype) -> Iterator[None]:
-    """Lets fp32 products round their operands to bf16, where that changes nothing because they are bf16 values.
-
-    The sums stay fp32; on processors with bf16 instructions this is up to three times as fast.
-    """
-    settings = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before = settings.fp32_precision
-    if dtype == torch.bfloat16:
-        settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before

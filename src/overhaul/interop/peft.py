@@ -32,7 +32,7 @@ def write_adapter(made: Artifact, directory: Path) -> None:
         base_model_name_or_path=str(made.path.resolve()),
         inference_mode=True,
     )
-    config.save_pretrained(directory)
+    config.save_pretrained(str(directory))
     tensors = {}
     for name, layer in layers.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach().float().contiguous()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def random_score(weight_OI: Tensor, generator: Generator) -> Tensor:
-    """A score that knows nothing: standard normal, fp32, drawn on the processor for the same masks everywhere."""
+    """A score that knows nothing: standard normal, drawn on the CPU for the same masks on every device."""
     import torch
 
     return torch.randn(weight_OI.shape, generator=generator).to(weight_OI.device)

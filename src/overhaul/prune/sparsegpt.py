@@ -119,13 +119,13 @@ def _prune_columns(
 
 
 def output_error(change_OI: Tensor, weight_OI: Tensor, hessian_II: Tensor) -> float:
-    """Norm of the change of the layer's output over the norm of its output: `tr(D H D^T) / tr(W H W^T)`, its root."""
+    """Norm of the change of a layer's output over the norm of its output: root of `tr(DHD^T) / tr(WHW^T)`."""
     norms = [float(((matrix_OI @ hessian_II) * matrix_OI).sum()) for matrix_OI in (change_OI, weight_OI)]
     return (max(norms[0], 0.0) / norms[1]) ** 0.5 if norms[1] > 0 else 0.0
 
 
 class SparseGPT(Target, Transform):
-    """Remove weights by second-order saliency and correct those that stay: the best one-shot quality, and slower."""
+    """Remove weights by second-order saliency and correct those that stay: better than Wanda, and slower."""
 
     needs_data: ClassVar[bool] = True
     samples: Positive = Field(128, description="Calibration windows.")
@@ -145,7 +145,7 @@ class SparseGPT(Target, Transform):
         return self
 
     def apply(self, model: nn.Module, calib: Stream | None) -> nn.Module:
-        """Masks and corrects every linear layer of the decoder blocks, each block fed by the pruned ones before."""
+        """Masks and corrects every linear layer of the decoder blocks, each fed by the pruned ones before."""
         import torch
 
         from overhaul.walk import walk

@@ -22,7 +22,7 @@ def wanda_score(weight_OI: Tensor, input_norm_I: Tensor) -> Tensor:
 
 
 class Wanda(Target, Transform):
-    """Remove the weights with the smallest product of magnitude and input norm, output by output; no updates."""
+    """Remove the weights with the smallest magnitude times input norm, output by output; no updates."""
 
     needs_data: ClassVar[bool] = True
     samples: Positive = Field(128, description="Calibration windows.")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from overhaul.lineage import LineageStep
 from overhaul.table import Row
 
 
@@ -16,7 +17,8 @@ class LayerFacts:
     Attributes:
         name: its dotted name, such as `model.layers.3.self_attn.q_proj`.
         sparsity: share of its weights that are zero.
-        error: squared change of its output over the squared output, on calibration data.
+        error: norm of the change over norm of the original: of the output on calibration data where the method
+            read some, of the weights elsewhere.
     """
 
     name: str
@@ -63,47 +65,6 @@ class Facts:
     trainable_share: float | None = None
     layers: tuple[LayerFacts, ...] = ()
     generations: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parent:
-    """A directory that a step read, and the hash of its weights."""
-
-    path: str
-    hash: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataUsed:
-    """A corpus that a step read, with the hash of the tokens it took."""
-
-    name: str
-    fingerprint: str
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LineageStep:
-    """One verb applied once.
-
-    Attributes:
-        fields: every setting of the method, nested ones under dotted names.
-        non_default: the names in `fields` that were not left at their default.
-        command: what to type to do it again.
-    """
-
-    verb: str
-    method: str
-    fields: Mapping[str, object]
-    non_default: tuple[str, ...] = ()
-    parents: tuple[Parent, ...] = ()
-    data: DataUsed | None = None
-    seed: int | None = None
-    seconds: float | None = None
-    peak_rss_bytes: int | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-    hardware: str = ""
-    command: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

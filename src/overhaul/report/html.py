@@ -167,7 +167,11 @@ def _layer_figure(
         median = text(statistics.median(number for number, _ in known))
         finding = f"{quantity} is highest in {high_name}: {text(high)}, against {median} in the median layer"
     title = f"{labels}: {finding}"
-    meaning = "Share of zeros" if of_whole else "Squared change of the output over the squared output"
+    meaning = (
+        "Share of zeros"
+        if of_whole
+        else "Norm of the change over the norm of the original (the output where the method read data, else the weights)"
+    )
     return Figure(
         title=title,
         caption=f"{meaning}, per linear layer.",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from overhaul.report.facts import Facts, LineageStep, Recovery, recovery
+from overhaul.lineage import LineageStep
+from overhaul.report.facts import Facts, Recovery, recovery
 from overhaul.report.numbers import as_count, as_duration, as_interval, as_percent, as_quantity, as_size
 from overhaul.report.tables import before_after
 

@@ -5,15 +5,8 @@ from __future__ import annotations
 import math
 import random
 
-from overhaul.report.facts import (
-    DataUsed,
-    Facts,
-    LayerFacts,
-    LineageStep,
-    Parent,
-    Report,
-    curves_of_history,
-)
+from overhaul.lineage import DataUsed, LineageStep, Parent
+from overhaul.report.facts import Facts, LayerFacts, Report, curves_of_history
 from overhaul.table import Row
 
 PROJECTIONS = (

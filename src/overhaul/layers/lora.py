@@ -1,0 +1,227 @@
+"""LoRA (Hu et al., 2021): a frozen linear layer with a trained low-rank increment, W + (alpha / r) B A.
+
+Shapes: N tokens, I input features, O output features, R rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812
+
+from overhaul.errors import UserError
+from overhaul.layers import LinearLike
+from overhaul.layers.masked import MaskedLinear
+
+
+class LowRankLinear(LinearLike):
+    """A frozen linear layer with two trained factors, `lora_A` (R, I) and `lora_B` (O, R), both fp32.
+
+    Attributes:
+        weight: the base's own parameter (O, I), in its own dtype, frozen.
+        bias: the base's own parameter (O,) or None; frozen or trained as it was.
+        alpha: the increment is scaled by alpha / rank.
+        enabled: False computes the frozen base alone, such as for a reference model.
+    """
+
+    def __init__(self, linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, alpha: float) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
+        device = linear.weight.device
+        self.lora_A = nn.Parameter(lora_A.to(device, torch.float32))
+        self.lora_B = nn.Parameter(lora_B.to(device, torch.float32))
+        self.alpha = alpha
+        self.enabled = True
+        self.train(linear.training)
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.lora_A.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """alpha / R."""
+        return self.alpha / self.rank
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, alpha={self.alpha}"
+
+
+class LoRALinear(LowRankLinear):
+    """y = x W^T + b + (alpha / R) dropout(x) A^T B^T, fused into one node of the graph."""
+
+    def __init__(
+        self, linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, alpha: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__(linear, lora_A, lora_B, alpha)
+        self.dropout = dropout
+        self.num_pruned = linear.num_pruned if isinstance(linear, MaskedLinear) else 0
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> LoRALinear:
+        """Takes over the parameters of `linear` (no copy), freezes its weight and starts at an increment of zero.
+
+        Args:
+            linear: the layer to adapt.
+            rank: R.
+            alpha: the increment is scaled by alpha / rank.
+            dropout: share of the adapter's input that is dropped in training.
+            generator: draws A; torch's default one if None.
+        """
+        return cls(linear, *start_at_zero(linear, rank, generator), alpha, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(..., I)` to `(..., O)`."""
+        if not self.enabled:
+            return F.linear(x, self.weight, self.bias)
+        if self.dropout and self.training:
+            low = F.linear(F.dropout(x, self.dropout), self.lora_A)
+            return F.linear(x, self.weight, self.bias) + self.scale * F.linear(low, self.lora_B)
+        return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+
+    def dense(self) -> Tensor:
+        """W + (alpha / R) B A, fp32."""
+        return incremented(self.weight, self.lora_A, self.lora_B, self.scale, torch.float32)
+
+    def merge(self) -> nn.Linear:
+        """A plain linear layer of the base's dtype.
+
+        Raises:
+            UserError: the base is pruned; the increment would fill its zeros.
+        """
+        if self.num_pruned:
+            raise _would_densify(f"a layer with {self.num_pruned:,} pruned weights")
+        return to_linear(self.dense().to(self.weight.dtype), self.bias, training=self.training)
+
+
+def lora_linear(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, scale: float
+) -> Tensor:
+    """x W^T + b + scale (x A^T) B^T for a frozen W, `(..., I)` to `(..., O)`.
+
+    Matrix products run in the autocast type where autocast is on, else in the type of `x`; gradients of A and B come
+    in theirs. Can be differentiated once.
+    """
+    y: Any = _LoRALinear.apply(x, weight_OI, bias_O, A_RI, B_OR, scale, product_dtype(x))
+    return y
+
+
+def incremented(weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """W + scale B A in `dtype`, differentiable in A and B."""
+    with torch.autocast(weight_OI.device.type, enabled=False):
+        return torch.addmm(weight_OI.to(dtype), B_OR.to(dtype), A_RI.to(dtype), alpha=scale)
+
+
+def start_at_zero(linear: nn.Linear, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """A drawn as PyTorch draws the weight of a linear layer, B zero: the increment B A is zero."""
+    A_RI = torch.empty(rank, linear.in_features)
+    nn.init.kaiming_uniform_(A_RI, a=math.sqrt(5), generator=generator)
+    return A_RI, torch.zeros(linear.out_features, rank)
+
+
+def to_linear(weight_OI: Tensor, bias_O: nn.Parameter | None, *, training: bool) -> nn.Linear:
+    """A frozen plain layer with this weight; the bias is taken over, not copied."""
+    num_out, num_in = weight_OI.shape
+    linear = nn.Linear(num_in, num_out, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
+    linear.register_parameter("bias", bias_O)
+    return linear.train(training)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type that matrix products with `x` run in: autocast's where it is on, else that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, every low-rank layer of `model` computes its frozen base: the reference model without a copy."""
+    layers = [module for module in model.modules() if isinstance(module, LowRankLinear) and module.enabled]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def refuse_pruned(model: nn.Module, names: Iterable[str]) -> None:
+    """Checks before training what `LoRALinear.merge` would find after it.
+
+    Raises:
+        UserError: one of the layers called `names` is pruned.
+    """
+    for name in names:
+        layer = model.get_submodule(name)
+        if isinstance(layer, MaskedLinear) and layer.num_pruned:
+            raise _would_densify(f"{name} has {layer.num_pruned:,} pruned weights")
+
+
+def _would_densify(given: str) -> UserError:
+    return UserError(
+        f"{given}: merging a plain LoRA increment would fill them",
+        allowed="mask_lora trains with the mask on; lora_prune trains without it and masks at the merge",
+        hint="overhaul adapt perp --train mask_lora",
+    )
+
+
+class _LoRALinear(torch.autograd.Function):
+    """Keeps x and x A^T for the backward pass, and nothing of size (N, O)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        A_RI: Tensor,
+        B_OR: Tensor,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        x_NI, weight_OI = x.reshape(-1, x.shape[-1]).to(dtype), weight_OI.to(dtype)
+        low_NR = x_NI @ A_RI.to(dtype).t()
+        y_NO = F.linear(x_NI, weight_OI, None if bias_O is None else bias_O.to(dtype))
+        y_NO.addmm_(low_NR, B_OR.to(dtype).t(), alpha=scale)
+        ctx.save_for_backward(x_NI, low_NR, weight_OI, A_RI, B_OR)
+        ctx.scale, ctx.x_dtype, ctx.bias_dtype = scale, x.dtype, None if bias_O is None else bias_O.dtype
+        return y_NO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, low_NR, weight_OI, A_RI, B_OR = ctx.saved_tensors
+        need_x, _, need_bias, need_A, need_B, _, _ = ctx.needs_input_grad
+        grad_NO = grad.reshape(-1, grad.shape[-1]).to(x_NI.dtype)
+        grad_low_NR = grad_NO @ (ctx.scale * B_OR).to(x_NI.dtype)
+        grad_x = None
+        if need_x:
+            grad_NI = (grad_NO @ weight_OI).addmm_(grad_low_NR, A_RI.to(x_NI.dtype))
+            grad_x = grad_NI.view(*grad.shape[:-1], -1).to(ctx.x_dtype)
+        return (
+            grad_x,
+            None,
+            grad_NO.sum(0, dtype=ctx.bias_dtype) if need_bias else None,
+            (grad_low_NR.t() @ x_NI).to(A_RI.dtype) if need_A else None,
+            (grad_NO.t() @ low_NR).to(B_OR.dtype).mul_(ctx.scale) if need_B else None,
+            None,
+            None,
+        )
