@@ -38,9 +38,7 @@ def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> MakeTiny:
     root = tmp_path_factory.getbasetemp()
     shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
-    def make(
-        *, dtype: str = "float32", tie: bool = True, bias: bool = False, architecture: str = "llama"
-    ) -> Path:
+    def make(*, dtype: str = "float32", tie: bool = True, bias: bool = False, architecture: str = "llama") -> Path:
         directory = shared / f"tiny-{architecture}-{dtype}{'-tied' if tie else ''}{'-bias' if bias else ''}"
         with FileLock(f"{directory}.lock"):
             if not (directory / "config.json").is_file():

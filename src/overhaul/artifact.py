@@ -63,9 +63,7 @@ class Artifact:
         return replace(self, model=model, lineage=(*self.lineage, step))
 
 
-def load(
-    ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Artifact:
+def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Artifact:
     """Reads a named model, a transformers or PEFT directory, or a hub name.
 
     Args:
@@ -92,7 +90,7 @@ def load(
         )
     check_weights(base)
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto", local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto", local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{ref} cannot be read as a causal language model: {error}") from error
     tokenizer = AutoTokenizer.from_pretrained(
@@ -132,9 +130,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def weight_files(path: Path) -> list[Path]:
     """The files that hold the weights, in order; masks are not among them."""
-    return sorted(f for f in path.glob("*.safetensors") if f.name != MASKS) or sorted(
-        path.glob("pytorch_model*.bin")
-    )
+    return sorted(f for f in path.glob("*.safetensors") if f.name != MASKS) or sorted(path.glob("pytorch_model*.bin"))
 
 
 def check_weights(path: Path) -> None:
@@ -142,9 +138,7 @@ def check_weights(path: Path) -> None:
     files = weight_files(path)
     if not files:
         there = ", ".join(sorted(f.name for f in path.iterdir())[:8])
-        raise UserError(
-            f"{path} has no weights", allowed="*.safetensors (there: " + (there or "nothing") + ")"
-        )
+        raise UserError(f"{path} has no weights", allowed="*.safetensors (there: " + (there or "nothing") + ")")
     for file in files:
         if file.suffix != ".safetensors":
             continue
@@ -152,9 +146,7 @@ def check_weights(path: Path) -> None:
             with safe_open(file, framework="pt") as opened:
                 opened.keys()
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{file} is damaged or cut short: {error}", hint="a fresh copy of the model"
-            ) from error
+            raise UserError(f"{file} is damaged or cut short: {error}", hint="a fresh copy of the model") from error
 
 
 def _dtype_on_disk(path: Path) -> torch.dtype | None:
@@ -198,12 +190,7 @@ def dense_ancestor(made: Artifact) -> Callable[[str], dict[str, Tensor]] | None:
     for step in reversed(made.lineage):
         for parent in step.parents:
             path = pretrained.cached(parent.path) if parent.path in pretrained.NAMED else Path(parent.path)
-            if (
-                path is None
-                or not path.is_dir()
-                or (path / MASKS).is_file()
-                or weights_sha256(path) != parent.hash
-            ):
+            if path is None or not path.is_dir() or (path / MASKS).is_file() or weights_sha256(path) != parent.hash:
                 continue
             files = weight_files(path)
 
@@ -229,9 +216,7 @@ def pack_masks(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 def apply_masks(model: nn.Module, path: Path) -> None:
     """Turns the layers whose masks are stored into `MaskedLinear`."""
     with safe_open(path, framework="numpy") as stored:
-        shapes = {
-            name: json.loads(shape) for name, shape in (stored.metadata() or {}).items() if name != "format"
-        }
+        shapes = {name: json.loads(shape) for name, shape in (stored.metadata() or {}).items() if name != "format"}
 
         def masked(name: str) -> MaskedLinear:
             linear = model.get_submodule(name)
@@ -257,9 +242,7 @@ def check_out(out: Path, *, parent: Path | None = None, resume: bool = False) ->
     there = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
     if there == [STATE]:
         if not resume:
-            raise UserError(
-                f"-o {out} holds an unfinished run", hint="the same command with --resume, or a new -o"
-            )
+            raise UserError(f"-o {out} holds an unfinished run", hint="the same command with --resume, or a new -o")
     elif there:
         raise UserError(
             f"-o {out} is not empty: it holds {', '.join(there[:5])}",
@@ -267,9 +250,7 @@ def check_out(out: Path, *, parent: Path | None = None, resume: bool = False) ->
         )
     above = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
     if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
-        raise UserError(
-            f"-o {out} cannot be written: no permission in {above}", hint="a directory of your own"
-        )
+        raise UserError(f"-o {out} cannot be written: no permission in {above}", hint="a directory of your own")
 
 
 @contextlib.contextmanager
@@ -294,9 +275,7 @@ def stage(out: Path) -> Iterator[Path]:
                 f"the disk is full while writing {out}", hint="-o on a larger disk; nothing partial was left"
             ) from error
         if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
-            raise UserError(
-                f"-o {out} cannot be written: {error.strerror}", hint="a directory of your own"
-            ) from error
+            raise UserError(f"-o {out} cannot be written: {error.strerror}", hint="a directory of your own") from error
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

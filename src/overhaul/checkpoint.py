@@ -38,9 +38,7 @@ def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors | {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
-def write(
-    root: Path, step: int, *, model: nn.Module, state: dict[str, Any], asked: dict[str, Any], keep: int
-) -> None:
+def write(root: Path, step: int, *, model: nn.Module, state: dict[str, Any], asked: dict[str, Any], keep: int) -> None:
     """Writes `root/step-N` aside, renames it, and removes all but the newest `keep`.
 
     Args:
@@ -71,10 +69,7 @@ def write(
 def newest(root: Path) -> Checkpoint | None:
     """The newest checkpoint whose files are whole, or None."""
     for checkpoint in reversed(_all(root)):
-        if all(
-            _sha256(checkpoint.path / name) == value
-            for name, value in checkpoint.manifest()["sha256"].items()
-        ):
+        if all(_sha256(checkpoint.path / name) == value for name, value in checkpoint.manifest()["sha256"].items()):
             return checkpoint
     return None
 
@@ -101,9 +96,7 @@ def refuse_changes(checkpoint: Checkpoint, asked: dict[str, Any], *, free: tuple
     before = checkpoint.manifest()["asked"]
     keys = sorted((before.keys() | asked.keys()) - set(free))
     changed = [
-        f"{key}: {before.get(key)!r} then, {asked.get(key)!r} now"
-        for key in keys
-        if before.get(key) != asked.get(key)
+        f"{key}: {before.get(key)!r} then, {asked.get(key)!r} now" for key in keys if before.get(key) != asked.get(key)
     ]
     if changed:
         raise UserError(

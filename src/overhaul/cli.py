@@ -185,9 +185,7 @@ def _measure(entry: catalog.Entry, arguments: list[str]) -> None:
         [
             (
                 "model",
-                Annotated[
-                    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help="Models.", metavar="MODEL")
-                ],
+                Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help="Models.", metavar="MODEL")],
             ),
             *flags(method_class),
             *flags(
@@ -196,9 +194,7 @@ def _measure(entry: catalog.Entry, arguments: list[str]) -> None:
             ),
             (
                 "json",
-                Annotated[
-                    bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="One JSON object on stdout.")
-                ],
+                Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="One JSON object on stdout.")],
                 dataclasses.field(default=False),
             ),
         ],
@@ -232,9 +228,7 @@ def show_outcome(outcome: Any) -> None:
 
     print_before_after(outcome.facts, Console(highlight=False))
     path = shlex.quote(str(outcome.path))
-    print(
-        f"\nwritten: {path}\n  overhaul show {path}\n  overhaul generate {path} --prompt 'The capital of France is'"
-    )
+    print(f"\nwritten: {path}\n  overhaul show {path}\n  overhaul generate {path} --prompt 'The capital of France is'")
 
 
 def _quiet_libraries() -> None:

@@ -57,9 +57,7 @@ def show_command(arguments: list[str]) -> None:
         model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Model directory.", metavar="DIR")]
         json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
 
-    given = parse(
-        Show, arguments, prog="overhaul show", description="Facts and lineage of a model directory."
-    )
+    given = parse(Show, arguments, prog="overhaul show", description="Facts and lineage of a model directory.")
     from overhaul.inspect import describe
 
     facts = describe(given.model)
@@ -95,9 +93,7 @@ def compare_command(arguments: list[str]) -> None:
         html: Annotated[Path | None, tyro.conf.arg(help="Write the report to this file.")] = None
         json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
 
-    given = parse(
-        Compare, arguments, prog="overhaul compare", description="Compare models on one held-out text."
-    )
+    given = parse(Compare, arguments, prog="overhaul compare", description="Compare models on one held-out text.")
     if len(given.model) < 2:
         raise UserError(
             f"compare needs at least two models; got {len(given.model)}",
@@ -134,9 +130,7 @@ def generate_command(arguments: list[str]) -> None:
         model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Model.", metavar="MODEL")]
         prompt: Annotated[str, tyro.conf.arg(help="Text to continue; - reads it from stdin.")]
         tokens: Annotated[int, tyro.conf.arg(help="Most tokens to write.")] = 64
-        chat: Annotated[Flag[bool], tyro.conf.arg(help="Put the prompt into the model's chat template.")] = (
-            False
-        )
+        chat: Annotated[Flag[bool], tyro.conf.arg(help="Put the prompt into the model's chat template.")] = False
         seed: Annotated[int | None, tyro.conf.arg(help="Sample with this seed; default is greedy.")] = None
         json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
 
@@ -164,9 +158,7 @@ def list_command(arguments: list[str]) -> None:
 
     @dataclass
     class List:
-        verb: Annotated[
-            str | None, tyro.conf.Positional, tyro.conf.arg(help="One verb only.", metavar="VERB")
-        ] = None
+        verb: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(help="One verb only.", metavar="VERB")] = None
         json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
 
     given = parse(List, arguments, prog="overhaul list", description="The methods.")
@@ -175,12 +167,7 @@ def list_command(arguments: list[str]) -> None:
     entries = list(catalog.methods(given.verb))
     if given.json:
         print_json(
-            {
-                "methods": [
-                    {"verb": e.verb, "method": e.name, "summary": e.summary, "system": e.system}
-                    for e in entries
-                ]
-            }
+            {"methods": [{"verb": e.verb, "method": e.name, "summary": e.summary, "system": e.system} for e in entries]}
         )
         return
     for entry in entries:
@@ -215,17 +202,13 @@ def _data_list(arguments: list[str]) -> None:
         print_json({"corpora": [asdict(corpus) for corpus in corpora]})
         return
     for corpus in corpora:
-        print(
-            f"{corpus.name:16} {corpus.bytes / 1e6:6.1f} MB  {corpus.licence:28} {corpus.what}  ({corpus.source})"
-        )
+        print(f"{corpus.name:16} {corpus.bytes / 1e6:6.1f} MB  {corpus.licence:28} {corpus.what}  ({corpus.source})")
 
 
 def _data_preview(arguments: list[str]) -> None:
     @dataclass
     class Preview:
-        corpus: Annotated[
-            str, tyro.conf.Positional, tyro.conf.arg(help="Name, file or directory.", metavar="CORPUS")
-        ]
+        corpus: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Name, file or directory.", metavar="CORPUS")]
         model: Annotated[str, tyro.conf.arg(help="Whose tokenizer reads it.")] = "smollm2-135m"
         field: Annotated[str | None, tyro.conf.arg(help="Column that holds the text.")] = None
         split: Annotated[Literal["train", "calib", "heldout"], tyro.conf.arg(help="Which part.")] = "train"
@@ -301,6 +284,4 @@ def print_table(table: Any, *, as_json: bool) -> None:
         print_json(table.to_json())
         return
     for row in table.rows:
-        print(
-            f"{row.model}  {row.metric} {row.value:.4g}  [{row.low:.4g}, {row.high:.4g}]  over {row.count:,}"
-        )
+        print(f"{row.model}  {row.metric} {row.value:.4g}  [{row.low:.4g}, {row.high:.4g}]  over {row.count:,}")

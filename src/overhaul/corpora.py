@@ -100,9 +100,7 @@ def open_corpus(spec: str | Path | CorpusSpec) -> Corpus:
         spec = CorpusSpec(path=spec if isinstance(spec, str) else str(Path.cwd() / spec))
     if spec.path in _NAMED:
         if spec.field is not None:
-            raise UserError(
-                f"{spec.path} is a named corpus: it has no field {spec.field!r}", hint="leave field out"
-            )
+            raise UserError(f"{spec.path} is a named corpus: it has no field {spec.field!r}", hint="leave field out")
         info, read = _NAMED[spec.path]
         found = read()
         return _divided(info.name, info.licence, info.source, Rows(found.rows[: spec.limit], found.notes))

@@ -191,8 +191,7 @@ def _collect(records: Iterator[Record | None], field: str | None, limit: int | N
         raise failures[0]
     if not rows:
         raise UserError(
-            f"{name} is empty: no row with text "
-            f"({counts['empty']} empty rows, {counts['unsupported']} other files)",
+            f"{name} is empty: no row with text ({counts['empty']} empty rows, {counts['unsupported']} other files)",
             allowed=f"files ending in {', '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)}, or a datasets directory",
         )
     return Rows(rows, Notes(undecodable=len(failures), **counts))
@@ -214,17 +213,13 @@ def _value(where: str, name: str, given: Any) -> str | tuple[Message, ...]:
     if name != "messages":
         return _text(where, name, given)
     if not all(isinstance(message, Mapping) and "role" in message for message in given or ()):
-        raise UserError(
-            f"{where}: messages = {given!r:.80}", allowed='a list of {"role": ..., "content": ...}'
-        )
+        raise UserError(f"{where}: messages = {given!r:.80}", allowed='a list of {"role": ..., "content": ...}')
     return tuple(Message(m["role"], _text(where, "content", m.get("content"))) for m in given or ())
 
 
 def _text(where: str, name: str, given: Any) -> str:
     if not isinstance(given, str | None):
-        raise UserError(
-            f"{where}: column {name!r} holds {type(given).__name__}, not text", hint="--field COLUMN"
-        )
+        raise UserError(f"{where}: column {name!r} holds {type(given).__name__}, not text", hint="--field COLUMN")
     return (given or "").strip("\n")
 
 
@@ -266,9 +261,7 @@ def _file(path: Path, *, alone: bool) -> Iterator[Record]:
     elif name.endswith(TEXT_SUFFIXES):
         yield from _documents(where, path.read_bytes(), cut=alone and name.endswith(".txt"))
     else:
-        raise UserError(
-            f"{path}: unknown suffix {path.suffix!r}", allowed=", ".join(TEXT_SUFFIXES + TABLE_SUFFIXES)
-        )
+        raise UserError(f"{path}: unknown suffix {path.suffix!r}", allowed=", ".join(TEXT_SUFFIXES + TABLE_SUFFIXES))
 
 
 def _stdin() -> Iterator[Record]:
@@ -316,9 +309,7 @@ def _json_object(where: str, line: str) -> Mapping[str, Any]:
             f"{where} is not JSON: {error.msg} at column {error.colno}", allowed="one object a line"
         ) from error
     if not isinstance(found, dict):
-        raise UserError(
-            f"{where} is a JSON {type(found).__name__}", allowed='one object a line, {"text": ...}'
-        )
+        raise UserError(f"{where} is a JSON {type(found).__name__}", allowed='one object a line, {"text": ...}')
     return found
 
 
@@ -334,9 +325,7 @@ def _decompressed(path: Path) -> bytes:
                 raise zstandard.ZstdError("the file ends too early")
             raw = frame.unused_data
     except zstandard.ZstdError as error:
-        raise UserError(
-            f"{path} cannot be decompressed: {error}", allowed="a file written by zstd"
-        ) from error
+        raise UserError(f"{path} cannot be decompressed: {error}", allowed="a file written by zstd") from error
     return b"".join(frames)
 
 

@@ -75,9 +75,7 @@ def from_pydantic(error: ValidationError, *, where: str, fields: Iterable[str]) 
         else:
             message = mistake["msg"].removeprefix("Value error, ")
             given = (
-                ""
-                if mistake["type"] == "value_error" and not mistake["loc"]
-                else f"{name} = {mistake['input']!r}: "
+                "" if mistake["type"] == "value_error" and not mistake["loc"] else f"{name} = {mistake['input']!r}: "
             )
             found.append(UserError(f"{where}: {given}{message[0].lower()}{message[1:]}"))
     return found

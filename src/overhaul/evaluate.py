@@ -43,9 +43,7 @@ def negative_log_likelihoods(
         `(B, T - 1)` fp32 on the CPU; 0 where a label is ignored.
     """
     device = next(model.parameters()).device
-    batch = {"input_ids": input_ids_BT.to(device)} | (
-        {} if mask_BT is None else {"attention_mask": mask_BT.to(device)}
-    )
+    batch = {"input_ids": input_ids_BT.to(device)} | ({} if mask_BT is None else {"attention_mask": mask_BT.to(device)})
     labels_BL = labels_BT[:, 1:].to(device)
     head = hf.head(model)
     if head is None:

@@ -76,29 +76,26 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     corpus = open_data(options) if needs_data else None
     parent = artifacts.load(model, device=device, dtype=torch.float32 if options.dtype == "fp32" else None)
     data = (
-        Data(corpus, parent.processor, options.seed, dense_tensors=artifacts.dense_ancestor(parent))
-        if corpus
-        else None
+        Data(corpus, parent.processor, options.seed, dense_tensors=artifacts.dense_ancestor(parent)) if corpus else None
     )
-    artifacts.refuse_full_disk(
-        out, 2 * sum(p.numel() * parent.dtype.itemsize for p in parent.model.parameters())
-    )
+    artifacts.refuse_full_disk(out, 2 * sum(p.numel() * parent.dtype.itemsize for p in parent.model.parameters()))
     if options.dry_run:
         say_plan(step, parent, data, out)
         return None
     judge = Judge.of(options, corpus, parent.processor, dtype)
     before = judge.chain(parent)
-    changed, layers, history = _change(step, parent, data, dtype, out, judge, command)
+    changed, notes, history = _change(step, parent, data, dtype, out, judge, command)
     if not is_main_process():
         return None
-    after = judge.after(changed, before, layers, step.entry.verb, step.entry.name)
+    after = judge.after(changed, before, notes.layers, step.entry.verb, step.entry.name)
     facts = (*before, after)
-    return Outcome(path=out, facts=write_directory(changed, out, facts=facts, history=history, judge=judge))
+    facts = write_directory(changed, out, facts=facts, history=history, judge=judge, notes=notes)
+    return Outcome(path=out, facts=facts)
 
 
 def _change(
     step: Step, parent: Artifact, data: Data | None, dtype: torch.dtype, out: Path, judge: Judge, command: str
-) -> tuple[Artifact, list[journal.LayerNote], History | None]:
+) -> tuple[Artifact, journal.Notes, History | None]:
     """Runs the method; the time and memory it takes are its own, without loading and measuring."""
     options, method = step.options, step.method
     machine.seed_everything(options.seed)
@@ -151,9 +148,7 @@ def _train(
     """Runs the method's plans through the loop, one after the other, each with its finish."""
     method = data.steps_for(method, processes=int(os.environ.get("WORLD_SIZE", "1")))
     if method.seq_len > (longest := _longest(parent.model, method.seq_len)):
-        raise UserError(
-            f"--seq-len {method.seq_len} is more than the model reads", allowed=f"up to {longest}"
-        )
+        raise UserError(f"--seq-len {method.seq_len} is more than the model reads", allowed=f"up to {longest}")
     if method.checkpoint_activations:
         inner: Any = parent.model
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -224,9 +219,7 @@ def _data_used(data: Data | None, method: Method, history: History | None) -> Da
     return DataUsed(name=corpus.name, fingerprint=corpus.fingerprint, tokens=tokens, licence=corpus.licence)
 
 
-def run_recipe(
-    plan: Recipe, *, command: str = "", told: Callable[[Outcome], None] = lambda _: None
-) -> Outcome | None:
+def run_recipe(plan: Recipe, *, command: str = "", told: Callable[[Outcome], None] = lambda _: None) -> Outcome | None:
     """Runs every step of a recipe; step N goes to `out/NN-verb-method`, and what was finished before is kept.
 
     Args:
@@ -301,9 +294,7 @@ def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path) -> None
         say(f"about {_seconds_per_step(plan, method) * method.steps:.0f} s, from one step tried")
     elif data is not None:
         settings: Any = method
-        say(
-            f"{settings.samples} windows of {_longest(parent.model, settings.seq_len)} tokens from {data.corpus.name}"
-        )
+        say(f"{settings.samples} windows of {_longest(parent.model, settings.seq_len)} tokens from {data.corpus.name}")
     say(
         f"writes {out}: weights ({parameters * parent.dtype.itemsize / 1e6:.0f} MB), overhaul.json, recipe.yaml, README.md, report.html"
     )

@@ -53,9 +53,7 @@ def npm(name: str, version: str, sha256: str, *, num_bytes: int | None = None) -
     return _archive(_Package("npm", name, version, sha256, num_bytes, command, " ".join(command), "*.tgz"))
 
 
-def debian(
-    name: str, version: str | None = None, sha256: str | None = None, *, num_bytes: int | None = None
-) -> Path:
+def debian(name: str, version: str | None = None, sha256: str | None = None, *, num_bytes: int | None = None) -> Path:
     """The directory with a Debian package's files, unpacked without root and without installing it.
 
     Args:
@@ -95,9 +93,7 @@ class _Package:
 
     def __str__(self) -> str:
         return (
-            f"{self.name} {self.version} from {self.registry}"
-            if self.version
-            else f"{self.name} from {self.registry}"
+            f"{self.name} {self.version} from {self.registry}" if self.version else f"{self.name} from {self.registry}"
         )
 
     @property

@@ -1,8 +1,8 @@
-"""What a method says about each layer it changed, for the report: kept only where somebody is recording.
+"""What a method says about each part it changed, for the report: kept only where somebody is recording.
 
 with recording() as notes:
     model = method.apply(model, calib)
-notes[0].layer, notes[0].sparsity, notes[0].error
+notes.layers[0].name, notes.layers[0].sparsity, notes.layers[0].error
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,24 +18,41 @@ class LayerNote:
     """One changed layer.
 
     Attributes:
-        layer: its qualified name in the model.
+        name: its qualified name in the model.
         sparsity: share of its weights that the mask removes, from 0 to 1.
         error: norm of the change over norm of the original, of the weights for criteria without data, of the
             layer's output, as far as the method's statistic tells, for the others.
     """
 
-    layer: str
+    name: str
     sparsity: float
     error: float
 
 
-_notes: ContextVar[list[LayerNote] | None] = ContextVar("overhaul_journal", default=None)
+@dataclass(frozen=True, slots=True)
+class PartNote:
+    """One reconstructed part: the mean squared difference from its dense self's output, before and after."""
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """The notes of one recording, in the order they were made."""
+
+    layers: list[LayerNote] = field(default_factory=list)
+    parts: list[PartNote] = field(default_factory=list)
+
+
+_notes: ContextVar[Notes | None] = ContextVar("overhaul_journal", default=None)
 
 
 @contextmanager
-def recording() -> Iterator[list[LayerNote]]:
-    """Collects the notes made inside, in order; an inner recording hides the outer one."""
-    notes: list[LayerNote] = []
+def recording() -> Iterator[Notes]:
+    """Collects the notes made inside; an inner recording hides the outer one."""
+    notes = Notes()
     token = _notes.set(notes)
     try:
         yield notes
@@ -43,8 +60,13 @@ def recording() -> Iterator[list[LayerNote]]:
         _notes.reset(token)
 
 
-def note_layer(layer: str, *, sparsity: float, error: float) -> None:
-    """Adds one note to the recording in progress; does nothing when there is none."""
-    notes = _notes.get()
-    if notes is not None:
-        notes.append(LayerNote(layer, sparsity, error))
+def note_layer(name: str, *, sparsity: float, error: float) -> None:
+    """Adds a layer to the recording in progress; does nothing when there is none."""
+    if (notes := _notes.get()) is not None:
+        notes.layers.append(LayerNote(name, sparsity, error))
+
+
+def note_part(name: str, *, before: float, after: float) -> None:
+    """Adds a reconstructed part to the recording in progress; does nothing when there is none."""
+    if (notes := _notes.get()) is not None:
+        notes.parts.append(PartNote(name, before, after))

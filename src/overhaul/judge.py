@@ -102,9 +102,7 @@ class Judge:
             scored = evaluate.perplexity(model, self.windows_NT, dtype=self.dtype)
             estimate = asdict(scored.estimate)
             with machine.autocast(next(model.parameters()).device, self.dtype):
-                said = tuple(
-                    (p, evaluate.generate(model, self.processor, p, tokens=PROMPT_TOKENS)) for p in PROMPTS
-                )
+                said = tuple((p, evaluate.generate(model, self.processor, p, tokens=PROMPT_TOKENS)) for p in PROMPTS)
             quality = {
                 "perplexity": Row(model=path or label, metric="perplexity", **estimate),
                 "corpus": self.corpus.name,
@@ -119,15 +117,13 @@ def counts(model: nn.Module, errors: Sequence[LayerNote] = ()) -> dict[str, Any]
     """Parameters and non-zeros, of the whole model and of the linear layers in its blocks."""
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
-    known = {layer.layer: layer.error for layer in errors}
+    known = {layer.name: layer.error for layer in errors}
     layers, nonzero_blocks, total_blocks = [], 0, 0
     for name, linear in block_linears(model).items():
         nonzero = int(linear.weight.count_nonzero())
         nonzero_blocks += nonzero
         total_blocks += linear.weight.numel()
-        layers.append(
-            LayerFacts(name=name, sparsity=1 - nonzero / linear.weight.numel(), error=known.get(name))
-        )
+        layers.append(LayerFacts(name=name, sparsity=1 - nonzero / linear.weight.numel(), error=known.get(name)))
     return {
         "parameters": total,
         "nonzero_share_all": sum(int(p.count_nonzero()) for p in parameters) / total,

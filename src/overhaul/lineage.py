@@ -77,10 +77,6 @@ def flat_fields(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings under dotted names: `{"train": {"steps": 5}}` becomes `{"train.steps": 5}`."""
     flat: dict[str, Any] = {}
     for name, value in fields.items():
-        nested = (
-            flat_fields(value, f"{prefix}{name}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{name}": value}
-        )
+        nested = flat_fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
         flat |= nested
     return flat

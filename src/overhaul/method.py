@@ -83,17 +83,13 @@ class Training(Method, ABC):
     seq_len: SeqLen = 512
     lr: PeakRate = 1e-4
     warmup: Fraction = Field(0.1, description="Share of the steps with a linearly rising rate.")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="Decay after the warm-up."
-    )
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
     weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay.")
     clip: NonNegative = Field(1.0, description="Largest gradient norm; 0 switches clipping off.")
     checkpoint_activations: bool = Field(
         False, description="Recompute each block in the backward pass: less memory, a third more time."
     )
-    eval_every: Natural = Field(
-        0, description="Steps between held-out perplexities; 0 measures before and after only."
-    )
+    eval_every: Natural = Field(0, description="Steps between held-out perplexities; 0 measures before and after only.")
     save_every: Natural = Field(50, description="Steps between checkpoints for --resume; 0 writes none.")
     keep: Positive = Field(2, description="Checkpoints kept while training.")
 

@@ -26,7 +26,7 @@ class Options(Settings):
     evaluate_seq_len: Positive = Field(default=512, description="Tokens per held-out window.")
     seed: Natural = Field(default=0, description="Of every random choice.")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Of matrix products; auto is bf16 where it is fast."
+        default="auto", description="Of matrix products; auto is bf16 where it is fast."
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N.")
     resume: bool = Field(default=False, description="Go on from the checkpoint in OUT.")

@@ -150,9 +150,7 @@ def _from_hub(ref: str) -> Path:
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
     try:
         return _checked(Path(snapshot_download(ref, allow_patterns=wanted)))
-    except (
-        OSError
-    ) as error:  # what the hub's client and its transport raise: offline, absent, gated, no space
+    except OSError as error:  # what the hub's client and its transport raise: offline, absent, gated, no space
         raise UserError(
             f"{ref!r} is no directory here and could not be had from the hub: {str(error).splitlines()[0]}",
             allowed=f"{', '.join(NAMED)}, a transformers directory, or a hub name owner/name",

@@ -87,9 +87,7 @@ class _Reading:
         while at and at not in self.lines:
             at = at[:-1]
         line = f":{self.lines[at]}" if at in self.lines else ""
-        self.errors.append(
-            UserError(f"{self.name}{line}: {error.given}", allowed=error.allowed, hint=error.hint)
-        )
+        self.errors.append(UserError(f"{self.name}{line}: {error.given}", allowed=error.allowed, hint=error.hint))
 
     def override(self, content: dict[str, Any], text: str) -> None:
         """Applies `path.to.field=value` to the plain data."""
@@ -120,17 +118,13 @@ class _Reading:
             if key not in TOP:
                 self.wrong(
                     (key,),
-                    UserError(
-                        f"unknown key {key!r}", allowed=", ".join(TOP), hint=did_you_mean(str(key), TOP)
-                    ),
+                    UserError(f"unknown key {key!r}", allowed=", ".join(TOP), hint=did_you_mean(str(key), TOP)),
                 )
         for key in ("model", "out", "steps"):
             if not content.get(key):
                 self.wrong(
                     (),
-                    UserError(
-                        f"{key!r} is missing", hint={"model": "model: smollm2-135m"}.get(key, f"{key}: ...")
-                    ),
+                    UserError(f"{key!r} is missing", hint={"model": "model: smollm2-135m"}.get(key, f"{key}: ...")),
                 )
         given = {key: content[key] for key in Options.model_fields if key in content}
         options = self._made(Options, given, (), "the recipe") or Options()
@@ -160,12 +154,9 @@ class _Reading:
         except UserError as error:
             self.wrong((*at, "verb" if step["verb"] not in catalog.VERBS else "method"), error)
             return None
-        fields = {
-            _ALIASES.get(key, key): value for key, value in step.items() if key not in ("verb", "method")
-        }
-        own = {
-            key: fields.pop(key) for key in _STEP if key in fields and key not in entry.load().model_fields
-        }
+        given = {str(key): value for key, value in step.items() if key not in ("verb", "method")}
+        fields = {_ALIASES.get(key, key): value for key, value in given.items()}
+        own = {key: fields.pop(key) for key in _STEP if key in fields and key not in entry.load().model_fields}
         method = self._made(entry.load(), fields, at, f"{entry.verb} {entry.name}")
         chosen = self._made(Options, {**options.model_dump(), **own}, at, f"{entry.verb} {entry.name}")
         return Step(entry=entry, method=method, options=chosen) if method and chosen else None

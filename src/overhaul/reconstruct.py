@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from overhaul.errors import UserError
+from overhaul.journal import note_part
 from overhaul.layers.masked import MaskedLinear
 from overhaul.objective import Batch, Forward, Term
 from overhaul.stream import Batch as Batches
@@ -75,21 +76,26 @@ def reconstruction_plans(model: nn.Module, data: Data, method: Perp) -> Iterator
             hint="prune with overhaul, or keep the parent directory where it was",
         )
     calib = data.calibration(samples=method.samples, seq_len=method.seq_len)
-    for block in walk(model, calib):
+    for block in walk(model, calib, title="reconstruct"):
         dense = copy.deepcopy(block.module)
         _load_dense(dense, data.dense_tensors(f"{block.name}."))
         for part in _PARTS[method.granularity](block, dense):
+            before = _error(part)
             yield _plan(part, method, data.seed)
+            note_part(part.name, before=before, after=_error(part))
         del dense
 
 
+@torch.no_grad()
+def _error(part: Part) -> float:
+    """Mean squared difference over all windows, as the part is now."""
+    gaps = [(part.run(x).float() - y.float()).square().mean() for x, y in zip(part.inputs, part.targets, strict=True)]
+    return float(torch.stack(gaps).mean())
+
+
 def _plan(part: Part, method: Perp, seed: int) -> Plan:
-    if method.train == ("norms",) and not any(
-        "norm" in type(m).__name__.lower() for m in part.module.modules()
-    ):
-        raise UserError(
-            f"{part.name} has no norms to train", hint="--granularity block, or --train mask_lora"
-        )
+    if method.train == ("norms",) and not any("norm" in type(m).__name__.lower() for m in part.module.modules()):
+        raise UserError(f"{part.name} has no norms to train", hint="--granularity block, or --train mask_lora")
     # Trained tensors become fp32; the blocks after this one are fed in the model's own type again.
     dtype = next(part.module.parameters()).dtype
     selected = prepare(part.module, method)
@@ -137,9 +143,7 @@ def _attention_and_mlp(block: Block, dense: nn.Module) -> Iterator[Part]:
 
 def _matrices(block: Block, dense: nn.Module) -> Iterator[Part]:
     """Each masked linear layer by itself."""
-    yield from _submodules(
-        block, dense, [n for n, m in block.module.named_modules() if isinstance(m, MaskedLinear)]
-    )
+    yield from _submodules(block, dense, [n for n, m in block.module.named_modules() if isinstance(m, MaskedLinear)])
 
 
 def _submodules(block: Block, dense: nn.Module, names: list[str]) -> Iterator[Part]:
@@ -177,16 +181,14 @@ class _View(nn.Module):
 
     def __init__(self, root: nn.Module, name: str) -> None:
         super().__init__()
-        object.__setattr__(
-            self, "_where", (root.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
-        )
+        parent, _, self.child = name.rpartition(".")
+        self.holder = (root.get_submodule(parent),)  # in a tuple: not a child of this module
         self.part = root.get_submodule(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "part":
-            parent, child = self._where
-            setattr(parent, child, value)
+            setattr(self.holder[0], str(self.child), value)
 
 
 _PARTS: dict[str, Callable[[Block, nn.Module], Iterator[Part]]] = {
@@ -208,9 +210,7 @@ def _catch(block: Block, module: nn.Module) -> list[tuple[tuple[Any, ...], dict[
     return caught
 
 
-def _first(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
     return (args[0] if args else kwargs["hidden_states"]), (args, kwargs)
 
 

@@ -52,9 +52,7 @@ class Target(Settings):
     After validation `sparsity` is always a number: 0.5, or what the pattern implies, where it was not given.
     """
 
-    pattern: str | None = Field(
-        None, description="N:M, such as 2:4 or 4:8: keep N of each M consecutive inputs."
-    )
+    pattern: str | None = Field(None, description="N:M, such as 2:4 or 4:8: keep N of each M consecutive inputs.")
     sparsity: Share | None = Field(
         None,
         validate_default=True,
@@ -90,9 +88,7 @@ class Target(Settings):
         """The pattern, parsed."""
         return None if self.pattern is None else Pattern.parse(self.pattern)
 
-    def keep(
-        self, score_OI: Tensor, per: Literal["tensor", "row"], already_OI: Tensor | None = None
-    ) -> Tensor:
+    def keep(self, score_OI: Tensor, per: Literal["tensor", "row"], already_OI: Tensor | None = None) -> Tensor:
         """The mask (O, I) of the weights with the highest scores.
 
         Args:
@@ -103,9 +99,7 @@ class Target(Settings):
         if already_OI is not None:
             score_OI = score_OI.masked_fill(~already_OI, float("-inf"))
         pattern = self.n_of_m
-        mask_OI = (
-            keep_mask(score_OI, self.share, per) if pattern is None else keep_mask_pattern(score_OI, *pattern)
-        )
+        mask_OI = keep_mask(score_OI, self.share, per) if pattern is None else keep_mask_pattern(score_OI, *pattern)
         return mask_OI if already_OI is None else mask_OI & already_OI
 
 

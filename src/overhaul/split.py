@@ -63,9 +63,7 @@ def split(rows: Sequence[Row]) -> Split:
     elif len(rows) >= 3:
         parts = _by_hash(rows, rows, calib_bytes, heldout_bytes)
     else:
-        raise UserError(
-            f"{len(rows)} rows cannot be split into train, calib and heldout", allowed="3 rows or more"
-        )
+        raise UserError(f"{len(rows)} rows cannot be split into train, calib and heldout", allowed="3 rows or more")
     return _without_leaks(*parts)
 
 
@@ -118,9 +116,7 @@ def _take(sizes: Iterator[tuple[str, int]], wanted_bytes: float) -> set[str]:
     return taken
 
 
-def _in_order(
-    rows: Sequence[Row], calib_share: float, heldout_share: float
-) -> tuple[list[Row], list[Row], list[Row]]:
+def _in_order(rows: Sequence[Row], calib_share: float, heldout_share: float) -> tuple[list[Row], list[Row], list[Row]]:
     """Cuts each text into a beginning, a middle and an end."""
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
     for row in rows:

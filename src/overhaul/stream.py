@@ -100,9 +100,7 @@ class Stream(ABC, Iterator[Any]):
 class Rows(Stream):
     """The items of a sequence, in order."""
 
-    def __init__(
-        self, items: Sequence[Any], *, name: str, fingerprint: str, tokens: int | None = None
-    ) -> None:
+    def __init__(self, items: Sequence[Any], *, name: str, fingerprint: str, tokens: int | None = None) -> None:
         self.items, self.name, self.fingerprint, self._tokens = items, name, fingerprint, tokens
         self.order: Sequence[int] = range(len(items))
         self.cursor = 0
@@ -283,20 +281,14 @@ class Mix(Stream):
 
     def __init__(self, sources: Sequence[Stream], shares: Sequence[float]) -> None:
         if len(sources) != len(shares) or any(share < 0 for share in shares) or not sum(shares) > 0:
-            raise ValueError(
-                f"{len(sources)} sources need as many shares >= 0, not all zero; got {list(shares)}"
-            )
-        kept = [
-            (source, share / sum(shares)) for source, share in zip(sources, shares, strict=True) if share > 0
-        ]
+            raise ValueError(f"{len(sources)} sources need as many shares >= 0, not all zero; got {list(shares)}")
+        kept = [(source, share / sum(shares)) for source, share in zip(sources, shares, strict=True) if share > 0]
         self.sources = tuple(source for source, _ in kept)
         self.shares = tuple(share for _, share in kept)
         self.seen = [0] * len(kept)
 
     def __next__(self) -> Any:
-        behind = [
-            share * (sum(self.seen) + 1) - seen for share, seen in zip(self.shares, self.seen, strict=True)
-        ]
+        behind = [share * (sum(self.seen) + 1) - seen for share, seen in zip(self.shares, self.seen, strict=True)]
         index = int(np.argmax(behind))
         item = next(self.sources[index])
         self.seen[index] += num_tokens(item)

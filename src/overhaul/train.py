@@ -151,9 +151,7 @@ def train(
     """
     trainable = [p for p in plan.model.parameters() if p.requires_grad]
     if not trainable:
-        raise UserError(
-            "nothing is trainable: the plan selects no parameter", hint="select at least one group"
-        )
+        raise UserError("nothing is trainable: the plan selects no parameter", hint="select at least one group")
     accelerator = Accelerator(cpu=trainable[0].device.type == "cpu", log_with=track, project_dir=state_dir)
     if track:
         accelerator.init_trackers("overhaul", config=_plain(settings.model_dump()))
@@ -215,9 +213,7 @@ class _Run:
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         drawn = [next(self.plan.stream) for _ in range(self.settings.accumulate * processes)]
         counts = _sum_counts([self.plan.objective.counts(batch) for batch in drawn])
-        own = [
-            {key: value.to(self.device) for key, value in batch.items()} for batch in drawn[rank::processes]
-        ]
+        own = [{key: value.to(self.device) for key, value in batch.items()} for batch in drawn[rank::processes]]
         factor = self.plan.schedule((step - 0.5) / self.settings.steps)
         for group, peak in zip(self.plan.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
@@ -268,18 +264,14 @@ class _Run:
             reduced = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
             sums = dict(zip(sums, reduced, strict=True))
         weights = {name: weight for name, (weight, _) in self.plan.objective.named().items()}
-        return sums, torch.stack(
-            [weights[name] * total / max(counts[name], 1) for name, total in sums.items()]
-        ).sum()
+        return sums, torch.stack([weights[name] * total / max(counts[name], 1) for name, total in sums.items()]).sum()
 
     def _clip(self, step: int) -> Tensor:
         limit = self.settings.clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.trainable, limit)
         if not torch.isfinite(norm):
             names = [
-                n
-                for n, p in self.plan.model.named_parameters()
-                if p.grad is not None and not p.grad.isfinite().all()
+                n for n, p in self.plan.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
             ]
             raise UserError(
                 f"the gradient is not finite at step {step}, first in {names[0]}",
@@ -362,9 +354,7 @@ def _blame(plan: Plan, batch: Batch, step: int, micro_batch: int, dtype: torch.d
 
         return hook
 
-    hooks = [
-        m.register_forward_hook(look(n)) for n, m in plan.model.named_modules() if not list(m.children())
-    ]
+    hooks = [m.register_forward_hook(look(n)) for n, m in plan.model.named_modules() if not list(m.children())]
     with torch.no_grad(), machine.autocast(next(plan.model.parameters()).device, dtype):
         plan.objective(Forward(plan.model, batch), batch)
     for hook in hooks:

@@ -58,9 +58,7 @@ def norm_parameters(model: nn.Module, _choice: Choice) -> list[nn.Parameter]:
     norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
     found = [parameter for module in norms for parameter in module.parameters(recurse=False)]
     if not found:
-        raise UserError(
-            f"{type(model).__name__} has no normalisation layers with weights", hint="--train mask_lora"
-        )
+        raise UserError(f"{type(model).__name__} has no normalisation layers with weights", hint="--train mask_lora")
     return found
 
 
@@ -116,9 +114,7 @@ _GROUPS: dict[str, Callable[[nn.Module, Choice], list[nn.Parameter]]] = {
     "lora": _refused,
     "lora_prune": _adapter(lambda old, choice: LoRAPruneLinear.from_linear(old, choice.rank, choice.alpha)),
     "mask_lora": _adapter(lambda old, choice: MaskLoRALinear.from_linear(old, choice.rank, choice.alpha)),
-    "scale_lora": _adapter(
-        lambda old, choice: ScaleLoRALinear.from_linear(old, choice.rank, noise=choice.noise)
-    ),
+    "scale_lora": _adapter(lambda old, choice: ScaleLoRALinear.from_linear(old, choice.rank, noise=choice.noise)),
 }
 
 

@@ -75,9 +75,7 @@ _ESCAPE = re.compile(
     r"[fFmMgknYV](?:\(..|\[[^\]]*\]|[+-]?.)"  # fonts, colours, registers: nothing of them is text
     r"|s(?:[+-]?\d|\([+-]?\d\d|[+-]?\[[^\]]*\]|[+-]?'[^']*')"  # sizes
     r"|[hvwlLxDbHSANXZoRB]'[^']*'"  # motions and drawings
-    r"|(?P<string>\*)"
-    + _NAME.format("s")
-    + r"|(?P<special>[(\[](?:(?<=\()(?P<two>..)|(?<=\[)(?P<long>[^\]]*)\]))"
+    r"|(?P<string>\*)" + _NAME.format("s") + r"|(?P<special>[(\[](?:(?<=\()(?P<two>..)|(?<=\[)(?P<long>[^\]]*)\]))"
     r"|(?P<one>.)"
     r")"
 )

@@ -124,9 +124,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
             than `nn.Linear`, which would silently stay as they are.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise UserError(
-            f"{type(model).__name__} is an encoder-decoder", allowed="decoder-only language models"
-        )
+        raise UserError(f"{type(model).__name__} is an encoder-decoder", allowed="decoder-only language models")
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -146,9 +144,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def linears_of(module: nn.Module, prefix: str) -> dict[str, nn.Linear]:
     """The linear layers inside `module`, by name below `prefix`."""
-    return {
-        f"{prefix}.{name}": child for name, child in module.named_modules() if isinstance(child, nn.Linear)
-    }
+    return {f"{prefix}.{name}": child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
 
 
 def _has_matrices(block: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ import yaml
 from overhaul import artifact as artifacts
 from overhaul import catalog, pretrained, recipe
 from overhaul.artifact import Artifact
+from overhaul.journal import Notes
 from overhaul.judge import Judge
 from overhaul.lineage import LineageStep
 from overhaul.report.card import CardData, Relation, model_card
-from overhaul.report.facts import Facts, Report, curves_of_history
+from overhaul.report.facts import Curve, Facts, Report, curves_of_history
 from overhaul.report.figures import curves_png
 from overhaul.report.html import html_report
 from overhaul.select import has_adapters
@@ -30,6 +31,7 @@ def write_directory(
     facts: tuple[Facts, ...],
     history: History | None,
     judge: Judge,
+    notes: Notes,
 ) -> tuple[Facts, ...]:
     """Writes everything that belongs to the result of a step.
 
@@ -39,6 +41,7 @@ def write_directory(
         facts: of every model of the chain, the result last.
         history: of the training, if there was one.
         judge: under whose key the facts were measured.
+        notes: what the method said about layers and parts.
 
     Returns:
         The facts with the result's path and size on disk.
@@ -52,12 +55,14 @@ def write_directory(
             artifacts.write_model(made, directory)
         size = sum(file.stat().st_size for file in artifacts.weight_files(directory))
         facts = (*facts[:-1], replace(facts[-1], path=str(out), bytes=size))
-        artifacts.write_record(
-            made, directory, {"facts_key": judge.key, "facts": [asdict(one) for one in facts]}
-        )
+        extra = {"facts_key": judge.key, "facts": [asdict(one) for one in facts]}
+        if notes.parts:
+            extra["reconstruction"] = [asdict(part) for part in notes.parts]
+        artifacts.write_record(made, directory, extra)
         recipe_yaml = replay(made.lineage, out)
         (directory / "recipe.yaml").write_text(recipe_yaml)
-        report = build_report(made.lineage, facts, history.points if history else (), recipe_yaml)
+        curves = reconstruction_curves(notes) if notes.parts else curves_of_history(history.points if history else ())
+        report = build_report(made.lineage, facts, curves, recipe_yaml)
         (directory / "report.html").write_text(html_report(report))
         if history:
             lines = (json.dumps(point) for point in history.points)
@@ -69,11 +74,24 @@ def write_directory(
     return facts
 
 
+def reconstruction_curves(notes: Notes) -> tuple[Curve, ...]:
+    """The error of every reconstructed part, before and after."""
+    x = tuple(float(number) for number in range(1, len(notes.parts) + 1))
+    errors = {"before": [part.before for part in notes.parts], "after": [part.after for part in notes.parts]}
+    return tuple(
+        Curve(
+            name=f"reconstruction error {when}",
+            x=x,
+            y=tuple(values),
+            x_label="part",
+            y_label="mean squared error",
+        )
+        for when, values in errors.items()
+    )
+
+
 def build_report(
-    lineage: Sequence[LineageStep],
-    facts: tuple[Facts, ...],
-    points: Sequence[Mapping[str, float]],
-    recipe_yaml: str,
+    lineage: Sequence[LineageStep], facts: tuple[Facts, ...], curves: tuple[Curve, ...], recipe_yaml: str
 ) -> Report:
     """The report on a chain of steps."""
     last = lineage[-1]
@@ -81,7 +99,7 @@ def build_report(
         title=f"{last.verb} {last.method}: {Path(facts[-1].path).name}",
         facts=facts,
         lineage=tuple(lineage),
-        curves=curves_of_history(points),
+        curves=curves,
         recipe_yaml=recipe_yaml,
         commands=tuple(dict.fromkeys(step.command for step in lineage if step.command)),
         environment={**last.versions, "hardware": last.hardware},

@@ -144,9 +144,7 @@ def test_chapters_lose_headings_and_line_breaks():
 
 
 def test_listing_the_corpora_imports_no_heavy_package():
-    script = (
-        "import sys, overhaul.corpora as c; c.named_corpora(); print({'torch', 'pyarrow'} & set(sys.modules))"
-    )
+    script = "import sys, overhaul.corpora as c; c.named_corpora(); print({'torch', 'pyarrow'} & set(sys.modules))"
 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 

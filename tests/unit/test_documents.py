@@ -59,9 +59,7 @@ def test_a_saved_dataset_and_a_dictionary_of_splits(tmp_path):
     from datasets import Dataset, DatasetDict
 
     Dataset.from_list(RECORDS).save_to_disk(tmp_path / "one")
-    DatasetDict({name: Dataset.from_list(RECORDS) for name in ("train", "test")}).save_to_disk(
-        tmp_path / "two"
-    )
+    DatasetDict({name: Dataset.from_list(RECORDS) for name in ("train", "test")}).save_to_disk(tmp_path / "two")
 
     assert texts(tmp_path / "one") == ["first", "second"]
     assert texts(tmp_path / "two") == ["first", "second"] * 2

@@ -121,9 +121,7 @@ def test_without_network_the_error_says_what_to_do_by_hand(cache: Path, shelf: P
 def test_two_processes_fetch_once(cache: Path, shelf: Path) -> None:
     call = f"from overhaul import fetch; print(fetch.pypi('some-data', '1.0', '{add_wheel(shelf)}'))"
     run = [sys.executable, "-c", call]
-    both = [
-        subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    both = [subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     (path_a, said_a), (path_b, said_b) = (process.communicate() for process in both)
 
     assert path_a == path_b == f"{next(cache.rglob('*.whl'))}\n"
@@ -146,18 +144,14 @@ def test_a_client_that_fails_is_quoted(cache: Path, tmp_path: Path, monkeypatch:
         fetch.npm("digits", "1.2.0", "0" * 64)
 
 
-def test_a_client_that_is_missing_is_named(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_client_that_is_missing_is_named(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="this machine has no apt-get"):
         fetch.debian("some-data")
 
 
 @needs_debian
-def test_a_debian_package_is_unpacked_once(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_debian_package_is_unpacked_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tree" / "DEBIAN").mkdir(parents=True)
     (tmp_path / "tree" / "rows.txt").write_text("one\n")
     (tmp_path / "tree" / "DEBIAN" / "control").write_text(
@@ -177,8 +171,6 @@ def test_a_debian_package_is_unpacked_once(
 
 
 def test_importing_it_is_light() -> None:
-    call = (
-        "import sys, overhaul.fetch, overhaul.pretrained; print({'torch', 'transformers'} & set(sys.modules))"
-    )
+    call = "import sys, overhaul.fetch, overhaul.pretrained; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -32,9 +32,7 @@ def test_a_model_directory_means_itself(tiny: Path) -> None:
 
 def test_a_directory_without_a_model_is_listed(tmp_path: Path) -> None:
     (tmp_path / "notes.md").touch()
-    with pytest.raises(
-        UserError, match=r"is not a model directory: no config\.json\nallowed: .*there is notes\.md"
-    ):
+    with pytest.raises(UserError, match=r"is not a model directory: no config\.json\nallowed: .*there is notes\.md"):
         pretrained.resolve(str(tmp_path))
 
 
@@ -44,16 +42,12 @@ def test_a_file_is_not_a_model(tiny: Path) -> None:
 
 
 def test_a_slip_in_a_name_gets_a_suggestion() -> None:
-    with pytest.raises(
-        UserError, match=r"there is no model 'smolm2-135m'\n.*\ntry: did you mean 'smollm2-135m'"
-    ):
+    with pytest.raises(UserError, match=r"there is no model 'smolm2-135m'\n.*\ntry: did you mean 'smollm2-135m'"):
         pretrained.resolve("smolm2-135m")
 
 
 def test_a_hub_name_needs_the_hub() -> None:
-    with pytest.raises(
-        UserError, match="'nobody/nothing' is no directory here and could not be had from the hub"
-    ):
+    with pytest.raises(UserError, match="'nobody/nothing' is no directory here and could not be had from the hub"):
         pretrained.resolve("nobody/nothing")
 
 
@@ -68,9 +62,7 @@ def test_a_named_model_without_network_names_the_package(
     assert "(93 MB)" in capsys.readouterr().err
 
 
-def test_a_named_model_without_the_reader_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_named_model_without_the_reader_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty_cache(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=re.escape("pip install 'overhaul[gguf]'")):
@@ -156,9 +148,7 @@ with torch.no_grad():
 
 @pytest.mark.slow
 def test_the_default_model_is_a_stock_directory(smol: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", USE, smol, PARAGRAPH], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", USE, smol, PARAGRAPH], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
 
     assert found.pop("perplexity") < 60
@@ -172,6 +162,4 @@ def test_the_default_model_is_a_stock_directory(smol: Path) -> None:
         "parameters": 134_515_008,
     }
     assert "quantization_config" not in json.loads((smol / "config.json").read_text())
-    assert (
-        json.loads((smol / "source.json").read_text())["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    )
+    assert json.loads((smol / "source.json").read_text())["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"

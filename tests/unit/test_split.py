@@ -96,9 +96,7 @@ def test_a_line_that_the_heldout_text_repeats_is_removed_from_train():
 
 def test_a_sentence_inside_a_line_is_removed_and_its_neighbours_stay():
     shared = "This very sentence stands in each of the documents of this corpus."
-    rows = [
-        text_row(f"Before {i}. {shared} After {i}.\n{row['text']}") for i, row in enumerate(documents(100))
-    ]
+    rows = [text_row(f"Before {i}. {shared} After {i}.\n{row['text']}") for i, row in enumerate(documents(100))]
 
     found = split(rows)
 

@@ -44,9 +44,7 @@ class LoRA(Training):
         if self.merge:
             refuse_pruned(model, names)
         model.requires_grad_(False)
-        layers = swap(
-            model, names, lambda old: LoRALinear.from_linear(old, self.rank, self.alpha, self.dropout)
-        )
+        layers = swap(model, names, lambda old: LoRALinear.from_linear(old, self.rank, self.alpha, self.dropout))
         trained = [tensor for layer in layers.values() for tensor in (layer.lora_A, layer.lora_B)]
         return Plan(
             model=model,

@@ -44,9 +44,7 @@ class Perp(Training):
     reconstruct: bool = Field(
         False, description="Match each dense block's output, block by block, instead of predicting tokens."
     )
-    granularity: Literal["block", "attn_mlp", "matrix"] = Field(
-        "block", description="What is reconstructed at a time."
-    )
+    granularity: Literal["block", "attn_mlp", "matrix"] = Field("block", description="What is reconstructed at a time.")
     samples: Positive = Field(32, description="Calibration windows for --reconstruct.")
 
     @field_validator("train")
@@ -54,9 +52,7 @@ class Perp(Training):
     def _one_adapter(cls, groups: tuple[Group, ...]) -> tuple[Group, ...]:
         adapters = [group for group in groups if group in _ADAPTERS]
         if not groups:
-            raise ValueError(
-                "nothing trainable is selected; give at least one group, such as norms mask_lora"
-            )
+            raise ValueError("nothing trainable is selected; give at least one group, such as norms mask_lora")
         if len(adapters) > 1 or (adapters and "full" in groups):
             raise ValueError(
                 f"{' and '.join(adapters + ['full'] * ('full' in groups))} exclude each other; keep one of them"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class LinearLike(nn.Module, ABC):
         """A plain (or masked) linear layer computing the same map."""
 
 
-def swap(model: nn.Module, names: Iterable[str], make: Callable[[nn.Module], Layer]) -> dict[str, Layer]:
+def swap(model: nn.Module, names: Iterable[str], make: Callable[[Any], Layer]) -> dict[str, Layer]:
     """Replaces the submodules called `names` by `make(old)`, in place.
 
     Returns:
@@ -51,5 +51,5 @@ def merge_all(model: nn.Module) -> nn.Module:
     """Replaces every `LinearLike` by its merged linear layer, in place."""
     names = [name for name, module in model.named_modules() if isinstance(module, LinearLike)]
     with torch.no_grad():
-        swap(model, names, lambda layer: layer.merge())  # pyright: ignore[reportCallIssue]
+        swap(model, names, lambda layer: layer.merge())
     return model

@@ -59,9 +59,7 @@ class LowRankLinear(LinearLike):
 class LoRALinear(LowRankLinear):
     """y = x W^T + b + (alpha / R) dropout(x) A^T B^T, fused into one node of the graph."""
 
-    def __init__(
-        self, linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, alpha: float, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, alpha: float, dropout: float = 0.0) -> None:
         super().__init__(linear, lora_A, lora_B, alpha)
         self.dropout = dropout
         self.num_pruned = linear.num_pruned if isinstance(linear, MaskedLinear) else 0

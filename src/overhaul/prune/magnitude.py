@@ -35,8 +35,6 @@ class Magnitude(Target, Transform):
         for block in walk(model, None, "prune magnitude"):
             for name, linear in block.linears.items():
                 score_OI = magnitude_score(linear.weight)
-                mask_OI = self.keep(
-                    score_OI, "row" if self.scope == "row" else "tensor", already_kept(linear)
-                )
+                mask_OI = self.keep(score_OI, "row" if self.scope == "row" else "tensor", already_kept(linear))
                 prune_layer(model, name, mask_OI, error=removed_share(score_OI, mask_OI))
         return model

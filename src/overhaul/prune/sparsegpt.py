@@ -92,9 +92,7 @@ def sparsegpt_prune(
     return weight_IO.T.contiguous(), mask_IO.T.contiguous()
 
 
-def _prune_columns(
-    weight_KO: Tensor, mask_KO: Tensor, upper_KK: Tensor, target: Target, quota: int
-) -> Tensor:
+def _prune_columns(weight_KO: Tensor, mask_KO: Tensor, upper_KK: Tensor, target: Target, quota: int) -> Tensor:
     """One block of columns: narrows the mask and corrects the weights in place, returns the errors (K, O).
 
     `error_j = (w_j - q_j) / U_jj` and `w_k -= U_jk error_j` for k > j. A column takes the errors of all those
@@ -139,9 +137,7 @@ class SparseGPT(Target, Transform):
     @model_validator(mode="after")
     def _groups_fit_blocks(self) -> Self:
         if self.n_of_m and self.block_size % self.n_of_m.group:
-            raise ValueError(
-                f"block_size {self.block_size} is not divisible by the groups of pattern {self.pattern}"
-            )
+            raise ValueError(f"block_size {self.block_size} is not divisible by the groups of pattern {self.pattern}")
         return self
 
     def apply(self, model: nn.Module, calib: Stream | None) -> nn.Module:

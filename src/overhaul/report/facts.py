@@ -131,9 +131,7 @@ class Recovery:
 def recovery(facts: Sequence[Facts]) -> Recovery | None:
     """(ln worst - ln model) / (ln worst - ln reference); None where nothing was lost or little is known."""
     measured = [
-        (one, math.log(one.perplexity.value))
-        for one in facts
-        if one.perplexity and math.isfinite(one.perplexity.value)
+        (one, math.log(one.perplexity.value)) for one in facts if one.perplexity and math.isfinite(one.perplexity.value)
     ]
     if len(measured) < 3 or measured[0][0] is not facts[0]:
         return None

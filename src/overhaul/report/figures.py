@@ -71,9 +71,7 @@ def line_chart(curves: Sequence[Curve], *, title: str) -> Markup:
 
     marks = []
     for y in ticks(y_low, y_high):
-        marks.append(
-            f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>'
-        )
+        marks.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
         marks.append(_text(left - 7, at_y(y) + 4, f"{y:.6g}", anchor="end"))
     for x in ticks(x_low, x_high):
         marks.append(_text(at_x(x), height - bottom + 16, f"{x:.6g}", anchor="middle"))

@@ -140,9 +140,7 @@ def before_after(facts: Sequence[Facts]) -> BeforeAfter:
     grew; tokens/s when it fell by more than 5%, the spread of such timings.
     """
     reference, columns = facts[0], _columns(facts)
-    rows = tuple(
-        (Cell(text=one.label), *(column.cell(one, reference) for column in columns)) for one in facts
-    )
+    rows = tuple((Cell(text=one.label), *(column.cell(one, reference) for column in columns)) for one in facts)
     return BeforeAfter(columns=("model", *(column.title for column in columns)), rows=rows, note=_note(facts))
 
 
@@ -152,9 +150,7 @@ def _note(facts: Sequence[Facts]) -> str:
     if measured and measured.perplexity:
         corpus = f"of {measured.corpus}" if measured.corpus else "of held-out text"
         windows = f" in windows of {measured.seq_len}" if measured.seq_len else ""
-        sentences.append(
-            f"Perplexity over {measured.perplexity.count:,} tokens {corpus}{windows}, 95% interval."
-        )
+        sentences.append(f"Perplexity over {measured.perplexity.count:,} tokens {corpus}{windows}, 95% interval.")
     sentences.append("Non-zero share of the blocks' linear layers, and of all parameters.")
     sentences.append("Tokens/s: forward pass. Peak memory and time: of the step that made the model.")
     return " ".join(sentences)
@@ -228,10 +224,7 @@ def markdown_table(facts: Sequence[Facts]) -> str:
     lines = [
         _markdown_row(content.columns),
         _markdown_row([":--", *["--:"] * (len(content.columns) - 1)]),
-        *(
-            _markdown_row([f"{cell} (worse)" if cell.worse else str(cell) for cell in row])
-            for row in content.rows
-        ),
+        *(_markdown_row([f"{cell} (worse)" if cell.worse else str(cell) for cell in row]) for row in content.rows),
     ]
     return "\n".join(lines) + "\n"
 

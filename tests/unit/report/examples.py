@@ -33,8 +33,7 @@ def layers(num_blocks: int, sparsity: float | None, error: float | None) -> tupl
         LayerFacts(
             name=f"model.layers.{block}.{projection}",
             sparsity=sparsity,
-            error=error
-            and error * (1 + block / num_blocks) * (1.6 if projection == "mlp.down_proj" else 0.7),
+            error=error and error * (1 + block / num_blocks) * (1.6 if projection == "mlp.down_proj" else 0.7),
         )
         for block in range(num_blocks)
         for projection in PROJECTIONS
@@ -55,9 +54,7 @@ def three_facts(num_blocks: int = 2) -> tuple[Facts, ...]:
         corpus="austen",
         seq_len=512,
         tokens_per_second=3412.4,
-        generations=tuple(
-            (prompt, ", that a single man in possession of a good fortune.") for prompt in PROMPTS
-        ),
+        generations=tuple((prompt, ", that a single man in possession of a good fortune.") for prompt in PROMPTS),
     )
     pruned = Facts(
         label="pruned",

@@ -68,9 +68,7 @@ def test_series_differ_by_more_than_colour_and_are_named() -> None:
 def test_bars_are_proportional() -> None:
     svg = ElementTree.fromstring(bar_chart([("a", 0.5), ("b", 1.0), ("c", -0.2)], title="t", full="dense"))
 
-    half, whole, none = (
-        float(bar.attrib["width"]) for bar in svg.iter("rect") if bar.attrib["class"] == "bar"
-    )
+    half, whole, none = (float(bar.attrib["width"]) for bar in svg.iter("rect") if bar.attrib["class"] == "bar")
     assert half == pytest.approx(whole / 2, abs=0.1)
     assert none == 0
 

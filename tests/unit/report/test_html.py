@@ -46,9 +46,7 @@ class Page(HTMLParser):
 
 def eight_models() -> Report:
     report = full_report()
-    facts = tuple(
-        replace(report.facts[i % 3], label=f"model {i}", layers=layers(2, 0.5, 0.01 * i)) for i in range(8)
-    )
+    facts = tuple(replace(report.facts[i % 3], label=f"model {i}", layers=layers(2, 0.5, 0.01 * i)) for i in range(8))
     return Report(title="Eight", facts=facts)
 
 
@@ -61,9 +59,7 @@ def test_pages_are_balanced_and_show_every_cell_of_the_table(report: Report) -> 
     page = Page(html_report(report))
 
     assert page.open == []
-    cells = {
-        text for row in before_after(report.facts).rows for cell in row for text in (cell.text, cell.ends)
-    }
+    cells = {text for row in before_after(report.facts).rows for cell in row for text in (cell.text, cell.ends)}
     assert cells <= {*page.texts, ""}
 
 
@@ -83,9 +79,7 @@ def test_every_text_of_the_user_is_escaped() -> None:
     evil = '<script>alert(1)</script>"&'
     report = full_report()
     step = replace(report.lineage[0], method=evil, fields={evil: evil}, non_default=(evil,), command=evil)
-    facts = tuple(
-        replace(one, label=evil, path=evil, corpus=evil, generations=((evil, evil),)) for one in report.facts
-    )
+    facts = tuple(replace(one, label=evil, path=evil, corpus=evil, generations=((evil, evil),)) for one in report.facts)
     curves = tuple(replace(curve, name=evil, y_label=evil, x_label=evil) for curve in report.curves)
 
     text = html_report(
@@ -142,9 +136,7 @@ def test_each_prompt_stands_above_the_texts_of_all_models() -> None:
     texts = Page(html_report(full_report())).texts
 
     start = texts.index(PROMPTS[1])
-    labels = [
-        text for text in texts[start : texts.index(PROMPTS[2])] if text in {"dense", "pruned", "won back"}
-    ]
+    labels = [text for text in texts[start : texts.index(PROMPTS[2])] if text in {"dense", "pruned", "won back"}]
     assert labels == ["dense", "pruned", "won back"]
 
 

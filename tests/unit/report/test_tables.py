@@ -21,9 +21,7 @@ from .examples import perplexity, three_facts
 
 
 def accuracy(value: float) -> Row:
-    return Row(
-        model="m", metric="accuracy/boolq", value=value, low=value - 0.02, high=value + 0.02, count=500
-    )
+    return Row(model="m", metric="accuracy/boolq", value=value, low=value - 0.02, high=value + 0.02, count=500)
 
 
 def test_the_table_holds_the_facts() -> None:
@@ -55,9 +53,7 @@ def test_worse_means_beyond_the_interval_of_the_reference() -> None:
 
 def test_costs_of_a_step_are_never_worse_but_slower_and_larger_are() -> None:
     dense, pruned, _ = three_facts()
-    dear = replace(
-        pruned, bytes=2 * 269_060_552, tokens_per_second=1000.0, seconds=1e6, perplexity=dense.perplexity
-    )
+    dear = replace(pruned, bytes=2 * 269_060_552, tokens_per_second=1000.0, seconds=1e6, perplexity=dense.perplexity)
 
     (_, row) = json_rows((replace(dense, seconds=1.0), dear))
 
