@@ -74,10 +74,6 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
     Raises:
         UserError: no such model, no config, a damaged or quantized file, or weights that are not finite.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     path = pretrained.resolve(str(ref))
     adapter = path if (path / "adapter_config.json").is_file() else None
     base = pretrained.resolve(_base_of(path)) if adapter else path
@@ -89,13 +85,8 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
             hint="the model it was quantized from",
         )
     check_weights(base)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto", local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{ref} cannot be read as a causal language model: {error}") from error
-    tokenizer = AutoTokenizer.from_pretrained(
-        path if (path / "tokenizer_config.json").is_file() else base, local_files_only=True
-    )
+    model = _read_model(base, dtype, str(ref))
+    tokenizer = _read_tokenizer(path if (path / "tokenizer_config.json").is_file() else base, str(ref))
     stored = _read_json(path / RECORD) if (path / RECORD).is_file() else {}
     model.eval()
     refuse_non_finite(model, str(ref))
@@ -115,6 +106,45 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
         lineage=tuple(LineageStep.from_json(step) for step in stored.get("lineage", ())),
         record={key: value for key, value in stored.items() if key != "lineage"},
     )
+
+
+def _read_model(path: Path, dtype: torch.dtype | None, ref: str) -> Any:
+    """The model, every tensor of which is in the files: transformers alone would fill a gap with random numbers."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    how: dict[str, Any] = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded: Any
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **how)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{ref} cannot be read as a causal language model: {error}") from error
+    model, found = loaded
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        raise UserError(
+            f"{ref}: tensor {name} is {tuple(there)} in the file and {tuple(wanted)} by config.json",
+            hint="a sound copy of the model",
+        )
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise UserError(
+            f"{ref}: {len(missing)} tensors are missing from the weight files, such as {missing[0]}",
+            hint="a sound copy of the model",
+        )
+    return model
+
+
+def _read_tokenizer(path: Path, ref: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"{ref} has no tokenizer that can be read: {str(error).strip().splitlines()[0]}",
+            allowed="tokenizer.json and tokenizer_config.json beside the weights",
+        ) from error
 
 
 def _base_of(adapter: Path) -> str:
@@ -249,7 +279,9 @@ def check_out(out: Path, *, parent: Path | None = None, resume: bool = False) ->
             hint="a new directory; nothing is ever overwritten",
         )
     above = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
-    if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
+    if not above.is_dir():
+        raise UserError(f"-o {out} cannot be written: {above} is a file", hint="a new directory")
+    if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"-o {out} cannot be written: no permission in {above}", hint="a directory of your own")
 
 
@@ -293,7 +325,7 @@ def refuse_full_disk(out: Path, needed_bytes: int) -> None:
 
 
 def write_model(artifact: Artifact, directory: Path) -> None:
-    """Writes weights, configuration, tokenizer files and masks: what plain transformers loads, and the masks beside it."""
+    """Writes what plain transformers loads, weights, configuration and tokenizer, and the masks beside it."""
     model: Any = merge_all(artifact.model)
     refuse_non_finite(model, "the result")
     model.to(artifact.dtype)

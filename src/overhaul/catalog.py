@@ -1,4 +1,4 @@
-"""THE table of methods. A line here is a command, a recipe step, a schema entry, a docs page and a row of contract tests."""
+"""THE table of methods: a line here is a command, a recipe step, a schema entry, a page and a row of contract tests."""
 
 from __future__ import annotations
 
@@ -36,19 +36,29 @@ VERBS = {
 }
 
 ENTRIES = (
-    Entry("prune", "magnitude", "prune.magnitude:Magnitude", "Zero the smallest weights."),
-    Entry("prune", "random", "prune.random:RandomPruning", "Zero weights at random: the baseline."),
+    Entry(
+        "prune",
+        "magnitude",
+        "prune.magnitude:Magnitude",
+        "Remove the weights nearest to zero, the same share of every layer; needs no data.",
+    ),
+    Entry(
+        "prune",
+        "random",
+        "prune.random:RandomPruning",
+        "Remove weights at random, the same share of every layer: the baseline of baselines.",
+    ),
     Entry(
         "prune",
         "wanda",
         "prune.wanda:Wanda",
-        "Zero the weights that matter least to what flows through them.",
+        "Remove the weights with the smallest magnitude times input norm, output by output; no updates.",
     ),
     Entry(
         "prune",
         "sparsegpt",
         "prune.sparsegpt:SparseGPT",
-        "Zero weights one column at a time, mending the rest as it goes.",
+        "Remove weights by second-order saliency and correct those that stay: better than Wanda, and slower.",
     ),
     Entry("adapt", "full", "adapt.full:Full", "Train every parameter; pruned weights stay zero."),
     Entry("adapt", "lora", "adapt.lora:LoRA", "Train low-rank increments of the linear layers."),

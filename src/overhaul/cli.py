@@ -34,10 +34,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _dispatch(arguments)
-    except UserErrors as errors:
-        for error in errors.errors:
-            _box(error)
-        raise SystemExit(2) from None
     except UserError as error:
         _box(error)
         raise SystemExit(2) from None
@@ -176,10 +172,12 @@ def _measure(entry: catalog.Entry, arguments: list[str]) -> None:
     """`overhaul measure METHOD MODEL [MODEL ...]`."""
     import tyro
 
+    from overhaul.method import Measure
     from overhaul.options import Options
 
     method_class = entry.load()
-    only = ("data", "field", "seed", "dtype", "device")
+    assert issubclass(method_class, Measure)
+    only = (*(("data", "field") if method_class.needs_corpus else ()), "seed", "dtype", "device")
     kind = dataclasses.make_dataclass(
         "Measure",
         [
@@ -245,14 +243,8 @@ def _box(error: UserError) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    text = Text(error.given)
-    if error.allowed:
-        text.append(f"\nallowed: {error.allowed}")
-    if error.hint:
-        text.append(f"\ntry: {error.hint}")
-    Console(stderr=True, highlight=False).print(
-        Panel(text, title="overhaul cannot do this", title_align="left", border_style="red")
-    )
+    panel = Panel(Text(str(error)), title="overhaul cannot do this", title_align="left", border_style="red")
+    Console(stderr=True, highlight=False).print(panel)
 
 
 def typed() -> str:

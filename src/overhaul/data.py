@@ -145,7 +145,7 @@ class Data:
     def _too_short(self, splits: tuple[Split, ...], seq_len: int) -> UserError:
         held = sum(len(self.encode(row).ids) for split in splits for row in getattr(self.corpus, split))
         return UserError(
-            f"corpus {self.corpus.name!r}: its {'+'.join(splits)} text has {held} tokens, less than one window of {seq_len}",
+            f"corpus {self.corpus.name!r}: its {'+'.join(splits)} text has {held} tokens, a window has {seq_len}",
             allowed=f"--seq-len up to {held}, or more text",
             hint=f"--seq-len {max(2 ** int(math.log2(max(held, 2))), 2)}",
         )

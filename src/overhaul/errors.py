@@ -73,9 +73,14 @@ def from_pydantic(error: ValidationError, *, where: str, fields: Iterable[str]) 
         elif mistake["type"] == "missing":
             found.append(UserError(f"{where} needs {name!r}", hint=f"give {name}"))
         else:
-            message = mistake["msg"].removeprefix("Value error, ")
+            message = _uncapitalized(mistake["msg"].removeprefix("Value error, "))
             given = (
                 "" if mistake["type"] == "value_error" and not mistake["loc"] else f"{name} = {mistake['input']!r}: "
             )
-            found.append(UserError(f"{where}: {given}{message[0].lower()}{message[1:]}"))
+            found.append(UserError(f"{where}: {given}{message}"))
     return found
+
+
+def _uncapitalized(sentence: str) -> str:
+    """The sentence as a clause; a name such as N:M keeps its capital."""
+    return sentence[0].lower() + sentence[1:] if sentence[1].islower() else sentence

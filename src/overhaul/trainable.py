@@ -93,7 +93,7 @@ def _adapter(make: Callable[[Any, Choice], LinearLike]) -> Callable[[nn.Module, 
         if not names:
             raise UserError(
                 "the model has no masks: it is dense, or was pruned by another tool",
-                hint="overhaul prune magnitude MODEL --sparsity S first (it keeps zeros that are there); adapt lora for a dense model",
+                hint="overhaul prune magnitude MODEL --sparsity S first (zeros go first); or adapt lora",
             )
         layers: Any = swap(model, names, lambda old: make(old, choice))
         return [tensor for layer in layers.values() for tensor in (layer.lora_A, layer.lora_B)]
@@ -124,8 +124,10 @@ def _finish(model: nn.Module, choice: Choice) -> Callable[[nn.Module], nn.Module
     def finish(trained: nn.Module) -> nn.Module:
         for name, layer in trained.named_modules():
             if isinstance(layer, LoRAPruneLinear):
-                say(f"lora_prune: the mask now removes {_masked_share(layer):.0%} of the increment of {name} and its like; "
-                    "the loss jumps at this merge, mask_lora's does not")  # fmt: skip
+                say(
+                    f"lora_prune: the mask now removes {_masked_share(layer):.0%} of the increment of {name} and its "
+                    "like; the loss jumps at this merge, mask_lora's does not"
+                )
                 break
         merge_all(trained)
         if "head" in choice.train:

@@ -3,8 +3,8 @@
 Letters of shapes: B windows in a batch, T tokens in a window, D model width, N tokens, I input features.
 
 The inputs of block 0 are caught once. When the loop body is done with a block, its outputs are computed with
-the CHANGED block and become the inputs of the next, so memory holds one set of hidden states and the statistics
-of one block (SparseGPT, arXiv:2301.00774, section 4; PERP, arXiv:2312.15230, section 3.3).
+the CHANGED block and become the inputs of the next. Memory holds the inputs and outputs of one block and its
+statistics, never those of the whole model (as in SparseGPT, arXiv:2301.00774, and Wanda, arXiv:2306.11695).
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
             than `nn.Linear`, which would silently stay as they are.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise UserError(f"{type(model).__name__} is an encoder-decoder", allowed="decoder-only language models")
+        raise UserError(f"{type(model).__name__} is an encoder-decoder", allowed="decoder-only models")
     lists = [
         (name, module)
         for name, module in model.named_modules()

@@ -112,11 +112,7 @@ def replay(lineage: Sequence[LineageStep], out: Path) -> str:
     steps = []
     for step in lineage:
         chosen: dict[str, Any] = {name: step.fields[name] for name in step.non_default}
-        if step.data:
-            chosen["data"] = step.data.name
-        if step.seed:
-            chosen["seed"] = step.seed
-        steps.append((step.verb, step.method, chosen))
+        steps.append((step.verb, step.method, {**chosen, **step.options}))
     return recipe.to_yaml(base, steps, out=f"{out.name}-again")
 
 

@@ -1,0 +1,1 @@
+"""Methods that train a model, or a small part of it."""

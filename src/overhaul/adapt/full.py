@@ -24,7 +24,8 @@ class Full(Training):
     def plan(self, model: nn.Module, data: Data) -> Plan:
         """All parameters under AdamW; with `keep_zeros`, masks are enforced after every step."""
         from overhaul.objective import CrossEntropy
-        from overhaul.train import Plan, adamw, schedule
+        from overhaul.optim.adamw import adamw
+        from overhaul.train import Plan, schedule
         from overhaul.watch import KeepZeros
 
         model.requires_grad_(True)
@@ -32,7 +33,7 @@ class Full(Training):
             model=model,
             objective=CrossEntropy(),
             stream=data.training(self),
-            optimizer=adamw(list(model.parameters()), self),
+            optimizer=adamw(model.parameters(), lr=self.lr, weight_decay=self.weight_decay),
             schedule=schedule(self.schedule, self.warmup),
             watchers=(KeepZeros(),) if self.keep_zeros else (),
         )

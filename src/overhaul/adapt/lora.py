@@ -37,8 +37,9 @@ class LoRA(Training):
         from overhaul.layers import merge_all, swap
         from overhaul.layers.lora import LoRALinear, refuse_pruned
         from overhaul.objective import CrossEntropy
+        from overhaul.optim.adamw import adamw
         from overhaul.select import select_linears
-        from overhaul.train import Plan, adamw, schedule
+        from overhaul.train import Plan, schedule
 
         names = select_linears(model, self.targets)
         if self.merge:
@@ -50,7 +51,7 @@ class LoRA(Training):
             model=model,
             objective=CrossEntropy(),
             stream=data.training(self),
-            optimizer=adamw(trained, self),
+            optimizer=adamw(trained, lr=self.lr, weight_decay=self.weight_decay),
             schedule=schedule(self.schedule, self.warmup),
             finish=merge_all if self.merge else lambda model: model,
         )

@@ -29,7 +29,8 @@ class Perp(Training):
     """
 
     paper: ClassVar[str] = (
-        "Zimmer, Andoni, Spiegel, Pokutta: PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs, 2023, arXiv:2312.15230"
+        "Zimmer, Andoni, Spiegel, Pokutta: PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs, 2023, "
+        "arXiv:2312.15230"
     )
 
     train: tuple[Group, ...] = Field(
@@ -66,7 +67,8 @@ class Perp(Training):
             UserError: a group that the model does not have, or `lora` on a pruned model.
         """
         from overhaul.objective import CrossEntropy
-        from overhaul.train import Plan, adamw, schedule
+        from overhaul.optim.adamw import adamw
+        from overhaul.train import Plan, schedule
         from overhaul.trainable import prepare
         from overhaul.watch import KeepZeros
 
@@ -75,7 +77,7 @@ class Perp(Training):
             model=model,
             objective=CrossEntropy(),
             stream=data.training(self),
-            optimizer=adamw(selected.parameters, self),
+            optimizer=adamw(selected.parameters, lr=self.lr, weight_decay=self.weight_decay),
             schedule=schedule(self.schedule, self.warmup),
             watchers=(KeepZeros(),) if "full" in self.train else (),
             finish=selected.finish,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def write_adapter(made: Artifact, directory: Path) -> None:
-    """Writes the LoRA layers of a model as `adapter_model.safetensors` and `adapter_config.json`, as `peft` loads them."""
+    """Writes the LoRA layers as `adapter_model.safetensors` and `adapter_config.json`, as `peft` loads them."""
     from peft import LoraConfig
     from safetensors.torch import save_file
 

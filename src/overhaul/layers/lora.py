@@ -113,8 +113,8 @@ def lora_linear(
 ) -> Tensor:
     """x W^T + b + scale (x A^T) B^T for a frozen W, `(..., I)` to `(..., O)`.
 
-    Matrix products run in the autocast type where autocast is on, else in the type of `x`; gradients of A and B come
-    in theirs. Can be differentiated once.
+    Matrix products run in the autocast type where autocast is on, else in the type of `x`; the gradients of A and
+    B have their own type. Differentiating twice raises `RuntimeError`.
     """
     y: Any = _LoRALinear.apply(x, weight_OI, bias_O, A_RI, B_OR, scale, product_dtype(x))
     return y

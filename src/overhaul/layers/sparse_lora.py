@@ -42,8 +42,8 @@ class SparseLowRankLinear(LowRankLinear):
 class MaskLoRALinear(SparseLowRankLinear):
     """W_p + M * (alpha / R) B A: pruned weights stay pruned while the increment is trained.
 
-    The effective weight is made once per forward pass, in the type of the matrix products: under bf16 autocast it is,
-    bit for bit, close to what a merged bf16 model will hold.
+    The effective weight is made in the type of the matrix products: bf16 training sees the rounding that a merged
+    bf16 model will have.
     """
 
     @classmethod

@@ -77,15 +77,19 @@ def sparsegpt_prune(
     Returns:
         The corrected weights (O, I) fp32, zero where removed, and the mask (O, I), True = kept.
     """
+    import torch
+
     # Transposed, a column is contiguous: the inner loop is bound by memory.
-    weight_IO = weight_OI.detach().T.float().contiguous()
-    mask_IO = weight_IO.new_ones(weight_IO.shape).bool() if already_OI is None else already_OI.T.contiguous()
-    num_inputs, num_outputs = weight_IO.shape
+    num_outputs, num_inputs = weight_OI.shape
+    weight_IO = torch.empty(num_inputs, num_outputs, device=weight_OI.device).copy_(weight_OI.detach().T)
+    mask_IO = torch.ones_like(weight_IO, dtype=torch.bool)
+    if already_OI is not None:
+        mask_IO.copy_(already_OI.T)
     num_removed = 0
     for start in range(0, num_inputs, block_size):
         block, rest = slice(start, start + block_size), slice(start + block_size, num_inputs)
         # Counted from the first column on, so that the roundings of the blocks do not add up.
-        quota = int(target.share * min(block.stop, num_inputs) * num_outputs) - num_removed
+        quota = int(target.share * (min(block.stop, num_inputs) * num_outputs)) - num_removed
         error_KO = _prune_columns(weight_IO[block], mask_IO[block], upper_II[block, block], target, quota)
         num_removed += error_KO.numel() - int(mask_IO[block].sum())
         weight_IO[rest].addmm_(upper_II[block, rest].T, error_KO, alpha=-1)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def wanda_score(weight_OI: Tensor, input_norm_I: Tensor) -> Tensor:
     """How much a weight matters: `|W_ij| * ||X_j||_2` (section 3, equation 1), in fp32."""
-    return weight_OI.detach().float().abs_().mul_(input_norm_I)
+    return weight_OI.detach().abs().float().mul_(input_norm_I)
 
 
 class Wanda(Target, Transform):

@@ -170,7 +170,7 @@ def _layer_figure(
     meaning = (
         "Share of zeros"
         if of_whole
-        else "Norm of the change over the norm of the original (the output where the method read data, else the weights)"
+        else "Norm of the change over the norm of the original (the output if the method read data, else the weights)"
     )
     return Figure(
         title=title,

@@ -1,0 +1,55 @@
+"""What a step would do, said without doing it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from overhaul.artifact import Artifact
+from overhaul.data import Data
+from overhaul.method import Training
+from overhaul.progress import say
+from overhaul.recipe import Step
+from overhaul.train import Plan, train
+
+MASTER_BYTES = 16
+"""Of a trained parameter under AdamW: fp32 weight, gradient and two moments."""
+
+
+def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, longest: int) -> None:
+    """Says what would be trained or read, how much memory and time it would take, and which files it would write.
+
+    Args:
+        step: the method with its options.
+        parent: the model; a training step is tried on it twice, for its time.
+        data: what would be read.
+        out: where the result would go.
+        longest: tokens that the model reads at once.
+    """
+    parameters = sum(p.numel() for p in parent.model.parameters())
+    size = parameters * parent.dtype.itemsize
+    method = step.method
+    say(f"{step.entry.verb} {step.entry.name} on {parent.name}: {parameters:,} parameters, {size / 1e6:.0f} MB")
+    if isinstance(method, Training) and data is not None:
+        method = data.steps_for(method)
+        plan = next(method.stages(parent.model, data))
+        trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
+        tokens = method.steps * method.batch_size * method.accumulate * method.seq_len
+        say(f"trains {trained:,} parameters ({trained / parameters:.3%}): {MASTER_BYTES * trained / 1e6:.1f} MB of")
+        say("  fp32 weights, gradients and optimizer states" + (", for each part" if method.in_stages() else ""))
+        say(f"{method.steps} steps, {tokens:,} tokens\n{plan.stream.describe().tree()}")
+        say(f"about {_seconds_per_step(plan, method) * method.steps:.0f} s, from a step that was tried")
+    elif data is not None:
+        settings: Any = method
+        say(f"{settings.samples} windows of {min(settings.seq_len, longest)} tokens from {data.corpus.name}")
+    say(f"writes {out}: weights ({size / 1e6:.0f} MB), overhaul.json, recipe.yaml, README.md, report.html")
+
+
+def _seconds_per_step(plan: Plan, method: Training) -> float:
+    """Time of the second step of two: the first one warms up."""
+    one = method.model_copy(update={"steps": 1})
+    train(plan, one, quiet=True)
+    began = time.perf_counter()
+    train(plan, one, quiet=True)
+    return time.perf_counter() - began

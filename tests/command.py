@@ -1,0 +1,81 @@
+"""The command line for tests: in this process, or in one of its own where a process is the point."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+from overhaul import cli
+
+WIDE = {"COLUMNS": "1000"}
+"""A terminal on which no sentence is broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a command ended: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def told(self) -> str:
+        """What the box on stderr says, on one line and without its frame."""
+        return " ".join(self.err.replace("│", " ").split())
+
+
+def overhaul(*arguments: object) -> Finished:
+    """Runs `overhaul ARGUMENTS` in this process: importing torch anew takes seconds."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        patch.dict(os.environ, WIDE),
+        patch.object(sys, "argv", ["overhaul", *map(str, arguments)]),
+    ):
+        try:
+            cli.main([str(argument) for argument in arguments])
+        except SystemExit as stopped:
+            code = stopped.code
+    assert isinstance(code, int)
+    return Finished(code, out.getvalue(), err.getvalue())
+
+
+def python(code: str, *arguments: object, env: Mapping[str, str] | None = None) -> Finished:
+    """Runs Python code in a process of its own, with `arguments` in `sys.argv[1:]`."""
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(env), timeout=300)
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment for a child, with one thread: tests share the cores."""
+    return {**os.environ, **WIDE, "OMP_NUM_THREADS": "1", **(more or {})}
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """The hash of every file below a directory, by relative path."""
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+
+
+def refused(done: Finished, *words: str) -> None:
+    """Checks that a command was refused as every mistake of a user is: exit 2, one box, no traceback."""
+    assert done.code == 2, done
+    assert "Traceback" not in done.err
+    assert done.err.count("╭") == 1, done.err
+    assert done.out == ""
+    for word in words:
+        assert word in done.told, done.told

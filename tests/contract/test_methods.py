@@ -1,0 +1,352 @@
+"""What every method promises, for each line of the catalogue."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from command import Finished, contents, overhaul, python, refused
+from overhaul import artifact, catalog, recipe
+from overhaul.catalog import Entry
+from overhaul.method import Measure, Training, Transform
+
+Make = Callable[..., Path]
+Run = Callable[..., Path]
+
+# What a method needs beside the tiny form of its shape, and which parent it is for.
+EXTRA: dict[str, list[str]] = {}
+NEEDS_A_PRUNED_PARENT = {"perp"}
+QUICK = ["--evaluate", "none", "--dtype", "fp32"]
+
+
+def of(*shapes: type[Any]) -> list[Any]:
+    """The catalogue's methods of these shapes, as parameters."""
+    entries = [entry for entry in catalog.ENTRIES if issubclass(entry.load(), shapes)]
+    return [pytest.param(entry, id=f"{entry.verb}-{entry.name}") for entry in entries]
+
+
+def tiny_form(entry: Entry, **changed: object) -> list[str]:
+    """The arguments of a run that takes a fraction of a second."""
+    kind = entry.load()
+    fields: dict[str, object] = {}
+    if issubclass(kind, Training):
+        fields = {"data": "sample", "steps": 4, "batch_size": 2, "seq_len": 32, "lr": 1e-3}
+    elif issubclass(kind, Transform) and kind.needs_data:
+        fields = {"samples": 4, "seq_len": 32}
+    fields |= changed
+    flags = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [*flags, *EXTRA.get(entry.name, [])]
+
+
+@pytest.fixture(scope="session")
+def pruned(make_tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """`pruned(dtype=...)` -> the tiny model with half of its weights removed."""
+
+    @cache
+    def make(dtype: str = "float32") -> Path:
+        out = tmp_path_factory.mktemp("pruned") / dtype
+        assert overhaul("prune", "magnitude", make_tiny(dtype=dtype), "-o", out, *QUICK).code == 0
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def parent_of(make_tiny: Make, pruned: Make) -> Make:
+    """`parent_of(entry, dtype=...)` -> a model that the method can be applied to."""
+
+    def parent(entry: Entry, dtype: str = "float32") -> Path:
+        return (pruned if entry.name in NEEDS_A_PRUNED_PARENT else make_tiny)(dtype=dtype)
+
+    return parent
+
+
+@pytest.fixture
+def apply(parent_of: Make, tmp_path: Path) -> Run:
+    """`apply(entry, "out", steps=3)` -> the directory that the method wrote in its tiny form."""
+
+    def run(entry: Entry, name: str, *more: str, dtype: str = "float32", **changed: object) -> Path:
+        out = tmp_path / name
+        words = [entry.verb, entry.name, parent_of(entry, dtype), "-o", out, *tiny_form(entry, **changed)]
+        done = overhaul(*words, *(more or QUICK))
+        assert done.code == 0, done.err
+        return out
+
+    return run
+
+
+# Names, help, recipes: nothing is computed.
+
+
+@pytest.mark.parametrize("entry", of(object))
+def test_the_catalogue_says_what_the_class_says(entry: Entry):
+    assert entry.summary == entry.load().summary()
+
+
+@pytest.mark.parametrize("entry", of(object))
+def test_help_mentions_every_field_and_does_not_import_torch(entry: Entry):
+    code = (
+        "import sys\nfrom overhaul.cli import main\n"
+        "try:\n main(sys.argv[1:])\n"
+        "finally:\n assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = python(code, entry.verb, entry.name, "--help")
+
+    assert done.code == 0, done.err
+    for name in entry.load().model_fields:
+        assert f"--{name.replace('_', '-')}" in done.out
+
+
+@pytest.mark.parametrize("entry", of(object))
+def test_every_field_says_what_it_is(entry: Entry):
+    assert all(info.description for info in entry.load().model_fields.values())
+
+
+@pytest.mark.parametrize("entry", of(Transform, Training))
+def test_a_recipe_comes_back_as_it_was_written(entry: Entry, tmp_path: Path):
+    given = {"verb": entry.verb, "method": entry.name, **_as_fields(tiny_form(entry))}
+    first = recipe.parse({"model": "m", "out": "o", "steps": [given]}).steps[0]
+    written = _to_yaml(first)
+
+    (tmp_path / "recipe.yaml").write_text(written)
+    second = recipe.read(tmp_path / "recipe.yaml").steps[0]
+
+    assert second.method == first.method
+    assert _to_yaml(second) == written
+
+
+def _as_fields(flags: list[str]) -> dict[str, Any]:
+    fields: dict[str, list[str]] = {}
+    for word in flags:
+        if word.startswith("--"):
+            values = fields[word.removeprefix("--").replace("-", "_")] = []
+        else:
+            values.append(word)
+    return {name: values if len(values) > 1 else values[0] for name, values in fields.items()}
+
+
+def _to_yaml(step: recipe.Step) -> str:
+    chosen = step.method.model_dump(mode="json", exclude_defaults=True)
+    return recipe.to_yaml("m", [(step.entry.verb, step.entry.name, chosen)], out="o")
+
+
+@pytest.mark.parametrize("entry", of(object))
+def test_an_unknown_flag_gets_a_suggestion(entry: Entry, tiny: Path, tmp_path: Path):
+    out = [] if issubclass(entry.load(), Measure) else ["-o", tmp_path / "out"]
+    done = overhaul(entry.verb, entry.name, tiny, *out, "--sead", "1")
+
+    assert done.code == 2
+    assert "Perhaps you meant: --seed" in done.told.replace("-" * 10, "").replace("- ", ""), done.err
+    assert not (tmp_path / "out").exists()
+
+
+# What a run writes.
+
+
+@pytest.mark.parametrize("entry", of(Transform, Training))
+def test_the_record_names_method_fields_parent_and_cost(entry: Entry, apply: Run, parent_of: Make):
+    before = contents(parent_of(entry))
+    out = apply(entry, "out")
+    shown = json.loads(overhaul("show", out, "--json").out)
+
+    assert {"parameters", "nonzero_share", "bytes", "dtype", "lineage"} <= shown.keys()
+    step = shown["lineage"][-1]
+    assert {"verb", "method", "fields", "parent", "seconds", "peak_rss_bytes"} <= step.keys()
+    assert (step["verb"], step["method"]) == (entry.verb, entry.name)
+    assert step["fields"].keys() >= entry.load().model_fields.keys() - _nested(entry)
+    assert step["parent"] == str(parent_of(entry))
+    assert shown["verified"]
+    assert contents(parent_of(entry)) == before, "the input was changed"
+
+
+def _nested(entry: Entry) -> set[str]:
+    """Fields that are settings themselves, recorded as `name.field`."""
+    return {name for name, info in entry.load().model_fields.items() if hasattr(info.default, "model_dump")}
+
+
+@pytest.mark.parametrize("entry", of(Transform, Training))
+def test_the_directory_holds_what_belongs_to_a_model(entry: Entry, apply: Run):
+    there = {file.name for file in apply(entry, "out").iterdir()}
+
+    assert there >= {"model.safetensors", "config.json", "tokenizer.json", "overhaul.json"}
+    assert there >= {"recipe.yaml", "README.md", "report.html"}
+    assert ("metrics.jsonl" in there) == issubclass(entry.load(), Training)
+    assert ".state" not in there
+
+
+@pytest.mark.parametrize("entry", of(Transform, Training))
+def test_the_recipe_in_the_directory_makes_it_again(entry: Entry, apply: Run, tmp_path: Path):
+    out = apply(entry, "out")
+    again = tmp_path / "again"
+    options = ["evaluate=none", "dtype=fp32"]
+
+    done = overhaul("run", out / "recipe.yaml", f"out={again}", *options)
+
+    assert done.code == 0, done.err
+    last = sorted(again.iterdir())[-1]
+    assert (last / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("entry", of(Transform, Training))
+def test_same_seed_same_bytes(entry: Entry, apply: Run):
+    first, second = (apply(entry, name, *QUICK, "--seed", "3") for name in ("first", "second"))
+
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("products", ["fp32", "bf16"])
+@pytest.mark.parametrize("entry", of(Transform, Training))
+def test_precision_of_products_does_not_change_precision_on_disk(entry: Entry, products: str, dtype: str, apply: Run):
+    out = apply(entry, "out", "--evaluate", "none", "--dtype", products, dtype=dtype)
+
+    stored = load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {getattr(torch, dtype)}
+    assert all(tensor.isfinite().all() for tensor in stored.values())
+
+
+@pytest.mark.parametrize("entry", of(Transform, Training))
+def test_tied_embeddings_are_stored_once(entry: Entry, apply: Run):
+    stored = load_file(apply(entry, "out") / "model.safetensors")
+
+    assert "model.embed_tokens.weight" in stored
+    assert "lm_head.weight" not in stored
+
+
+LOAD = """
+import sys
+sys.modules["overhaul"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+logits = {}
+for path in sys.argv[2:]:
+    AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        logits[path] = model(torch.arange(40).view(2, 20)).logits
+torch.save(logits, sys.argv[1])
+"""
+
+
+def test_outputs_load_in_a_fresh_process_that_knows_transformers_only(apply: Run, tmp_path: Path):
+    made = [apply(entry.values[0], entry.id) for entry in of(Transform, Training)]
+    done = python(LOAD, tmp_path / "logits.pt", *made)
+    assert done.code == 0, done.err
+    theirs = torch.load(tmp_path / "logits.pt")
+
+    for out in made:
+        with torch.no_grad():
+            ours = artifact.load(out).model(torch.arange(40).view(2, 20)).logits
+        torch.testing.assert_close(ours, theirs[str(out)], rtol=1e-6, atol=1e-6, msg=str(out))
+
+
+# Training.
+
+
+@pytest.mark.parametrize("entry", of(Training))
+def test_accumulating_four_batches_equals_a_batch_four_times_as_large(entry: Entry, apply: Run, parent_of: Make):
+    accumulated = load_file(apply(entry, "a", accumulate=4, batch_size=1) / "model.safetensors")
+    at_once = load_file(apply(entry, "b", accumulate=1, batch_size=4) / "model.safetensors")
+    before = load_file(parent_of(entry) / "model.safetensors")
+
+    moved = max(float((at_once[name] - before[name]).abs().max()) for name in before)
+    apart = max(float((at_once[name] - accumulated[name]).abs().max()) for name in before)
+    assert apart < 0.01 * moved
+
+
+@pytest.mark.parametrize("entry", of(Training, Transform))
+def test_one_row_is_enough(entry: Entry, apply: Run):
+    kind = entry.load()
+    one: dict[str, object] = {"batch_size": 1, "steps": 1} if issubclass(kind, Training) else {}
+    if issubclass(kind, Transform) and kind.needs_data:
+        one = {"samples": 1}
+
+    assert (apply(entry, "out", **one) / "model.safetensors").is_file()
+
+
+KILLED = """
+import os, signal, sys
+from overhaul import checkpoint, cli
+write = checkpoint.write
+def and_die(root, step, **rest):
+    if step == 3:
+        (root / ".partial-1").mkdir()
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(root, step, **rest)
+checkpoint.write = and_die
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("entry", of(Training))
+def test_a_killed_run_resumes_to_the_same_bytes(entry: Entry, apply: Run, parent_of: Make, tmp_path: Path):
+    whole = apply(entry, "whole", steps=5, save_every=1)
+    killed = tmp_path / "killed"
+    command = [entry.verb, entry.name, parent_of(entry), "-o", killed]
+    command += [*tiny_form(entry, steps=5, save_every=1), *QUICK]
+
+    done = python(KILLED, *command)
+    assert done.code == -signal.SIGKILL, done.err
+    assert {path.name for path in killed.iterdir()} == {".state"}
+    refused(overhaul(*command), "unfinished run", "--resume")
+    resumed = overhaul(*command, "--resume")
+
+    assert resumed.code == 0, resumed.err
+    assert "3/5" not in resumed.err.split("training")[0]
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    points = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert [point["step"] for point in points] == [1, 2, 3, 4, 5]
+
+
+# Mistakes.
+
+
+def _try(entry: Entry, model: object, tmp_path: Path, *more: object) -> Finished:
+    out = [] if issubclass(entry.load(), Measure) else ["-o", tmp_path / "out"]
+    done = overhaul(entry.verb, entry.name, model, *out, *tiny_form(entry), *more)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*"))
+    return done
+
+
+@pytest.mark.parametrize("entry", of(object))
+def test_a_model_that_is_not_there(entry: Entry, tmp_path: Path):
+    refused(_try(entry, tmp_path / "nowhere", tmp_path), "nowhere")
+
+
+@pytest.mark.parametrize("entry", of(object))
+def test_weights_that_are_not_numbers(entry: Entry, tiny: Path, tmp_path: Path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny.iterdir():
+        os.link(file, broken / file.name)
+    weights = load_file(tiny / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    (broken / "model.safetensors").unlink()
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+
+    refused(_try(entry, broken, tmp_path), "model.layers.1.mlp.up_proj.weight", "1 values")
+
+
+@pytest.mark.parametrize("entry", of(object))
+def test_empty_data(entry: Entry, parent_of: Make, tmp_path: Path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    if not _reads_a_corpus(entry.load()):
+        pytest.skip("reads no corpus")
+
+    refused(_try(entry, parent_of(entry), tmp_path, "--data", tmp_path / "empty.txt"), "empty")
+
+
+def _reads_a_corpus(kind: type[Any]) -> bool:
+    if issubclass(kind, Transform):
+        return kind.needs_data
+    return kind.needs_corpus if issubclass(kind, Measure) else True
