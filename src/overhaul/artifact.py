@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from overhaul import pretrained
+from overhaul import disk, pretrained
 from overhaul.errors import UserError
 from overhaul.layers import merge_all, swap
 from overhaul.layers.masked import MaskedLinear
@@ -292,25 +291,10 @@ def stage(out: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or not writable; the partial output is gone.
     """
-    aside = out.parent / f".{out.name}.partial-{os.getpid()}"
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        if out.exists():
-            # Only an empty directory or an unfinished run's checkpoints were accepted by `check_out`.
-            shutil.rmtree(out / STATE, ignore_errors=True)
-            out.rmdir()
-        aside.rename(out)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise UserError(
-                f"the disk is full while writing {out}", hint="-o on a larger disk; nothing partial was left"
-            ) from error
-        if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
-            raise UserError(f"-o {out} cannot be written: {error.strerror}", hint="a directory of your own") from error
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with disk.aside(out) as directory:
+        yield directory
+        # Only an empty directory or an unfinished run's checkpoints were accepted by `check_out`.
+        shutil.rmtree(out / STATE, ignore_errors=True)
 
 
 def refuse_full_disk(out: Path, needed_bytes: int) -> None:

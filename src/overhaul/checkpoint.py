@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from overhaul import disk
 from overhaul.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -48,22 +48,30 @@ def write(root: Path, step: int, *, model: nn.Module, state: dict[str, Any], ask
         state: optimizer, schedule, stream, watchers, random generators: anything torch can save.
         asked: the settings of the run, compared on resume.
         keep: how many checkpoints stay.
+
+    Raises:
+        UserError: the disk is full or cannot be written; the checkpoints before this one are whole.
     """
-    aside = root / f".partial-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in trained_tensors(model).items()},
-        aside / "model.safetensors",
-    )
-    torch.save(state, aside / "state.pt")
-    hashes = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
-    (aside / MANIFEST).write_text(json.dumps({"step": step, "asked": asked, "sha256": hashes}, indent=1))
     target = root / f"step-{step:06d}"
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
+    with disk.aside(target) as partial:
+        tensors = {name: tensor.contiguous() for name, tensor in trained_tensors(model).items()}
+        save_file(tensors, partial / "model.safetensors")
+        _save(state, partial / "state.pt")
+        hashes = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps({"step": step, "asked": asked, "sha256": hashes}, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
     for old in _all(root)[:-keep]:
         shutil.rmtree(old.path)
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """`torch.save` that raises `OSError` when the disk refuses."""
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        # torch closes its archive after a failed write and reports that this fails too.
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def newest(root: Path) -> Checkpoint | None:

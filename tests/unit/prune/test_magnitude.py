@@ -110,6 +110,6 @@ def test_every_layer_is_noted_with_its_error(make_tiny: Callable[..., Path]) -> 
 
     assert [note.name for note in notes.layers] == list(masked_layers(model))
     for note in notes.layers:
-        before, after = dense.get_submodule(note.name).weight, model.get_submodule(note.name).weight
+        before, after = (m.get_submodule(note.name).weight.detach() for m in (dense, model))
         assert note.sparsity == 0.5
         assert note.error == pytest.approx(float((before - after).norm() / before.norm()))

@@ -1,0 +1,55 @@
+"""Writing a directory as a whole or not at all, and telling the user what the disk refused."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from overhaul.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EFBIG, errno.EIO)
+
+
+@contextlib.contextmanager
+def aside(target: Path) -> Iterator[Path]:
+    """A directory beside `target` to write into; renamed to `target` when the block ends well, removed when not.
+
+    When the block ends, `target` must not be there or be an empty directory.
+
+    Raises:
+        UserError: the disk is full or cannot be written; the partial output is gone.
+    """
+    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        number = _number(error)
+        if number in _FULL:
+            raise UserError(
+                f"the disk is full while writing {target}", hint="a larger disk; nothing partial was left"
+            ) from error
+        if number in _REFUSED:
+            raise UserError(
+                f"{target} cannot be written: {os.strerror(number)}", hint="a directory of your own"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _number(error: Exception) -> int | None:
+    """The system's number of an error; safetensors has it in its text only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None

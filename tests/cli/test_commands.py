@@ -1,0 +1,315 @@
+"""The commands as they are typed: results on stdout, progress on stderr, one JSON object where it is asked for."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from command import overhaul, python, refused
+from overhaul import artifact, catalog
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+QUICK = ("--evaluate", "none", "--dtype", "fp32")
+
+
+@pytest.fixture(scope="module")
+def half(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, pruned to half, with its quality measured on the sample."""
+    out = tmp_path_factory.mktemp("cli") / "half"
+    judged = ("--evaluate-windows", "2", "--evaluate-seq-len", "32")
+    assert overhaul("prune", "magnitude", tiny, "-o", out, *judged).code == 0
+    return out
+
+
+def json_of(*words: object) -> dict[str, Any]:
+    """What a command prints: exactly one JSON object."""
+    done = overhaul(*words)
+    assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
+# Help.
+
+
+def test_help_lists_every_method_and_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom overhaul.cli import main\n"
+        "try:\n main(['--help'])\n"
+        "finally:\n assert not {'torch', 'transformers', 'pydantic', 'tyro', 'numpy'} & set(sys.modules)"
+    )
+    done = python(code)
+
+    assert done.code == 0, done.err
+    for entry in catalog.ENTRIES:
+        assert entry.name in done.out
+        assert entry.summary in done.out
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["help"], ["prune"], ["prune", "--help"]])
+def test_help_is_a_result(words: list[str]):
+    done = overhaul(*words)
+
+    assert done.code == 0
+    assert done.out.startswith("usage: overhaul")
+    assert done.err == ""
+
+
+def test_version():
+    assert re.fullmatch(r"overhaul \d+\.\d+\.\d+\n", overhaul("--version").out)
+
+
+# A change, and what is said about it.
+
+
+def test_a_change_prints_its_table_on_stdout_and_its_progress_on_stderr(tiny: Path, tmp_path: Path):
+    judged = ("--evaluate-windows", "2", "--evaluate-seq-len", "32")
+    done = overhaul("prune", "magnitude", tiny, "-o", tmp_path / "out", *judged)
+
+    assert done.code == 0
+    for row in ("perplexity", "non-zero (blocks)", "size", "tokens/s", "peak memory", "time"):
+        assert row in done.out
+    assert "50.0%" in done.out
+    assert f"written: {tmp_path / 'out'}" in done.out
+    assert "prune magnitude 2/2" in done.err
+    assert "\x1b[" not in done.out + done.err
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(tiny: Path, tmp_path: Path):
+    words = ("--data", "sample", "--steps", "7", "--seq-len", "32", "--batch-size", "2")
+    done = overhaul("adapt", "full", tiny, "-o", tmp_path / "out", *words, "--dry-run")
+
+    assert done.code == 0
+    for said in ("trains 106,816 parameters", "7 steps, 448 tokens", "writes", "pack(32)"):
+        assert said in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_show(half: Path, tiny: Path):
+    shown = json_of("show", half, "--json")
+
+    assert shown["parameters"] == 106_816
+    assert shown["nonzero_share_blocks"] == 0.5
+    assert shown["bytes"] == (half / "model.safetensors").stat().st_size
+    assert (shown["dtype"], shown["verified"]) == ("fp32", True)
+    [step] = shown["lineage"]
+    assert (step["verb"], step["method"], step["parent"]) == ("prune", "magnitude", str(tiny))
+    text = overhaul("show", half).out
+    assert "weights are those of the record" in text
+    assert "1. prune magnitude" in text
+
+
+def test_show_a_directory_that_was_not_made_here(tiny: Path):
+    assert json_of("show", tiny, "--json")["lineage"] == []
+    assert "no record" in overhaul("show", tiny).out
+
+
+def test_measure_perplexity_prints_one_object(tiny: Path, half: Path):
+    words = ("--data", "sample", "--seq-len", "32", "--windows", "4")
+    rows = json_of("measure", "perplexity", tiny, half, *words, "--json")["rows"]
+
+    assert [row["model"] for row in rows] == [str(tiny), str(half)]
+    for row in rows:
+        assert row.keys() == {"model", "metric", "value", "low", "high", "count"}
+        assert row["metric"] == "perplexity"
+        assert row["low"] <= row["value"] <= row["high"]
+        assert row["count"] == 4 * 31
+    assert overhaul("measure", "perplexity", tiny, *words).out.startswith(f"{tiny}  perplexity ")
+
+
+def test_measure_without_a_model():
+    assert overhaul("measure", "perplexity").code == 2
+
+
+def test_compare(tiny: Path, half: Path, tmp_path: Path):
+    words = ("--windows", "2", "--seq-len", "32")
+    found = json_of("compare", tiny, half, *words, "--html", tmp_path / "report.html", "--json")
+
+    assert len(found["rows"]) == 2
+    [change] = found["changes"]
+    assert change["changed_tensors"] == 14  # seven linear layers in each of two blocks
+    page = (tmp_path / "report.html").read_text()
+    assert page.lstrip().lower().startswith("<!doctype html")
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "14 of" in overhaul("compare", tiny, half, *words).out
+
+
+def test_compare_overwrites_nothing_and_needs_two(tiny: Path, half: Path, tmp_path: Path):
+    (tmp_path / "report.html").write_text("mine")
+
+    refused(overhaul("compare", tiny, half, "--html", tmp_path / "report.html"), "exists")
+    refused(overhaul("compare", tiny), "at least two")
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
+def test_generate_goes_on_from_the_prompt_and_repeats_itself(half: Path, monkeypatch: pytest.MonkeyPatch):
+    said = json_of("generate", half, "--prompt", "The sea", "--tokens", "5", "--json")
+    assert said["prompt"] == "The sea"
+    assert overhaul("generate", half, "--prompt", "The sea", "--tokens", "5").out == f"The sea{said['text']}\n"
+
+    sampled = [overhaul("generate", half, "--prompt", "The sea", "--seed", "3").out for _ in range(2)]
+    assert sampled[0] == sampled[1]
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The sea"))
+    assert json_of("generate", half, "--prompt", "-", "--tokens", "5", "--json") == said
+    assert overhaul("generate", half, "--prompt", "Hello", "--chat").code == 0
+
+
+# Lists.
+
+
+def test_list():
+    everything = json_of("list", "--json")["methods"]
+    assert [(m["verb"], m["method"]) for m in everything] == [(e.verb, e.name) for e in catalog.ENTRIES]
+
+    lines = overhaul("list", "prune").out.splitlines()
+    assert [line.split()[1] for line in lines] == [entry.name for entry in catalog.methods("prune")]
+    refused(overhaul("list", "prun"), "did you mean 'prune'?")
+
+
+def test_data_list():
+    names = [corpus["name"] for corpus in json_of("data", "list", "--json")["corpora"]]
+
+    assert names[0] == "sample"
+    assert [line.split()[0] for line in overhaul("data", "list").out.splitlines()] == names
+    refused(overhaul("data", "lst"), "data list")
+
+
+def test_data_preview_marks_what_is_not_trained_on(tiny: Path, tmp_path: Path):
+    rows = ({"prompt": f"What is {n}? ", "completion": f"It is {n}."} for n in range(400))
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("data", "preview", tmp_path / "qa.jsonl", "--model", tiny, "--seq-len", "64", "--windows", "1")
+
+    seen = json_of(*words, "--json")
+
+    [window] = seen["windows"]
+    assert 0 < window["trained"] < window["tokens"] == 64
+    assert re.search(r"\[\[What is \d+\? \]\]It is \d+\.", window["text"])
+    assert window["text"] in overhaul(*words).out
+
+
+# Recipes.
+
+TWO_STEPS = """
+model: {model}
+out: {out}
+data: sample
+evaluate: none
+dtype: fp32
+steps:
+  - {{verb: prune, method: wanda, samples: 4, seq_len: 32}}
+  - {{verb: adapt, method: perp, steps: 3, seq_len: 32, batch_size: 2}}
+"""
+
+
+@pytest.fixture
+def two_steps(tiny: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(TWO_STEPS.format(model=tiny, out=tmp_path / "runs"))
+    return file
+
+
+def test_run_takes_each_step_from_the_one_before(two_steps: Path, tmp_path: Path):
+    done = overhaul("run", two_steps)
+
+    assert done.code == 0, done.err
+    assert [path.name for path in sorted((tmp_path / "runs").iterdir())] == ["01-prune-wanda", "02-adapt-perp"]
+    shown = json_of("show", tmp_path / "runs" / "02-adapt-perp", "--json")
+    assert [step["method"] for step in shown["lineage"]] == ["wanda", "perp"]
+    assert shown["nonzero_share_blocks"] == 0.5
+    refused(overhaul("run", two_steps), "not empty")
+
+
+def test_overrides_reach_options_and_steps_by_number_and_name(two_steps: Path, tmp_path: Path):
+    done = overhaul(
+        "run", two_steps, f"out={tmp_path / 'other'}", "steps.1.sparsity=0.25", "steps.perp.steps=2", "seed=5"
+    )
+
+    assert done.code == 0, done.err
+    lineage = json_of("show", tmp_path / "other" / "02-adapt-perp", "--json")["lineage"]
+    assert (lineage[0]["fields"]["sparsity"], lineage[1]["fields"]["steps"]) == (0.25, 2)
+    assert {step["seed"] for step in lineage} == {5}
+
+
+def test_resume_keeps_finished_steps(two_steps: Path, tmp_path: Path):
+    assert overhaul("run", two_steps).code == 0
+    second = tmp_path / "runs" / "02-adapt-perp"
+    wanted = (second / "model.safetensors").read_bytes()
+    for file in second.iterdir():
+        file.unlink()
+    second.rmdir()
+    before = (tmp_path / "runs" / "01-prune-wanda" / "overhaul.json").read_bytes()
+
+    done = overhaul("run", two_steps, "--resume")
+
+    assert done.code == 0, done.err
+    assert "01-prune-wanda is finished" in done.err
+    assert (tmp_path / "runs" / "01-prune-wanda" / "overhaul.json").read_bytes() == before
+    assert (second / "model.safetensors").read_bytes() == wanted
+
+
+def test_resume_refuses_a_step_made_with_other_settings(two_steps: Path, tmp_path: Path):
+    assert overhaul("run", two_steps).code == 0
+
+    refused(overhaul("run", two_steps, "steps.1.sparsity=0.25", "--resume"), "other settings")
+
+
+def test_resume_of_a_finished_recipe_is_no_error(two_steps: Path):
+    assert overhaul("run", two_steps).code == 0
+
+    assert overhaul("run", two_steps, "--resume").code == 0
+
+
+def test_a_dry_run_of_a_recipe_writes_nothing(two_steps: Path, tmp_path: Path):
+    done = overhaul("run", two_steps, "--dry-run")
+
+    assert done.code == 0
+    assert not (tmp_path / "runs").exists()
+    assert "the steps after it depend on its output" in done.err
+
+
+@pytest.mark.parametrize("override", ["steps", "steps.9.lr=1", "steps.loar.rank=4", "steps.perp.stps=2"])
+def test_an_override_that_names_nothing(two_steps: Path, override: str):
+    assert overhaul("run", two_steps, override).code == 2
+
+
+def test_the_schema_accepts_the_shipped_recipes_and_refuses_a_typo():
+    from jsonschema import Draft202012Validator
+
+    schema = json_of("schema")
+    Draft202012Validator.check_schema(schema)
+    validator = Draft202012Validator(schema)
+    for file in RECIPES.glob("*.yaml"):
+        content = yaml.safe_load(file.read_text())
+        assert list(validator.iter_errors(content)) == []
+        content["steps"][0]["sparcity"] = 0.5
+        assert list(validator.iter_errors(content))
+
+
+def test_doctor():
+    facts = json_of("doctor", "--json")
+
+    assert facts.keys() >= {"python", "overhaul", "torch", "device", "hardware", "cache"}
+    assert "torch" in overhaul("doctor").out
+
+
+# Bugs are not mistakes.
+
+
+def test_a_bug_shows_its_traceback_and_where_to_report_it(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object) -> None:
+        raise RuntimeError("the sky fell")
+
+    monkeypatch.setattr(artifact, "write_model", broken)
+    done = overhaul("prune", "magnitude", tiny, "-o", tmp_path / "out", *QUICK)
+
+    assert done.code == 1
+    assert "RuntimeError: the sky fell" in done.err
+    assert "overhaul doctor" in done.err
+    assert list(tmp_path.iterdir()) == []
