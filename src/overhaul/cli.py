@@ -6,8 +6,6 @@ Nothing here imports torch before a command needs it, so that help is instant.
 from __future__ import annotations
 
 import dataclasses
-import json
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,7 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from overhaul import catalog
-from overhaul.errors import Interrupted, UserError, UserErrors, did_you_mean, from_pydantic
+from overhaul.errors import Interrupted, UserError, UserErrors, did_you_mean
+from overhaul.terminal import checked, flags, parse, print_table, quiet_libraries, show_outcome, typed
 
 COMMANDS = {
     "run": "Run the steps of a recipe.",
@@ -98,37 +97,6 @@ def _methods_of(verb: str) -> str:
     return "\n".join(lines + [f"  {entry.name:12} {entry.summary}" for entry in catalog.methods(verb)])
 
 
-def parse(kind: type[Any], arguments: Sequence[str], *, prog: str, description: str) -> Any:
-    """Parses arguments into a dataclass with tyro; a wrong flag gets a suggestion and exits with 2."""
-    import tyro
-
-    return tyro.cli(kind, args=list(arguments), prog=prog, description=description)
-
-
-def flags(settings: type[Any], *, without: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
-    """The fields of a pydantic class as dataclass fields for `parse`, unchecked: pydantic checks them afterwards."""
-    import tyro
-
-    made = []
-    for name, info in settings.model_fields.items():
-        if name not in without:
-            kind = Annotated[info.annotation, tyro.conf.arg(help=info.description or "")]
-            default = dataclasses.field() if info.is_required() else dataclasses.field(default=info.default)
-            made.append((name, kind, default))
-    return made
-
-
-def checked(settings: type[Any], given: Any, *, where: str) -> Any:
-    """Makes the pydantic object from parsed flags; all mistakes are raised at once."""
-    from pydantic import ValidationError
-
-    values = {name: getattr(given, name) for name in settings.model_fields if hasattr(given, name)}
-    try:
-        return settings(**values)
-    except ValidationError as error:
-        raise UserErrors(from_pydantic(error, where=where, fields=settings.model_fields)) from None
-
-
 def _change(entry: catalog.Entry, arguments: list[str]) -> None:
     """`overhaul VERB METHOD MODEL -o OUT`."""
     import tyro
@@ -161,7 +129,7 @@ def _change(entry: catalog.Entry, arguments: list[str]) -> None:
     from overhaul.execute import run_step
     from overhaul.recipe import Step
 
-    _quiet_libraries()
+    quiet_libraries()
     step = Step(entry=entry, method=method, options=options)
     outcome = run_step(step, given.model, given.out, command=typed())
     if outcome:
@@ -203,8 +171,7 @@ def _measure(entry: catalog.Entry, arguments: list[str]) -> None:
     if not given.model:
         raise UserError(f"{where} needs at least one model", hint=f"overhaul {where} smollm2-135m")
     method, options = checked(method_class, given, where=where), checked(Options, given, where=where)
-    _quiet_libraries()
-    from overhaul.commands import print_table
+    quiet_libraries()
     from overhaul.execute import measure
 
     print_table(measure(method, given.model, options), as_json=given.json)
@@ -218,26 +185,6 @@ def _collect(errors: list[UserError], make: Callable[[], Any]) -> Any:
         return None
 
 
-def show_outcome(outcome: Any) -> None:
-    """The before/after table, where the result is, and what to type next."""
-    from rich.console import Console
-
-    from overhaul.report.tables import print_before_after
-
-    print_before_after(outcome.facts, Console(highlight=False))
-    path = shlex.quote(str(outcome.path))
-    print(f"\nwritten: {path}\n  overhaul show {path}\n  overhaul generate {path} --prompt 'The capital of France is'")
-
-
-def _quiet_libraries() -> None:
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
 def _box(error: UserError) -> None:
     from rich.console import Console
     from rich.panel import Panel
@@ -245,16 +192,6 @@ def _box(error: UserError) -> None:
 
     panel = Panel(Text(str(error)), title="overhaul cannot do this", title_align="left", border_style="red")
     Console(stderr=True, highlight=False).print(panel)
-
-
-def typed() -> str:
-    """The command line as it was typed."""
-    return shlex.join(["overhaul", *sys.argv[1:]])
-
-
-def print_json(content: Any) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(content, indent=1, default=str))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from overhaul import catalog
-from overhaul.cli import _quiet_libraries as quiet_libraries
-from overhaul.cli import parse, print_json, show_outcome, typed
 from overhaul.errors import UserError
+from overhaul.terminal import parse, print_json, quiet_libraries, show_outcome, typed
 
 Flag = tyro.conf.FlagCreatePairsOff
 
@@ -279,12 +278,3 @@ def doctor_command(arguments: list[str]) -> None:
         return
     for name, value in facts.items():
         print(f"{name:20} {value}")
-
-
-def print_table(table: Any, *, as_json: bool) -> None:
-    """Measured rows: one JSON object, or aligned text."""
-    if as_json:
-        print_json(table.to_json())
-        return
-    for row in table.rows:
-        print(f"{row.model}  {row.metric} {row.value:.4g}  [{row.low:.4g}, {row.high:.4g}]  over {row.count:,}")

@@ -50,7 +50,8 @@ def write_directory(
         if has_adapters(made.model):
             from overhaul.interop.peft import write_adapter
 
-            write_adapter(made, directory)
+            write_adapter(made.model, made.path, directory)
+            artifacts.copy_companions(made.path, directory)
         else:
             artifacts.write_model(made, directory)
         size = sum(file.stat().st_size for file in artifacts.weight_files(directory))

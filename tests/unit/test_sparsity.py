@@ -32,7 +32,7 @@ def test_keep_mask_equals_a_stable_argsort_also_with_ties(
     per_tensor = keep_mask(score_OI, share, "tensor")
     per_row = keep_mask(score_OI, share, "row")
 
-    assert torch.equal(per_tensor.flatten(), mask_by_argsort(score_OI.flatten(), int(share * rows * columns)))
+    assert torch.equal(per_tensor.flatten(), mask_by_argsort(score_OI.flatten(), int(share * (rows * columns))))
     expected = [mask_by_argsort(score_I, int(share * columns)) for score_I in score_OI]
     assert torch.equal(per_row, torch.stack(expected))
 

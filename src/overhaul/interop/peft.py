@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from overhaul.layers.lora import LoRALinear
 
-if TYPE_CHECKING:
-    from overhaul.artifact import Artifact
 
+def write_adapter(model: nn.Module, base: Path, directory: Path) -> None:
+    """Writes the LoRA layers as `adapter_model.safetensors` and `adapter_config.json`, as `peft` loads them.
 
-def write_adapter(made: Artifact, directory: Path) -> None:
-    """Writes the LoRA layers as `adapter_model.safetensors` and `adapter_config.json`, as `peft` loads them."""
+    Args:
+        model: holds at least one `LoRALinear`, all of one rank and scale.
+        base: the directory of the model that the adapter belongs to.
+        directory: where to write.
+    """
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    from overhaul.artifact import copy_companions
-
-    layers = {name: module for name, module in made.model.named_modules() if isinstance(module, LoRALinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     first = next(iter(layers.values()))
     config = LoraConfig(
         r=first.rank,
@@ -29,7 +30,7 @@ def write_adapter(made: Artifact, directory: Path) -> None:
         target_modules=sorted({name.rsplit(".", 1)[-1] for name in layers}),
         bias="none",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str(made.path.resolve()),
+        base_model_name_or_path=str(base.resolve()),
         inference_mode=True,
     )
     config.save_pretrained(str(directory))
@@ -38,7 +39,6 @@ def write_adapter(made: Artifact, directory: Path) -> None:
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach().float().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach().float().contiguous()
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    copy_companions(made.path, directory)
 
 
 def merge_adapter(model: nn.Module, directory: Path) -> None:

@@ -1,0 +1,83 @@
+"""Between the command line and the user: flags into settings, results onto stdout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from overhaul.errors import UserErrors, from_pydantic
+
+
+def parse(kind: type[Any], arguments: Sequence[str], *, prog: str, description: str) -> Any:
+    """Parses arguments into a dataclass with tyro; a wrong flag gets a suggestion and exits with 2."""
+    import tyro
+
+    return tyro.cli(kind, args=list(arguments), prog=prog, description=description)
+
+
+def flags(settings: type[Any], *, without: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
+    """The fields of a pydantic class as dataclass fields for `parse`, unchecked: pydantic checks them afterwards."""
+    import tyro
+
+    made = []
+    for name, info in settings.model_fields.items():
+        if name not in without:
+            kind = Annotated[info.annotation, tyro.conf.arg(help=info.description or "")]
+            default = dataclasses.field() if info.is_required() else dataclasses.field(default=info.default)
+            made.append((name, kind, default))
+    return made
+
+
+def checked(settings: type[Any], given: Any, *, where: str) -> Any:
+    """Makes the pydantic object from parsed flags; all mistakes are raised at once."""
+    from pydantic import ValidationError
+
+    values = {name: getattr(given, name) for name in settings.model_fields if hasattr(given, name)}
+    try:
+        return settings(**values)
+    except ValidationError as error:
+        raise UserErrors(from_pydantic(error, where=where, fields=settings.model_fields)) from None
+
+
+def show_outcome(outcome: Any) -> None:
+    """The before/after table, where the result is, and what to type next."""
+    from rich.console import Console
+
+    from overhaul.report.tables import print_before_after
+
+    print_before_after(outcome.facts, Console(highlight=False))
+    path = shlex.quote(str(outcome.path))
+    print(f"\nwritten: {path}\n  overhaul show {path}\n  overhaul generate {path} --prompt 'The capital of France is'")
+
+
+def quiet_libraries() -> None:
+    """Keeps transformers' own messages out of ours."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def typed() -> str:
+    """The command line as it was typed."""
+    return shlex.join(["overhaul", *sys.argv[1:]])
+
+
+def print_json(content: Any) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(content, indent=1, default=str))
+
+
+def print_table(table: Any, *, as_json: bool) -> None:
+    """Measured rows: one JSON object, or aligned text."""
+    if as_json:
+        print_json(table.to_json())
+        return
+    for row in table.rows:
+        print(f"{row.model}  {row.metric} {row.value:.4g}  [{row.low:.4g}, {row.high:.4g}]  over {row.count:,}")
