@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from overhaul import disk, pretrained
 from overhaul.errors import UserError
 from overhaul.layers import merge_all, swap
-from overhaul.layers.masked import MaskedLinear
+from overhaul.layers.masked import MaskedLinear, unpack_bits
 from overhaul.lineage import LineageStep
 
 RECORD = "overhaul.json"
@@ -238,24 +238,17 @@ def dense_ancestor(made: Artifact) -> Callable[[str], dict[str, Tensor]] | None:
 def pack_masks(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The masks of all `MaskedLinear`, eight weights a byte, and their shapes as metadata."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
-    bits = {name: torch.from_numpy(np.packbits(layer.mask.cpu().numpy())) for name, layer in layers.items()}
-    return bits, {name: json.dumps(list(layer.mask.shape)) for name, layer in layers.items()}
+    shapes = {name: json.dumps([layer.out_features, layer.in_features]) for name, layer in layers.items()}
+    return {name: layer.packed for name, layer in layers.items()}, shapes
 
 
 def apply_masks(model: nn.Module, path: Path) -> None:
     """Turns the layers whose masks are stored into `MaskedLinear`."""
-    with safe_open(path, framework="numpy") as stored:
+    with safe_open(path, framework="pt") as stored:
         shapes = {name: json.loads(shape) for name, shape in (stored.metadata() or {}).items() if name != "format"}
-
-        def masked(name: str) -> MaskedLinear:
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            out, width = shapes[name]
-            bits = np.unpackbits(stored.get_tensor(name), count=out * width).reshape(out, width)
-            return MaskedLinear.from_linear(linear, torch.from_numpy(bits.astype(bool)))
-
-        for name in shapes:
-            swap(model, [name], lambda _old, name=name: masked(name))
+        for name, (out, width) in shapes.items():
+            mask_OI = unpack_bits(stored.get_tensor(name), (out, width))
+            swap(model, [name], lambda linear, mask_OI=mask_OI: MaskedLinear.from_linear(linear, mask_OI))
 
 
 def check_out(out: Path, *, parent: Path | None = None, resume: bool = False) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from overhaul import disk
+from overhaul import disk, sharding
 from overhaul.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -38,13 +38,21 @@ def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors | {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
-def write(root: Path, step: int, *, model: nn.Module, state: dict[str, Any], asked: dict[str, Any], keep: int) -> None:
+def write(
+    root: Path,
+    step: int,
+    *,
+    tensors: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    asked: dict[str, Any],
+    keep: int,
+) -> None:
     """Writes `root/step-N` aside, renames it, and removes all but the newest `keep`.
 
     Args:
         root: the `.state` directory.
         step: optimizer steps done.
-        model: its trained tensors are stored.
+        tensors: the model's `trained_tensors`, whole.
         state: optimizer, schedule, stream, watchers, random generators: anything torch can save.
         asked: the settings of the run, compared on resume.
         keep: how many checkpoints stay.
@@ -54,8 +62,7 @@ def write(root: Path, step: int, *, model: nn.Module, state: dict[str, Any], ask
     """
     target = root / f"step-{step:06d}"
     with disk.aside(target) as partial:
-        tensors = {name: tensor.contiguous() for name, tensor in trained_tensors(model).items()}
-        save_file(tensors, partial / "model.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "model.safetensors")
         _save(state, partial / "state.pt")
         hashes = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "asked": asked, "sha256": hashes}, indent=1))
@@ -76,10 +83,16 @@ def _save(state: dict[str, Any], path: Path) -> None:
 
 def newest(root: Path) -> Checkpoint | None:
     """The newest checkpoint whose files are whole, or None."""
-    for checkpoint in reversed(_all(root)):
-        if all(_sha256(checkpoint.path / name) == value for name, value in checkpoint.manifest()["sha256"].items()):
-            return checkpoint
-    return None
+    return next((checkpoint for checkpoint in reversed(_all(root)) if _is_whole(checkpoint)), None)
+
+
+def _is_whole(checkpoint: Checkpoint) -> bool:
+    try:
+        hashes = checkpoint.manifest()["sha256"]
+    except json.JSONDecodeError:
+        return False
+    files = {name: checkpoint.path / name for name in hashes}
+    return all(file.is_file() and _sha256(file) == hashes[name] for name, file in files.items())
 
 
 def read(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
@@ -91,7 +104,7 @@ def read(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
         raise UserError(f"{checkpoint.path} holds other tensors than this run trains, such as {odd[0]}")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(stored[name])
+            tensor.copy_(sharding.like(stored[name], tensor))
     return torch.load(checkpoint.path / "state.pt", map_location="cpu", weights_only=False)
 
 

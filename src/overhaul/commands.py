@@ -119,8 +119,9 @@ def compare_command(arguments: list[str]) -> None:
 
     print_before_after(report.facts, Console(highlight=False))
     for change in changes:
+        most = f"; most in {', '.join(change['most_changed'])}" if change["most_changed"] else ""
         print(f"\n{change['model']}: {change['changed_tensors']} of {change['tensors']} tensors differ from "
-              f"{given.model[0]}; most in {', '.join(change['most_changed'])}")  # fmt: skip
+              f"{given.model[0]}{most}")  # fmt: skip
 
 
 def generate_command(arguments: list[str]) -> None:
@@ -203,7 +204,7 @@ def _data_list(arguments: list[str]) -> None:
         print_json({"corpora": [asdict(corpus) for corpus in corpora]})
         return
     for corpus in corpora:
-        print(f"{corpus.name:16} {corpus.bytes / 1e6:6.1f} MB  {corpus.licence:28} {corpus.what}  ({corpus.source})")
+        print(f"{corpus.name:14} {corpus.bytes / 1e6:5.1f} MB  {corpus.what}; {corpus.licence}; {corpus.source}")
 
 
 def _data_preview(arguments: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,28 @@ _ALIASES = {
     "lr_scheduler_type": "schedule", "max_grad_norm": "clip", "max_length": "seq_len", "eval_steps": "eval_every",
     "save_steps": "save_every", "save_total_limit": "keep",
 }  # fmt: skip
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 2:4 is text and 1e-3 a number; YAML 1.1 takes them for 124, in base 60, and for text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class has it
+        first: [(tag, pattern) for tag, pattern in found if not tag.endswith((":int", ":float"))]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_NUMBER = "-+.0123456789"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list(_NUMBER))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"([-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf)|\.nan)$"),
+    list(_NUMBER),
+)
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +81,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise UserError(f"no recipe at {path}", hint="a YAML file, such as recipes/quickstart.yaml")
     try:
-        node = yaml.compose(path.read_text(), yaml.SafeLoader)
-        content: Any = yaml.safe_load(path.read_text())
+        node = yaml.compose(path.read_text(), _Loader)
+        content: Any = _load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict) or node is None:
@@ -110,7 +133,10 @@ class _Reading:
                 UserError(f"{target!r} names nothing in {self.name}", hint="out=DIR, or steps.1.lr=1e-3")
             )
             return
-        place[keys[-1]] = yaml.safe_load(value)
+        try:
+            place[keys[-1]] = _load(value)
+        except yaml.YAMLError:
+            self.errors.append(UserError(f"{text!r}: {value!r} is not valid YAML", hint="quotes around the value"))
 
     def recipe(self, content: Mapping[str, Any]) -> Recipe:
         """Validates everything, then raises all mistakes or returns the recipe."""

@@ -1,37 +1,120 @@
-"""Training on several processes: accelerate's data-parallel wrapper, or torch's FSDP2."""
+"""Training on several processes: data parallel by torch's DDP, or sharded by its FSDP2.
+
+`accelerate launch` says which. The optimizer is never handed to accelerate: its wrapper returns None from
+`step(closure)` and may skip a step.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+Loss = TypeVar("Loss", bound=nn.Module)
 
 
-def distribute(accelerator: Accelerator, loss: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-    """Wraps the loss module for the processes that were launched; a single process gets it back as it is.
+def distribute(accelerator: Accelerator, loss: Loss, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Loss]:
+    """Prepares a loss module for the processes that were launched.
 
-    The optimizer is not handed to accelerate: its wrapper returns None from `step(closure)` and may skip a step.
+    Returns:
+        What to call, and the module inside that holds the parameters which are trained: `loss` itself, or under
+        FSDP2 a sharded twin, from which `gather` brings the result back.
     """
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return _shard(loss, optimizer)
-    if accelerator.num_processes > 1:
-        return accelerator.prepare_model(loss)
-    return loss
+    if accelerator.num_processes == 1:
+        return loss, loss
+    # accelerate takes a launch on CPUs for plain data parallelism even if FSDP was asked for.
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        twin = _sharded(loss, optimizer)
+        return twin, twin
+    return accelerator.prepare_model(loss), loss
 
 
-def _shard(loss: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-    """FSDP2: every block is a unit, the rest is the root's; the optimizer gets the sharded parameters by name."""
-    from torch.distributed.fsdp import fully_shard
+def _sharded(loss: Loss, optimizer: torch.optim.Optimizer) -> Loss:
+    """A copy whose blocks are FSDP units, the rest being the root's; the optimizer gets the sharded parameters.
 
+    A copy, because torch cannot take its hooks off again, and what comes after the training runs on one process.
+    """
     names = {id(p): name for name, p in loss.named_parameters()}
     groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-    for module in loss.modules():
+    twin = copy.deepcopy(loss)
+    for module in list(twin.modules()):
         if isinstance(module, nn.ModuleList):
             for block in module:
                 fully_shard(block)
-    fully_shard(loss)
-    sharded = dict(loss.named_parameters())
+    fully_shard(twin)
+    sharded = dict(twin.named_parameters())
     for group, own in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = [sharded[name] for name in own]
-    return loss
+    return twin
+
+
+@contextlib.contextmanager
+def without_sync(loss: nn.Module) -> Iterator[None]:
+    """Gradients stay on their process: for all micro-batches of a step but the last."""
+    if isinstance(loss, DistributedDataParallel):
+        with loss.no_sync():
+            yield
+    elif isinstance(loss, FSDPModule):
+        loss.set_requires_gradient_sync(False)
+        yield
+        loss.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def callable_parts(loss: nn.Module) -> Iterator[None]:
+    """The model inside can be called without the loss around it, to measure it."""
+    if isinstance(loss, FSDPModule):
+        loss.unshard()
+    yield
+    if isinstance(loss, FSDPModule):
+        loss.reshard()
+
+
+def whole(value: Any) -> Any:
+    """Nested data with every sharded tensor put together; all processes must call it."""
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, Mapping):
+        return {key: whole(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(whole(inner) for inner in value)
+    return value
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, sharded as `other` is."""
+    return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads a state of whole tensors into an optimizer whose parameters may be sharded."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state["state"] = {
+        index: {
+            name: like(value, parameters[index]) if getattr(value, "shape", None) == parameters[index].shape else value
+            for name, value in one.items()
+        }
+        for index, one in state["state"].items()
+    }
+    optimizer.load_state_dict(state)
+
+
+@torch.no_grad()
+def gather(trained: nn.Module, into: nn.Module) -> None:
+    """Copies the trained parameters to the whole module they were sharded from; does nothing for the same module."""
+    if trained is into:
+        return
+    sharded = dict(trained.named_parameters())
+    for name, parameter in into.named_parameters():
+        parameter.copy_(whole(sharded[name]))

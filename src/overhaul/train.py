@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from overhaul import checkpoint, machine
+from overhaul import checkpoint, machine, sharding
 from overhaul.errors import Interrupted, UserError
 from overhaul.method import Training
 from overhaul.objective import Batch, Forward, Mean, Objective, weighted_mean
 from overhaul.progress import Bar
-from overhaul.sharding import distribute
 from overhaul.stream import Stream
 from overhaul.watch import Watcher
 
@@ -145,8 +144,10 @@ def train(
     accelerator = Accelerator(cpu=trainable[0].device.type == "cpu", log_with=track, project_dir=state_dir)
     if track:
         accelerator.init_trackers("overhaul", config=_plain(settings.model_dump()))
-    loss_module = distribute(accelerator, _Loss(plan.model, plan.objective), plan.optimizer)
-    run = _Run(plan, settings, accelerator, loss_module, dtype)
+    whole = _Loss(plan.model, plan.objective)
+    loss, trained = sharding.distribute(accelerator, whole, plan.optimizer)
+    plan = replace(plan, model=trained.model)
+    run = _Run(plan, settings, accelerator, loss, dtype)
     run.history.trainable_parameters = sum(p.numel() for p in trainable)
     asked = {"seed": seed, **settings.model_dump(), **(asked or {})}
     first = run.load(state_dir, asked) if resume and state_dir else 0
@@ -161,19 +162,22 @@ def train(
             run.history.seconds = time.perf_counter() - began
             if evaluate and settings.eval_every and step % settings.eval_every == 0:
                 plan.model.eval()
-                point["perplexity"] = evaluate(plan.model)
+                with sharding.callable_parts(loss):
+                    point["perplexity"] = evaluate(plan.model)
                 plan.model.train()
             run.history.points.append(point | {"seconds": round(run.history.seconds, 3)})
             accelerator.log(point, step=step)
             bar.step(f"loss {point['loss']:.3f}  {run.history.tokens / run.history.seconds:.0f} tokens/s")
             due = settings.save_every and step % settings.save_every == 0 and step < settings.steps
-            if state_dir and accelerator.is_main_process and (due or interrupted.is_set()):
+            stop = run.agreed(interrupted)
+            if state_dir and (due or stop):
                 run.save(state_dir, step, asked)
-            if interrupted.is_set():
+            if stop:
                 raise Interrupted(f"stopped after step {step} of {settings.steps}")
     for watcher in plan.watchers:
         watcher.end(plan.model)
-    plan.model.eval()
+    sharding.gather(trained, into=whole)
+    whole.eval()
     accelerator.end_training()
     state = plan.optimizer.state.values()
     run.history.optimizer_bytes = sum(v.nbytes for s in state for v in s.values() if isinstance(v, Tensor))
@@ -239,8 +243,7 @@ class _Run:
         sums: dict[str, Tensor] = {}
         for index, batch in enumerate(own):
             last = index == len(own) - 1
-            wait = contextlib.nullcontext() if last else self.accelerator.no_sync(self.loss)
-            with wait:
+            with contextlib.nullcontext() if last else sharding.without_sync(self.loss):
                 with machine.autocast(self.device, self.dtype):
                     terms = self.loss(batch)
                 loss = weighted_mean(terms, counts)
@@ -258,7 +261,7 @@ class _Run:
 
     def _clip(self, step: int) -> Tensor:
         limit = self.settings.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable, limit)
+        norm = sharding.whole(torch.nn.utils.clip_grad_norm_(self.trainable, limit))
         if not torch.isfinite(norm):
             names = [
                 n for n, p in self.plan.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
@@ -269,18 +272,28 @@ class _Run:
             )
         return norm
 
+    def agreed(self, interrupted: threading.Event) -> bool:
+        """Whether any process was interrupted: then all stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return interrupted.is_set()
+        if interrupted.is_set():
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
+
     def save(self, state_dir: Path, step: int, asked: dict[str, Any]) -> None:
-        """Writes a checkpoint."""
+        """Writes a checkpoint: all processes put it together, the first one writes."""
+        tensors = sharding.whole(checkpoint.trained_tensors(self.plan.model))
         state = {
-            "optimizer": self.plan.optimizer.state_dict(),
+            "optimizer": sharding.whole(self.plan.optimizer.state_dict()),
             "stream": self.plan.stream.state_dict(),
             "watchers": [watcher.state_dict() for watcher in self.plan.watchers],
             "random": machine.rng_state(),
             "history": self.history,
         }
-        checkpoint.write(
-            state_dir, step, model=self.plan.model, state=state, asked=_plain(asked), keep=self.settings.keep
-        )
+        if self.accelerator.is_main_process:
+            checkpoint.write(
+                state_dir, step, tensors=tensors, state=state, asked=_plain(asked), keep=self.settings.keep
+            )
 
     def load(self, state_dir: Path, asked: dict[str, Any]) -> int:
         """Goes on from the newest checkpoint; returns the steps it had done, 0 where there is none."""
@@ -289,7 +302,7 @@ class _Run:
             return 0
         checkpoint.refuse_changes(newest, _plain(asked), free=FREE_ON_RESUME)
         state = checkpoint.read(newest, self.plan.model)
-        self.plan.optimizer.load_state_dict(state["optimizer"])
+        sharding.load_optimizer(self.plan.optimizer, state["optimizer"])
         self.plan.stream.load_state_dict(state["stream"])
         for watcher, saved in zip(self.plan.watchers, state["watchers"], strict=True):
             watcher.load_state_dict(saved)

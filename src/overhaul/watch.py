@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from overhaul.layers.masked import MaskedLinear
+from overhaul.sharding import like
 
 
 class Watcher:
@@ -32,7 +34,14 @@ class Watcher:
 class KeepZeros(Watcher):
     """Sets the pruned weights of every `MaskedLinear` back to zero after each step."""
 
+    def __init__(self) -> None:
+        self.removed: list[tuple[Tensor, Tensor]] = []
+
+    def start(self, model: nn.Module) -> None:
+        layers = [module for module in model.modules() if isinstance(module, MaskedLinear)]
+        self.removed = [(layer.weight, like(~layer.mask, layer.weight)) for layer in layers]
+
+    @torch.no_grad()
     def step(self, model: nn.Module, step: int) -> None:
-        for module in model.modules():
-            if isinstance(module, MaskedLinear):
-                module.enforce()
+        for weight, removed in self.removed:
+            weight.masked_fill_(removed, 0.0)

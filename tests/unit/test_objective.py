@@ -1,0 +1,118 @@
+"""The algebra: names, weights, sums and counts; one forward pass however many terms look at it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from overhaul.objective import Batch, CrossEntropy, Forward, Mean, Objective, Term, weighted_mean
+from overhaul.stream import IGNORED
+
+
+class Entries(Term):
+    """The sum of a batch's tensor `x`; its count is the number of entries."""
+
+    name = "entries"
+
+    def total(self, forward: Forward, batch: Batch) -> Tensor:
+        return batch["x"].sum()
+
+    def count(self, batch: Batch) -> int:
+        return batch["x"].numel()
+
+
+class Rows(Entries):
+    """The same sum, counted by rows."""
+
+    name = "rows"
+
+    def count(self, batch: Batch) -> int:
+        return len(batch["x"])
+
+
+BATCH = {"x": torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])}
+
+
+def value(objective: Objective, *batches: Batch) -> float:
+    """The loss over micro-batches, as the loop computes it."""
+    counts = [objective.counts(batch) for batch in batches]
+    whole = {name: sum(count[name] for count in counts) for name in counts[0]}
+    losses = [weighted_mean(objective(Forward(nn.Identity(), batch), batch), whole) for batch in batches]
+    return float(sum(losses))
+
+
+def test_a_term_is_an_objective_with_weight_one():
+    assert Entries()(Forward(nn.Identity(), BATCH), BATCH) == {"entries": Mean(BATCH["x"].sum(), 6, 1.0)}
+    assert value(Entries(), BATCH) == 3.5
+
+
+def test_weights_multiply_and_sums_add_up():
+    both = Entries() + 0.5 * Rows()
+
+    assert value(both, BATCH) == 3.5 + 0.5 * 10.5
+    assert value(2.0 * both, BATCH) == 2 * value(both, BATCH)
+    assert value(0.0 * Entries() + Rows(), BATCH) == 10.5
+
+
+def test_terms_keep_their_names_and_a_second_one_gets_a_number():
+    three = Entries() + Rows() + 3.0 * Entries()
+
+    assert list(three.named()) == ["entries", "rows", "entries#2"]
+    assert [weight for weight, _ in three.named().values()] == [1.0, 1.0, 3.0]
+    assert three.counts(BATCH) == {"entries": 6, "rows": 2, "entries#2": 6}
+
+
+def test_uneven_micro_batches_give_the_mean_over_all_entries():
+    small, large = {"x": torch.ones(1, 1)}, {"x": torch.full((3, 2), 8.0)}
+
+    assert value(Entries(), small, large) == pytest.approx((1 + 48) / 7)
+    assert value(Entries(), small, large) != pytest.approx((value(Entries(), small) + value(Entries(), large)) / 2)
+
+
+def test_nothing_counted_is_a_loss_of_zero():
+    assert value(Entries(), {"x": torch.zeros(0, 3)}) == 0.0
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny)
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    ids = torch.arange(2 * 16).view(2, 16)
+    labels = ids.clone()
+    labels[1, 4:] = IGNORED
+    return {"input_ids": ids, "labels": labels}
+
+
+def test_cross_entropy_is_that_of_transformers(model: Any, batch: dict[str, Tensor]):
+    objective = CrossEntropy()
+
+    ours = weighted_mean(objective(Forward(model, batch), batch), objective.counts(batch))
+
+    assert objective.counts(batch) == {"cross_entropy": 15 + 3}
+    torch.testing.assert_close(ours, model(**batch).loss, rtol=1e-6, atol=0)
+
+
+def test_two_terms_share_one_forward_pass(model: Any, batch: dict[str, Tensor]):
+    calls: list[object] = []
+    hook = model.model.register_forward_hook(lambda *_: calls.append(1))
+
+    (CrossEntropy() + 0.5 * CrossEntropy())(Forward(model, batch), batch)
+
+    hook.remove()
+    assert len(calls) == 1
+
+
+def test_a_reference_model_runs_without_gradients(model: Any, batch: dict[str, Tensor]):
+    forward = Forward(model, batch)
+
+    assert forward.hidden().requires_grad
+    assert not forward.of(model).hidden().requires_grad
+    torch.testing.assert_close(forward.of(model).hidden(), forward.hidden())
