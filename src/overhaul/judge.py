@@ -19,7 +19,7 @@ from overhaul.journal import LayerNote
 from overhaul.layers.masked import MaskedLinear
 from overhaul.options import DEFAULT_CORPUS, Options
 from overhaul.report.facts import Facts, LayerFacts
-from overhaul.select import block_linears
+from overhaul.select import block_weights
 from overhaul.table import Row
 
 PROMPTS = ("The capital of France is", "It was a bright morning, and the old man")
@@ -119,11 +119,11 @@ def counts(model: nn.Module, errors: Sequence[LayerNote] = ()) -> dict[str, Any]
     total = sum(p.numel() for p in parameters)
     known = {layer.name: layer.error for layer in errors}
     layers, nonzero_blocks, total_blocks = [], 0, 0
-    for name, linear in block_linears(model).items():
-        nonzero = int(linear.weight.count_nonzero())
+    for name, weight_OI in block_weights(model).items():
+        nonzero = int(weight_OI.count_nonzero())
         nonzero_blocks += nonzero
-        total_blocks += linear.weight.numel()
-        layers.append(LayerFacts(name=name, sparsity=1 - nonzero / linear.weight.numel(), error=known.get(name)))
+        total_blocks += weight_OI.numel()
+        layers.append(LayerFacts(name=name, sparsity=1 - nonzero / weight_OI.numel(), error=known.get(name)))
     return {
         "parameters": total,
         "nonzero_share_all": sum(int(p.count_nonzero()) for p in parameters) / total,

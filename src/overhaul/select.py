@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from overhaul.errors import UserError, did_you_mean
 from overhaul.layers import LinearLike
@@ -18,6 +18,16 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
         for prefix, block in decoder_blocks(model).items()
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
+    }
+
+
+def block_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The effective weight of every linear layer in the blocks, adapters that are not merged included."""
+    return {
+        f"{prefix}.{name}": module.dense() if isinstance(module, LinearLike) else module.weight
+        for prefix, block in decoder_blocks(model).items()
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | LinearLike)
     }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from overhaul.errors import UserError
 from overhaul.input_statistics import Statistic, StopForward, collect
+from overhaul.layers import LinearLike
 from overhaul.progress import Bar
 
 TOKENS_PER_FORWARD = 4096
@@ -148,7 +149,7 @@ def linears_of(module: nn.Module, prefix: str) -> dict[str, nn.Linear]:
 
 
 def _has_matrices(block: nn.Module) -> bool:
-    return any(isinstance(module, nn.Linear) or _is_conv1d(module) for module in block.modules())
+    return any(isinstance(module, nn.Linear | LinearLike) or _is_conv1d(module) for module in block.modules())
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -280,11 +280,11 @@ def test_an_override_that_names_nothing(two_steps: Path, override: str):
 
 
 def test_the_schema_accepts_the_shipped_recipes_and_refuses_a_typo():
-    from jsonschema import Draft202012Validator
+    jsonschema = pytest.importorskip("jsonschema")
 
     schema = json_of("schema")
-    Draft202012Validator.check_schema(schema)
-    validator = Draft202012Validator(schema)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
     for file in RECIPES.glob("*.yaml"):
         content = yaml.safe_load(file.read_text())
         assert list(validator.iter_errors(content)) == []

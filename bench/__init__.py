@@ -1,0 +1,1 @@
+"""Speed, memory and claims, measured: nothing here is installed with `overhaul`."""

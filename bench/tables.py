@@ -1,0 +1,126 @@
+"""Tables of measured numbers in README.md and docs/, written between markers from docs/results.json.
+
+    <!-- table: PREFIX -->
+    <!-- end -->
+
+PREFIX selects rows whose id begins with it, such as `adapt-perp`; `bench-` or `claim-` in front selects one kind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import results
+
+Stored = dict[str, Any]
+
+_MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+NOTHING = "*Not measured yet.*\n"
+
+
+def documents(root: Path) -> list[Path]:
+    """The pages that may hold tables."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def filled(text: str, rows: Sequence[Stored]) -> str:
+    """`text` with every marked table made anew."""
+    return _MARKED.sub(lambda found: found[1] + _tables(_selected(rows, found[2])) + found[4], text)
+
+
+def _selected(rows: Sequence[Stored], prefix: str) -> list[Stored]:
+    return [row for row in rows if row["id"].startswith(prefix) or f"{row['kind']}-{row['id']}".startswith(prefix)]
+
+
+def _tables(rows: Sequence[Stored]) -> str:
+    made = [
+        _table(("what", "measured", "lowest to highest", "seeds", "target", "met"), claims, _claim)
+        for claims in [[row for row in rows if row["kind"] == "claim"]]
+        if claims
+    ] + [
+        _table(("what", "overhaul", "peer", "", "ratio", "target", "met"), benches, _bench)
+        for benches in [[row for row in rows if row["kind"] == "bench"]]
+        if benches
+    ]
+    if not made:
+        return NOTHING
+    return "\n".join([*made, _where(rows)])
+
+
+def _table(head: Sequence[str], rows: Sequence[Stored], cells: Any) -> str:
+    lines = [head, ["---"] * len(head), *(cells(row) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _claim(row: Stored) -> Sequence[str]:
+    low, high = (number(pick(row["values"]), row["unit"]) for pick in (min, max))
+    return (
+        row["what"],
+        number(row["mean"], row["unit"]),
+        low if low == high else f"{low} to {high}",
+        str(len(row["seeds"]) or 1),
+        _target(row, row["unit"]),
+        _met(row),
+    )
+
+
+def _bench(row: Stored) -> Sequence[str]:
+    ours, peer = number(row["mean"], row["unit"]), ""
+    if row["peer"]:
+        peer = number(sum(row["peer"]) / len(row["peer"]), row["unit"])
+    ratio = f"{row['ratio']:.2f}" if row["ratio"] is not None else ""
+    return row["what"], ours, peer, row["peer_name"], ratio, _target(row, "" if ratio else row["unit"]), _met(row)
+
+
+def _target(row: Stored, unit: str) -> str:
+    if row["target"] is None:
+        return ""
+    sign, value = row["target"].split()
+    shown = {"<=": "at most ", ">=": "at least ", "<": "under ", ">": "over ", "==": ""}[sign]
+    return shown + number(float(value), unit)
+
+
+def _met(row: Stored) -> str:
+    return {None: "", True: "yes", False: "**no**"}[row["met"]]
+
+
+def number(value: float, unit: str) -> str:
+    """Three significant digits with the unit; shares in percent, counts whole."""
+    match unit:
+        case "share":
+            return f"{value:.1%}"
+        case "bytes":
+            return f"{value / 1e6:,.0f} MB" if value >= 1e6 else f"{value / 1e3:,.0f} kB"
+        case "count":
+            return f"{value:,.0f}"
+    digits = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{digits} {unit}".strip()
+
+
+def _where(rows: Sequence[Stored]) -> str:
+    """Where and when; tables of several runs name each once."""
+    places = dict.fromkeys(
+        f"{row['machine']['hardware']}, torch {row['machine']['torch']}, {row['date']}, commit {row['commit']}"
+        for row in rows
+    )
+    return f"*Measured on {'; '.join(places)}.*\n"
+
+
+def stale(root: Path, rows: Sequence[Stored]) -> dict[Path, str]:
+    """The pages whose tables do not show the results, with what they should be."""
+    pages = {page: page.read_text() for page in documents(root) if page.is_file()}
+    return {page: new for page, text in pages.items() if (new := filled(text, rows)) != text}
+
+
+def main() -> None:
+    """Rewrites the pages that are not current."""
+    for page, text in stale(results.ROOT, results.read()).items():
+        page.write_text(text)
+        print(page.relative_to(results.ROOT))
+
+
+if __name__ == "__main__":
+    main()
