@@ -30,7 +30,8 @@ test: setup ## the tests that need neither network nor patience
 
 claims: $(VENV)/.peers ## the papers' claims and the agreement with peers: about an hour, into docs/results.json
 	$(BIN)/python -c "from overhaul import pretrained; pretrained.resolve(pretrained.DEFAULT)"
-	$(BIN)/pytest -m slow tests/claims tests/peers
+	$(BIN)/pytest -m slow tests
+	$(BIN)/python bench/tables.py
 
 $(VENV)/.peers: $(READY)
 	$(PIP) $(BIN)/python install --quiet --constraint constraints.txt --editable '.[peers]'
@@ -38,6 +39,7 @@ $(VENV)/.peers: $(READY)
 
 bench: setup $(PEERS)/.ready ## speed and memory against peers, as ratios, into docs/results.json
 	$(BIN)/python bench/run.py
+	$(BIN)/python bench/tables.py
 
 $(PEERS)/.ready: requirements-peers.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)
@@ -56,7 +58,9 @@ format: setup ## ruff's layout and its safe repairs
 
 docs: setup ## the documentation site, into site/
 	$(PIP) $(BIN)/python install --quiet --constraint constraints.txt --editable '.[docs]'
-	$(BIN)/zensical build
+	$(BIN)/python docs/settings.py
+	$(BIN)/python bench/tables.py
+	$(BIN)/zensical build --clean --strict
 
 constraints: setup ## pin what is installed now (torch without its local suffix, so that pip finds it anywhere)
 	{ echo '# The versions everything was tested with: written by `make constraints`, read by `make setup`.'; \

@@ -9,6 +9,7 @@ import dataclasses
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,7 +121,7 @@ def _change(entry: catalog.Entry, arguments: list[str]) -> None:
         kw_only=True,
     )
     where = f"{entry.verb} {entry.name}"
-    given = parse(kind, arguments, prog=f"overhaul {where}", description=method_class.__doc__ or "")
+    given = parse(kind, arguments, prog=f"overhaul {where}", description=cleandoc(method_class.__doc__ or ""))
     errors: list[UserError] = []
     method = _collect(errors, lambda: checked(method_class, given, where=where))
     options = _collect(errors, lambda: checked(Options, given, where=where))
@@ -167,7 +168,7 @@ def _measure(entry: catalog.Entry, arguments: list[str]) -> None:
         kw_only=True,
     )
     where = f"{entry.verb} {entry.name}"
-    given = parse(kind, arguments, prog=f"overhaul {where}", description=method_class.__doc__ or "")
+    given = parse(kind, arguments, prog=f"overhaul {where}", description=cleandoc(method_class.__doc__ or ""))
     if not given.model:
         raise UserError(f"{where} needs at least one model", hint=f"overhaul {where} smollm2-135m")
     method, options = checked(method_class, given, where=where), checked(Options, given, where=where)

@@ -31,6 +31,7 @@ def aside(target: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        _open_to_others(partial)
         partial.rename(target)
     except (OSError, SafetensorError) as error:
         number = _number(error)
@@ -45,6 +46,15 @@ def aside(target: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open_to_others(directory: Path) -> None:
+    """Gives files the permissions that any new file has; safetensors writes its own for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in directory.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
 
 
 def _number(error: Exception) -> int | None:

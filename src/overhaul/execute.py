@@ -130,7 +130,8 @@ def _change(
         data=_data_used(data, tokens),
         seed=options.seed,
         options=options.model_dump(mode="json", exclude_defaults=True, exclude=PASSING_OPTIONS),
-        seconds=round(time.perf_counter() - began, 3),
+        # A resumed run counts what it had taken before it was stopped.
+        seconds=round(max(time.perf_counter() - began, history.seconds if history else 0.0), 3),
         peak_rss_bytes=machine.peak_rss_bytes(),
         trainable_parameters=history.trainable_parameters if history else None,
         versions=machine.versions(),

@@ -18,6 +18,7 @@ from overhaul.data import Data
 from overhaul.journal import LayerNote
 from overhaul.layers.masked import MaskedLinear
 from overhaul.options import DEFAULT_CORPUS, Options
+from overhaul.progress import say
 from overhaul.report.facts import Facts, LayerFacts
 from overhaul.select import block_weights
 from overhaul.table import Row
@@ -99,6 +100,9 @@ class Judge:
         """Everything about a model in memory that tables show."""
         quality: dict[str, Any] = {}
         if self.corpus is not None and self.windows is not None:
+            say(
+                f"measuring {label} on {self.corpus.name}: {len(self.windows)} windows of {self.windows.shape[1]} tokens"
+            )
             scored = evaluate.perplexity(model, self.windows, dtype=self.dtype)
             estimate = asdict(scored.estimate)
             with machine.autocast(next(model.parameters()).device, self.dtype):

@@ -134,7 +134,7 @@ def cached(name: str) -> Path | None:
 
 
 def _checked(directory: Path) -> Path:
-    if not (directory / "config.json").is_file():
+    if not any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
         names = sorted(entry.name for entry in directory.iterdir())
         listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise UserError(

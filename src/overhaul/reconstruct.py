@@ -22,7 +22,7 @@ from overhaul.optim.adamw import adamw
 from overhaul.stream import Batch as Batches
 from overhaul.stream import Repeat, Rows, Shuffle
 from overhaul.train import Plan, schedule
-from overhaul.trainable import prepare
+from overhaul.trainable import has_norms, prepare
 from overhaul.walk import Block, Call, walk
 from overhaul.watch import KeepZeros
 
@@ -95,11 +95,13 @@ def _error(part: Part) -> float:
 
 
 def _plan(part: Part, method: Perp, seed: int) -> Plan:
-    if method.train == ("norms",) and not any("norm" in type(m).__name__.lower() for m in part.module.modules()):
-        raise UserError(f"{part.name} has no norms to train", hint="--granularity block, or --train mask_lora")
+    # An attention or a single matrix has no norms: what else was chosen is trained there.
+    groups = tuple(group for group in method.train if group != "norms" or has_norms(part.module))
+    if not groups:
+        raise UserError(f"{part.name} has no norms to train", hint="--granularity block, or --train norms mask_lora")
     # Trained tensors become fp32; the blocks after this one are fed in the model's own type again.
     dtype = next(part.module.parameters()).dtype
-    selected = prepare(part.module, method)
+    selected = prepare(part.module, method.model_copy(update={"train": groups}))
     windows = [{"inputs": x[0], "targets": y[0]} for x, y in zip(part.inputs, part.targets, strict=True)]
     rows = Rows(windows, name=part.name, fingerprint=part.name)
     return Plan(

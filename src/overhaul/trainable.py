@@ -87,6 +87,11 @@ def head_adapter(model: nn.Module, choice: Choice) -> list[nn.Parameter]:
     return [layer.lora_A, layer.lora_B]
 
 
+def has_norms(model: nn.Module) -> bool:
+    """Whether there is a LayerNorm or RMSNorm in it."""
+    return any("norm" in type(module).__name__.lower() for module in model.modules())
+
+
 def _adapter(make: Callable[[Any, Choice], LinearLike]) -> Callable[[nn.Module, Choice], list[nn.Parameter]]:
     def adapters(model: nn.Module, choice: Choice) -> list[nn.Parameter]:
         names = [name for name, module in model.named_modules() if isinstance(module, MaskedLinear)]

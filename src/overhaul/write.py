@@ -110,10 +110,10 @@ def build_report(
 def replay(lineage: Sequence[LineageStep], out: Path) -> str:
     """The recipe that makes the directory again from the model the chain began with."""
     base = lineage[0].parents[0].path
-    steps = []
+    steps: list[tuple[str, str, dict[str, Any]]] = []
     for step in lineage:
-        chosen: dict[str, Any] = {name: step.fields[name] for name in step.non_default}
-        steps.append((step.verb, step.method, {**chosen, **step.options}))
+        # All fields, not only the chosen ones: a later version may have other defaults.
+        steps.append((step.verb, step.method, {**step.fields, **step.options}))
     return recipe.to_yaml(base, steps, out=f"{out.name}-again")
 
 

@@ -212,3 +212,12 @@ def test_the_hash_of_weights_is_that_of_their_content(tiny: Path, tmp_path: Path
     (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()), indent=4))
 
     assert artifact.weights_sha256(copy) == artifact.weights_sha256(tiny)
+
+
+def test_files_can_be_read_by_whom_any_new_file_can(tmp_path: Path) -> None:
+    with artifact.stage(tmp_path / "out") as directory:
+        (directory / "weights").touch(mode=0o600)
+        (directory / "other").touch()
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    (tmp_path / "plain").touch()
+    assert set(modes.values()) == {(tmp_path / "plain").stat().st_mode & 0o777}

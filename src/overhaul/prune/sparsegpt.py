@@ -131,7 +131,7 @@ class SparseGPT(Target, Transform):
 
     needs_data: ClassVar[bool] = True
     samples: Positive = Field(128, description="Calibration windows.")
-    seq_len: Positive = Field(2048, description="Tokens per window, at most the model's own limit and 4096.")
+    seq_len: Positive = Field(2048, description="Tokens per window; fewer where the model reads fewer.")
     damping: Rate = Field(
         0.01,
         description="Added to the Hessian's diagonal, as a share of its mean; raised if it does not suffice.",

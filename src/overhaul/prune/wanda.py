@@ -26,7 +26,7 @@ class Wanda(Target, Transform):
 
     needs_data: ClassVar[bool] = True
     samples: Positive = Field(128, description="Calibration windows.")
-    seq_len: Positive = Field(2048, description="Tokens per window, at most the model's own limit and 4096.")
+    seq_len: Positive = Field(2048, description="Tokens per window; fewer where the model reads fewer.")
 
     def apply(self, model: nn.Module, calib: Stream | None) -> nn.Module:
         """Masks every linear layer of the decoder blocks, each block fed by the pruned ones before it."""

@@ -115,7 +115,7 @@ def _columns(facts: Sequence[Facts]) -> list[_Column | _MetricColumn]:
             number=lambda one: one.tokens_per_second,
             text=as_speed,
             better="more",
-            tolerance=0.05,
+            tolerance=0.25,
         ),
         _Column(title="peak memory", number=lambda one: one.peak_rss_bytes, text=as_size),
         _Column(title="time", number=lambda one: one.seconds, text=as_duration),

@@ -1,0 +1,48 @@
+"""`overhaul adapt full|lora` by its library, one optimizer step a turn."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import turn
+
+from overhaul import artifact, machine
+from overhaul.adapt.full import Full
+from overhaul.adapt.lora import LoRA
+from overhaul.stream import Batch, Repeat, Rows
+from overhaul.train import train
+from overhaul.watch import Watcher
+
+
+class Turns(Watcher):
+    """Ends a turn after each step."""
+
+    def start(self, model: torch.nn.Module) -> None:
+        turn.wait()
+
+    def step(self, model: torch.nn.Module, step: int) -> None:
+        turn.tell()
+        turn.wait()
+
+
+given = turn.settings()
+settings: dict[str, Any] = {key: given[key] for key in ("steps", "batch_size", "seq_len", "lr")} | {"save_every": 0}
+method = Full(**settings) if given["method"] == "full" else LoRA(**settings, rank=16, alpha=32)
+
+turn.forget_peak()
+turn.wait()
+turn.tell()  # everything is imported, nothing loaded
+
+turn.wait()
+made = artifact.load(given["model"])
+turn.tell()
+
+machine.seed_everything(0)
+windows = [{"input_ids": ids_T, "labels": ids_T} for ids_T in torch.from_numpy(np.load(given["windows"]))]
+rows = Repeat(Rows(windows, name="bench", fingerprint="bench"))
+data: Any = SimpleNamespace(training=lambda method: Batch(rows, batch_size=method.batch_size))
+plan = method.plan(made.model, data)
+plan = replace(plan, watchers=(*plan.watchers, Turns()))
+train(plan, method, dtype=torch.bfloat16, quiet=True)
