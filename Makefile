@@ -31,15 +31,15 @@ test: setup ## the tests that need neither network nor patience
 claims: $(VENV)/.peers ## the papers' claims and the agreement with peers: about an hour, into docs/results.json
 	$(BIN)/python -c "from overhaul import pretrained; pretrained.resolve(pretrained.DEFAULT)"
 	$(BIN)/pytest -m slow tests
-	$(BIN)/python bench/tables.py
+	$(BIN)/python -m bench.tables
 
 $(VENV)/.peers: $(READY)
 	$(PIP) $(BIN)/python install --quiet --constraint constraints.txt --editable '.[peers]'
 	touch $@
 
 bench: setup $(PEERS)/.ready ## speed and memory against peers, as ratios, into docs/results.json
-	$(BIN)/python bench/run.py
-	$(BIN)/python bench/tables.py
+	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.tables
 
 $(PEERS)/.ready: requirements-peers.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)
@@ -59,7 +59,7 @@ format: setup ## ruff's layout and its safe repairs
 docs: setup ## the documentation site, into site/
 	$(PIP) $(BIN)/python install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python docs/settings.py
-	$(BIN)/python bench/tables.py
+	$(BIN)/python -m bench.tables
 	$(BIN)/zensical build --clean --strict
 
 constraints: setup ## pin what is installed now (torch without its local suffix, so that pip finds it anywhere)
