@@ -10,7 +10,7 @@ PEERS := .venv-peers
 PIP = $(PYTHON) -m pip --disable-pip-version-check --python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test claims bench lint format docs constraints
+.PHONY: help setup demo test claims bench tables lint format docs constraints
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

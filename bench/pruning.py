@@ -50,28 +50,48 @@ def _rows(method: str, inputs: Inputs, peers: Path) -> list[Row]:
         ours.append(first)
         peer.append(second)
     settings = {
-        "model": inputs.model.name, "corpus": CORPUS, "samples": SAMPLES, "seq_len": SEQ_LEN, "sparsity": SPARSITY,
-        "heldout": f"{HELDOUT_WINDOWS}x512", "peer_dtype": "bfloat16",
-        "cpu_seconds": _cpu_seconds(ours), "peer_cpu_seconds": _cpu_seconds(peer),
-    }  # fmt: skip
+        "model": inputs.model.name,
+        "corpus": CORPUS,
+        "samples": SAMPLES,
+        "seq_len": SEQ_LEN,
+        "sparsity": SPARSITY,
+        "heldout": f"{HELDOUT_WINDOWS}x512",
+        "peer_dtype": "bfloat16",
+        "cpu_seconds": _cpu_seconds(ours),
+        "peer_cpu_seconds": _cpu_seconds(peer),
+    }
     common: dict[str, Any] = {"kind": "bench", "peer_name": PEER, "settings": settings}
     name = f"{NAMES[method]} {SPARSITY:.0%}, {SAMPLES} x {SEQ_LEN} tokens"
     return [
         Row(
-            id=f"prune-{method}/seconds", what=f"{name}: seconds of pruning", unit="s", gain="peer/ours",
-            values=_seconds(ours, (PRUNE,)), peer=_seconds(peer, (PRUNE,)), target=Target(">=", FASTER[method]), **common,
-        ),
-        Row(
-            id=f"prune-{method}/seconds-total", what=f"{name}: seconds with loading and writing", unit="s",
-            gain="peer/ours", values=_seconds(ours, (LOAD, PRUNE, WRITE)), peer=_seconds(peer, (LOAD, PRUNE, WRITE)),
+            id=f"prune-{method}/seconds",
+            what=f"{name}: seconds of pruning",
+            unit="s",
+            gain="peer/ours",
+            values=_seconds(ours, (PRUNE,)),
+            peer=_seconds(peer, (PRUNE,)),
+            target=Target(">=", FASTER[method]),
             **common,
         ),
         Row(
-            id=f"prune-{method}/perplexity", what=f"{name}: held-out perplexity", target=Target("<=", 1.01),
-            values=(inputs.perplexity(outs["ours"]),), peer=(inputs.perplexity(outs["peer"]),), **common,
+            id=f"prune-{method}/seconds-total",
+            what=f"{name}: seconds with loading and writing",
+            unit="s",
+            gain="peer/ours",
+            values=_seconds(ours, (LOAD, PRUNE, WRITE)),
+            peer=_seconds(peer, (LOAD, PRUNE, WRITE)),
+            **common,
+        ),
+        Row(
+            id=f"prune-{method}/perplexity",
+            what=f"{name}: held-out perplexity",
+            target=Target("<=", 1.01),
+            values=(inputs.perplexity(outs["ours"]),),
+            peer=(inputs.perplexity(outs["peer"]),),
+            **common,
         ),
         *_memory(method, name, inputs, ours, peer, common),
-    ]  # fmt: skip
+    ]
 
 
 def _seconds(rounds: Sequence[Sequence[Turn]], pieces: Sequence[int]) -> tuple[float, ...]:
@@ -83,10 +103,14 @@ def _cpu_seconds(rounds: Sequence[Sequence[Turn]]) -> list[float]:
 
 
 def _memory(
-    method: str, name: str, inputs: Inputs, ours: Sequence[Sequence[Turn]], peer: Sequence[Sequence[Turn]],
+    method: str,
+    name: str,
+    inputs: Inputs,
+    ours: Sequence[Sequence[Turn]],
+    peer: Sequence[Sequence[Turn]],
     common: dict[str, Any],
-) -> list[Row]:  # fmt: skip
-    """Highest resident memory while pruning, less that of a process which has imported everything and loaded nothing."""
+) -> list[Row]:
+    """Highest resident memory while pruning, less that of the process with everything imported and nothing loaded."""
 
     def above_imports(turns: Sequence[Turn]) -> int:
         return turns[PRUNE].peak_rss_bytes - turns[IMPORTED].rss_bytes
@@ -94,21 +118,28 @@ def _memory(
     model_bytes = ours[0][LOAD].facts["model_bytes"]
     statistics_bytes = _statistics_bytes(method, inputs.model)
     settings = common["settings"] | {
-        "model_bytes": model_bytes, "statistics_bytes": statistics_bytes,
+        "model_bytes": model_bytes,
+        "statistics_bytes": statistics_bytes,
         "imported_bytes": [turns[IMPORTED].rss_bytes for turns in ours],
-    }  # fmt: skip
+    }
     return [
         Row(
-            id=f"prune-{method}/memory", kind="bench", what=f"{name}: peak memory less one block's statistics, "
-            "over the model's bytes", settings=settings, target=Target("<=", 1.3),
+            id=f"prune-{method}/memory",
+            kind="bench",
+            what=f"{name}: peak memory less one block's statistics, over the model's bytes",
+            settings=settings,
+            target=Target("<=", 1.3),
             values=tuple((above_imports(turns) - statistics_bytes) / model_bytes for turns in ours),
         ),
         Row(
-            id=f"prune-{method}/memory-raw", what=f"{name}: peak memory of the whole process", unit="bytes",
+            id=f"prune-{method}/memory-raw",
+            what=f"{name}: peak memory of the whole process",
+            unit="bytes",
             values=tuple(float(turns[PRUNE].peak_rss_bytes) for turns in ours),
-            peer=tuple(float(turns[PRUNE].peak_rss_bytes) for turns in peer), **common | {"settings": settings},
+            peer=tuple(float(turns[PRUNE].peak_rss_bytes) for turns in peer),
+            **common | {"settings": settings},
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _statistics_bytes(method: str, model: Path) -> int:

@@ -86,9 +86,11 @@ class Row:
         """Everything, with what follows from it, and where and when it was measured."""
         return {
             **asdict(self),
-            "mean": statistics.fmean(self.values),
-            "spread": max(self.values) - min(self.values),
-            "ratio": self.ratio,
+            "values": [_rounded(value) for value in self.values],
+            "mean": _rounded(statistics.fmean(self.values)),
+            "spread": _rounded(max(self.values) - min(self.values)),
+            "peer": [_rounded(value) for value in self.peer],
+            "ratio": None if self.ratio is None else _rounded(self.ratio),
             "target": f"{self.target.sign} {self.target.value:g}" if self.target else None,
             "met": self.met,
             "commit": _commit(),
@@ -106,8 +108,15 @@ def record(rows: Iterable[Row], path: Path = RESULTS) -> None:
     """Merges rows into the file: a row with a known id replaces it, all others stay."""
     kept = {row["id"]: row for row in read(path)} | {row.id: row.to_json() for row in rows}
     aside = path.with_suffix(".new")
-    aside.write_text(json.dumps([kept[key] for key in sorted(kept)], indent=1, ensure_ascii=False) + "\n")
+    # One row a line: a later measurement is a readable difference.
+    lines = ",\n".join(json.dumps(kept[key], ensure_ascii=False) for key in sorted(kept))
+    aside.write_text(f"[\n{lines}\n]\n")
     aside.replace(path)
+
+
+def _rounded(value: float) -> float:
+    """Five significant digits, more than any of these numbers has."""
+    return float(f"{value:.5g}")
 
 
 @cache

@@ -19,10 +19,14 @@ def full(inputs: Inputs, _peers: Path) -> list[Row]:
     """Rows of `adapt full`."""
     given = _given(inputs, lr=5e-5)
     return _rows(
-        "full", "Trainer of transformers 5.23, bf16 autocast", "all parameters", given, (1.2, 0.8),
+        "full",
+        "Trainer of transformers 5.23, bf16 autocast",
+        "all parameters",
+        given,
+        (1.2, 0.8),
         Side("train_ours.py", given | {"method": "full"}),
         Side("full_trainer.py", given | {"work": str(inputs.work / "trainer")}),
-    )  # fmt: skip
+    )
 
 
 def lora(inputs: Inputs, _peers: Path) -> list[Row]:
@@ -31,11 +35,14 @@ def lora(inputs: Inputs, _peers: Path) -> list[Row]:
     rows = []
     for slug, base_dtype in (("lora", "float32"), ("lora-bf16-base", "bfloat16")):
         rows += _rows(
-            slug, f"peft 0.21, plain loop, bf16 autocast, {base_dtype} base", "LoRA rank 16, all linear layers",
-            given | {"base_dtype": base_dtype}, (1.7 if slug == "lora" else None, None),
+            slug,
+            f"peft 0.21, plain loop, bf16 autocast, {base_dtype} base",
+            "LoRA rank 16, all linear layers",
+            given | {"base_dtype": base_dtype},
+            (1.7 if slug == "lora" else None, None),
             Side("train_ours.py", given | {"method": "lora"}),
             Side("lora_peft.py", given | {"base_dtype": base_dtype}),
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -57,24 +64,35 @@ def _rows(
     faster, smaller = goals
     own, theirs = in_turn(ours, peer, pieces=2 + STEPS)
     settings = {key: value for key, value in given.items() if key not in ("windows", "model")} | {
-        "model": Path(given["model"]).name, "corpus": CORPUS,
-        "cpu_seconds": _cpu_seconds(own), "peer_cpu_seconds": _cpu_seconds(theirs),
-        "imported_bytes": own[IMPORTED].rss_bytes, "peer_imported_bytes": theirs[IMPORTED].rss_bytes,
-    }  # fmt: skip
+        "model": Path(given["model"]).name,
+        "corpus": CORPUS,
+        "cpu_seconds": _cpu_seconds(own),
+        "peer_cpu_seconds": _cpu_seconds(theirs),
+        "imported_bytes": own[IMPORTED].rss_bytes,
+        "peer_imported_bytes": theirs[IMPORTED].rss_bytes,
+    }
     common: dict[str, Any] = {"kind": "bench", "peer_name": peer_name, "settings": settings}
     method = slug.split("-")[0]
     return [
         Row(
-            id=f"adapt-{method}/{slug}-speed", what=f"Training {what}, {BATCH_SIZE} x {SEQ_LEN} tokens a step",
-            unit="tokens/s", values=_speeds(own), peer=_speeds(theirs),
-            target=Target(">=", faster) if faster else None, **common,
+            id=f"adapt-{method}/{slug}-speed",
+            what=f"Training {what}, {BATCH_SIZE} x {SEQ_LEN} tokens a step",
+            unit="tokens/s",
+            values=_speeds(own),
+            peer=_speeds(theirs),
+            target=Target(">=", faster) if faster else None,
+            **common,
         ),
         Row(
-            id=f"adapt-{method}/{slug}-memory", what=f"Training {what}: peak memory of the whole process",
-            unit="bytes", values=(float(own[-1].peak_rss_bytes),), peer=(float(theirs[-1].peak_rss_bytes),),
-            target=Target("<=", smaller) if smaller else None, **common,
+            id=f"adapt-{method}/{slug}-memory",
+            what=f"Training {what}: peak memory of the whole process",
+            unit="bytes",
+            values=(float(own[-1].peak_rss_bytes),),
+            peer=(float(theirs[-1].peak_rss_bytes),),
+            target=Target("<=", smaller) if smaller else None,
+            **common,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _speeds(turns: Sequence[Turn]) -> tuple[float, ...]:

@@ -37,7 +37,10 @@ class Side:
     def __init__(self, script: str, settings: dict[str, Any], python: str = sys.executable) -> None:
         self.script = script
         self.process = subprocess.Popen(
-            [python, str(SIDES / script), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, str(SIDES / script), json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def turn(self) -> Turn:
@@ -46,7 +49,8 @@ class Side:
         Raises:
             RuntimeError: the side's process ended instead.
         """
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
