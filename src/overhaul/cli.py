@@ -6,6 +6,7 @@ Nothing here imports torch before a command needs it, so that help is instant.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -34,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _dispatch(arguments)
+        if "WORLD_SIZE" in os.environ:
+            from overhaul.sharding import leave
+
+            leave()
     except UserError as error:
         _box(error)
         raise SystemExit(2) from None

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -118,3 +118,14 @@ def gather(trained: nn.Module, into: nn.Module) -> None:
     sharded = dict(trained.named_parameters())
     for name, parameter in into.named_parameters():
         parameter.copy_(whole(sharded[name]))
+
+
+def leave() -> None:
+    """Ends the process group, if there is one, when all processes are through with their work.
+
+    Not at the end of a training: a group that ends with a data-parallel wrapper still alive, or with a reduction
+    still to be put away, can wait for the interpreter's lock that its own destructor holds.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()

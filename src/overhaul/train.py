@@ -178,7 +178,8 @@ def train(
         watcher.end(plan.model)
     sharding.gather(trained, into=whole)
     whole.eval()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     state = plan.optimizer.state.values()
     run.history.optimizer_bytes = sum(v.nbytes for s in state for v in s.values() if isinstance(v, Tensor))
     return run.history

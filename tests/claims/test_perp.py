@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from bench import results
 from bench.results import Row, Target
+from torch import Tensor, nn
+
 from overhaul import artifact, evaluate, machine
 from overhaul.adapt.perp import Perp
 from overhaul.artifact import Artifact
@@ -147,7 +147,10 @@ def test_retraining_a_small_part_wins_most_of_the_quality_back(won_back, name, s
 def test_more_trained_parts_win_more_back(won_back):
     order = ("dense", "mask_lora", "norms", "pruned")
     steps = [
-        min(math.log(won_back[worse][run] / won_back[better][run]) for better, worse in zip(order, order[1:], strict=False))
+        min(
+            math.log(won_back[worse][run] / won_back[better][run])
+            for better, worse in zip(order, order[1:], strict=False)
+        )
         for run in range(len(SEEDS))
     ]
 
