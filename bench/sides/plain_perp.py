@@ -9,7 +9,7 @@ import torch
 import turn
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class MaskLoRA(nn.Module):
@@ -75,5 +75,6 @@ for name, layer in list(model.model.layers.named_modules()):
         parent, _, child = name.rpartition(".")
         setattr(model.model.layers.get_submodule(parent), child, linear)
 model.to(torch.bfloat16).save_pretrained(given["out"])
+AutoTokenizer.from_pretrained(given["model"]).save_pretrained(given["out"])
 turn.tell()
 turn.wait()

@@ -12,7 +12,7 @@ given = turn.settings()
 ids = np.load(given["windows"]).tolist()
 dataset = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
 modifier = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[given["method"]]
-recipe = modifier(sparsity=given["sparsity"], mask_structure="0:0", targets=["Linear"], ignore=["lm_head"])
+recipe = modifier(sparsity=given["sparsity"], mask_structure="0:0", targets=["Linear"], ignore=["re:.*lm_head"])
 
 turn.forget_peak()
 turn.wait()

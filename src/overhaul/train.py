@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from overhaul import checkpoint, machine, sharding
 from overhaul.errors import Interrupted, UserError
+from overhaul.interop.hf import fused_norms
 from overhaul.method import Training
 from overhaul.objective import Batch, Forward, Mean, Objective, weighted_mean
 from overhaul.progress import Bar
@@ -156,7 +157,11 @@ def train(
         watcher.start(plan.model)
     began = time.perf_counter() - run.history.seconds
     quiet = quiet or not accelerator.is_main_process
-    with _interruptible() as interrupted, Bar("training", settings.steps, done=first, quiet=quiet) as bar:
+    with (
+        _interruptible() as interrupted,
+        fused_norms(plan.model),
+        Bar("training", settings.steps, done=first, quiet=quiet) as bar,
+    ):
         for step in range(first + 1, settings.steps + 1):
             point = run.step(step)
             run.history.seconds = time.perf_counter() - began

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from overhaul.errors import UserError
 from overhaul.input_statistics import Statistic, StopForward, collect
 from overhaul.layers import LinearLike
+from overhaul.machine import release_memory
 from overhaul.progress import Bar
 
 TOKENS_PER_FORWARD = 4096
@@ -114,6 +115,7 @@ def walk(model: nn.Module, calib: Iterable[Mapping[str, Tensor]] | None, title: 
             yield block
             if index + 1 < len(blocks):
                 hidden = block.outputs()
+            release_memory()
             bar.step(name)
 
 

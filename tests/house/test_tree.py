@@ -143,5 +143,6 @@ def test_unit_tests_stand_where_the_source_stands():
     """The test of a file has its name and its place; the test of docs/ is that of a folder."""
     for test in (TESTS / "unit").rglob("test_*.py"):
         tested = test.relative_to(TESTS / "unit").with_name(test.stem.removeprefix("test_"))
-        places = (SOURCE / tested.with_suffix(".py"), SOURCE / tested, TESTS.parent / tested)
+        bench = TESTS.parent / "bench" / tested.with_suffix(".py")
+        places = (SOURCE / tested.with_suffix(".py"), SOURCE / tested, TESTS.parent / tested, bench)
         assert any(place.exists() for place in places), f"{test.name} tests nothing"

@@ -46,6 +46,8 @@ class MaskLoRALinear(SparseLowRankLinear):
     bf16 model will have.
     """
 
+    factor: Tensor | None = None
+
     @classmethod
     def from_linear(
         cls, linear: MaskedLinear, rank: int, alpha: float, generator: torch.Generator | None = None
@@ -64,7 +66,13 @@ class MaskLoRALinear(SparseLowRankLinear):
 
     def _effective(self, dtype: torch.dtype) -> Tensor:
         # W_p is zero where the mask is, so masking the sum is the same as masking the increment, in one pass less.
-        return incremented(self.weight, self.lora_A, self.lora_B, self.scale, dtype).mul_(self.mask)
+        return incremented(self.weight, self.lora_A, self.lora_B, self.scale, dtype).mul_(self._factor(dtype))
+
+    def _factor(self, dtype: torch.dtype) -> Tensor:
+        """The mask as zeros and ones of `dtype`, kept: a product with booleans takes ten times as long."""
+        if self.factor is None or self.factor.dtype != dtype:
+            self.factor = self.mask.to(dtype)
+        return self.factor
 
 
 class LoRAPruneLinear(SparseLowRankLinear):
