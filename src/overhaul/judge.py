@@ -100,9 +100,8 @@ class Judge:
         """Everything about a model in memory that tables show."""
         quality: dict[str, Any] = {}
         if self.corpus is not None and self.windows is not None:
-            say(
-                f"measuring {label} on {self.corpus.name}: {len(self.windows)} windows of {self.windows.shape[1]} tokens"
-            )
+            num_windows, seq_len = self.windows.shape
+            say(f"measuring {label}: {num_windows} windows of {seq_len} tokens of {self.corpus.name}")
             scored = evaluate.perplexity(model, self.windows, dtype=self.dtype)
             estimate = asdict(scored.estimate)
             with machine.autocast(next(model.parameters()).device, self.dtype):

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +148,13 @@ def test_retraining_a_small_part_wins_most_of_the_quality_back(won_back, name, s
 def test_more_trained_parts_win_more_back(won_back):
     order = ("dense", "mask_lora", "norms", "pruned")
     steps = [
-        min(
-            math.log(won_back[worse][run] / won_back[better][run])
-            for better, worse in zip(order, order[1:], strict=False)
-        )
+        min(math.log(won_back[worse][run] / won_back[better][run]) for better, worse in pairwise(order))
         for run in range(len(SEEDS))
     ]
 
     _check(
-        id="adapt-perp/order", what="Smallest step of log-perplexity in dense < mask_lora < norms < pruned", unit="nats",
+        id="adapt-perp/order", unit="nats",
+        what="Smallest step of log-perplexity in dense < mask_lora < norms < pruned",
         target=Target(">", 0), values=tuple(steps),
     )  # fmt: skip
 
