@@ -52,8 +52,12 @@ def _rows(slug: str, train: list[str], inputs: Inputs) -> list[Row]:
         "model": inputs.model.name,
         "corpus": CORPUS,
         "heldout": f"{HELDOUT_WINDOWS}x512",
-        "total_seconds": sum(turn.seconds for turn in ours),
-        "peer_total_seconds": sum(turn.seconds for turn in peer),
+        "total_seconds": round(sum(turn.seconds for turn in ours), 1),
+        "peer_total_seconds": round(sum(turn.seconds for turn in peer), 1),
+        "cpu_seconds": round(sum(turn.cpu_seconds for turn in ours), 1),
+        "peer_cpu_seconds": round(sum(turn.cpu_seconds for turn in peer), 1),
+        "peak_rss_bytes": ours[-1].peak_rss_bytes,
+        "peer_peak_rss_bytes": peer[-1].peak_rss_bytes,
     }
     common: dict[str, Any] = {"kind": "bench", "peer_name": "plain script, transformers + torch", "settings": settings}
     name = f"PERP {' + '.join(train)}, {BATCH_SIZE} x {SEQ_LEN} tokens a step"

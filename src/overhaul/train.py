@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from overhaul import checkpoint, machine, sharding
 from overhaul.errors import Interrupted, UserError
-from overhaul.interop.hf import fused_norms
+from overhaul.interop.fused import fused
 from overhaul.method import Training
 from overhaul.objective import Batch, Forward, Mean, Objective, weighted_mean
 from overhaul.progress import Bar
@@ -159,7 +159,7 @@ def train(
     quiet = quiet or not accelerator.is_main_process
     with (
         _interruptible() as interrupted,
-        fused_norms(plan.model),
+        fused(plan.model),
         Bar("training", settings.steps, done=first, quiet=quiet) as bar,
     ):
         for step in range(first + 1, settings.steps + 1):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from overhaul.interop.hf import fused_norms
+from overhaul.interop.fused import fused
 from overhaul.layers.rms_norm import rms_norm
 
 
@@ -43,10 +43,10 @@ def test_a_model_computes_and_learns_the_same(tiny: Path, dtype: torch.dtype):
         return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
     own = loss_and_gradients()
-    with fused_norms(model):
-        fused = loss_and_gradients()
+    with fused(model):
+        in_one_node = loss_and_gradients()
 
-    for one, other in zip(own, fused, strict=True):
+    for one, other in zip(own, in_one_node, strict=True):
         error = (one - other).norm() / one.norm()
         assert error < (1e-5 if dtype == torch.float32 else 2e-2)
 
@@ -54,7 +54,7 @@ def test_a_model_computes_and_learns_the_same(tiny: Path, dtype: torch.dtype):
 def test_under_autocast_the_result_is_what_linear_layers_read():
     norm = LlamaRMSNorm(8)
 
-    with fused_norms(norm), torch.autocast("cpu", torch.bfloat16):
+    with fused(norm), torch.autocast("cpu", torch.bfloat16):
         assert norm(torch.randn(2, 8)).dtype == torch.bfloat16
 
 
@@ -65,14 +65,14 @@ def test_other_norms_stay_as_they_are(norm: nn.Module):
     x = torch.randn(2, 8)
     own = norm(x)
 
-    with fused_norms(norm):
+    with fused(norm):
         assert torch.equal(norm(x), own)
 
 
 def test_afterwards_the_forward_is_the_class_s_own():
     norm = LlamaRMSNorm(8)
 
-    with fused_norms(norm):
+    with fused(norm):
         assert "forward" in vars(norm)
 
     assert "forward" not in vars(norm)

@@ -1,0 +1,94 @@
+"""While a model is trained: what transformers writes out node by node, computed as one node of the graph each."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from overhaul.layers.attention import causal_attention
+from overhaul.layers.lora import product_dtype
+from overhaul.layers.rms_norm import rms_norm
+
+_ATTENTION = "overhaul_causal"
+
+
+@contextlib.contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """Inside, the RMSNorms and the attention of `model`, or of a part of one, run fused where they are the usual ones.
+
+    The results are those of the model's own code up to rounding.
+    """
+    norms = [module for module in model.modules() if _is_rms_norm(type(module))]
+    found = [module.config for module in model.modules() if hasattr(module, "config")]
+    # Modules of a model share their configuration; a part of one has it in its attention.
+    configs: list[Any] = list({id(one): one for one in found}.values())
+    configs = [config for config in configs if getattr(config, "_attn_implementation", None) == "sdpa"]
+    _register_attention()
+    for norm in norms:
+        norm.forward = _fused_norm(norm)
+    for config in configs:
+        config._attn_implementation = _ATTENTION
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward  # uncovers the class's own
+        for config in configs:
+            config._attn_implementation = "sdpa"
+
+
+def _fused_norm(norm: Any) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = product_dtype(x) if autocast else torch.promote_types(x.dtype, norm.weight.dtype)
+        return rms_norm(x, norm.weight, norm.variance_epsilon, dtype)
+
+    return forward
+
+
+@functools.cache
+def _is_rms_norm(kind: type[nn.Module]) -> bool:
+    """Whether a class of that name, as Llama, Mistral, Qwen and others each have one, is the plain formula."""
+    if not kind.__name__.endswith("RMSNorm"):
+        return False
+    norm: Any = kind(4)
+    if not hasattr(norm, "variance_epsilon"):  # as Gemma's, which adds one to the weight
+        return False
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, -1.0, 2.0, 3.0]))
+        probe = torch.tensor([1.0, -2.0, 0.5, 4.0])
+        return torch.allclose(norm(probe), rms_norm(probe, norm.weight, norm.variance_epsilon, probe.dtype))
+
+
+@functools.cache
+def _register_attention() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
+) -> tuple[Tensor, None]:
+    """`sdpa`, but for plain causal attention in bf16 on a processor."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    dtype = product_dtype(query)
+    usual = {"dropout": 0.0, "is_causal": None, "position_bias": None, "cache": None}
+    if (
+        attention_mask is None
+        and all(how.get(name, default) == default for name, default in usual.items())
+        and how.get("scaling") is not None
+        and getattr(module, "is_causal", True)
+        and query.shape[2] == key.shape[2]
+        and (query.device.type, dtype) == ("cpu", torch.bfloat16)
+    ):
+        return causal_attention(query.to(dtype), key.to(dtype), value.to(dtype), how["scaling"]), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
