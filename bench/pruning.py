@@ -110,7 +110,7 @@ def _memory(
     peer: Sequence[Sequence[Turn]],
     common: dict[str, Any],
 ) -> list[Row]:
-    """Highest resident memory while pruning, less that of the process with everything imported and nothing loaded."""
+    """Highest resident memory while pruning, less that of the same process after it pruned a model of two blocks."""
 
     def above_imports(turns: Sequence[Turn]) -> int:
         return turns[PRUNE].peak_rss_bytes - turns[IMPORTED].rss_bytes

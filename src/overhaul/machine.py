@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from overhaul.errors import UserError
 
@@ -56,6 +57,12 @@ def compute_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
     """Matrix products in `dtype`; nothing to do for fp32."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type that matrix products with `x` run in: autocast's where it is on, else that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def seed_everything(seed: int) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from overhaul.errors import UserError
 from overhaul.input_statistics import Statistic, StopForward, collect
+from overhaul.interop.fused import fused
 from overhaul.layers import LinearLike
 from overhaul.machine import release_memory
 from overhaul.progress import Bar
@@ -107,7 +108,7 @@ def walk(model: nn.Module, calib: Iterable[Mapping[str, Tensor]] | None, title: 
     blocks = decoder_blocks(model)
     caught = _Caught(len(blocks)) if calib is None else _catch(model, list(blocks.values()), calib)
     hidden, caught.hidden = caught.hidden, []
-    with Bar(title, len(blocks), quiet=not title) as bar:
+    with fused(model), Bar(title, len(blocks), quiet=not title) as bar:
         for index, (name, module) in enumerate(blocks.items()):
             calls = zip(hidden, caught.arguments[index], strict=True)
             block = Block(name, module, tuple(Call(x_BTD, *arguments) for x_BTD, arguments in calls))

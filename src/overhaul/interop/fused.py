@@ -1,4 +1,4 @@
-"""While a model is trained: what transformers writes out node by node, computed as one node of the graph each."""
+"""While a model is worked on: what transformers writes out node by node, computed as one node of the graph each."""
 
 from __future__ import annotations
 
@@ -9,35 +9,41 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from overhaul.layers.attention import causal_attention
-from overhaul.layers.lora import product_dtype
+from overhaul.layers.master import master_linear
 from overhaul.layers.rms_norm import rms_norm
+from overhaul.machine import product_dtype
 
 _ATTENTION = "overhaul_causal"
 
 
 @contextlib.contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
-    """Inside, the RMSNorms and the attention of `model`, or of a part of one, run fused where they are the usual ones.
+    """Inside, the usual RMSNorms, linear layers and attention of `model`, or of a part of one, run fused.
 
-    The results are those of the model's own code up to rounding.
+    The results are those of the model's own code up to rounding. What an outer `fused` has changed stays its own.
     """
-    norms = [module for module in model.modules() if _is_rms_norm(type(module))]
+    own = [module for module in model.modules() if "forward" not in vars(module)]
+    changed: dict[Any, Callable[[Tensor], Tensor]] = {
+        **{module: _fused_norm(module) for module in own if _is_rms_norm(type(module))},
+        **{module: _fused_linear(module) for module in own if type(module).forward is nn.Linear.forward},
+    }
     found = [module.config for module in model.modules() if hasattr(module, "config")]
     # Modules of a model share their configuration; a part of one has it in its attention.
     configs: list[Any] = list({id(one): one for one in found}.values())
     configs = [config for config in configs if getattr(config, "_attn_implementation", None) == "sdpa"]
     _register_attention()
-    for norm in norms:
-        norm.forward = _fused_norm(norm)
+    for module, forward in changed.items():
+        module.forward = forward
     for config in configs:
         config._attn_implementation = _ATTENTION
     try:
         yield
     finally:
-        for norm in norms:
-            del norm.forward  # uncovers the class's own
+        for module in changed:
+            del module.forward  # uncovers the class's own
         for config in configs:
             config._attn_implementation = "sdpa"
 
@@ -47,6 +53,16 @@ def _fused_norm(norm: Any) -> Callable[[Tensor], Tensor]:
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = product_dtype(x) if autocast else torch.promote_types(x.dtype, norm.weight.dtype)
         return rms_norm(x, norm.weight, norm.variance_epsilon, dtype)
+
+    return forward
+
+
+def _fused_linear(linear: Any) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight = linear.weight  # asked for at each call: a sharded one is whole only then
+        if weight.requires_grad and torch.is_autocast_enabled(x.device.type) and weight.dtype != product_dtype(x):
+            return master_linear(x, weight, linear.bias, product_dtype(x))
+        return F.linear(x, weight, linear.bias)
 
     return forward
 

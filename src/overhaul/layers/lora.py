@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from overhaul.errors import UserError
 from overhaul.layers import LinearLike
 from overhaul.layers.masked import MaskedLinear
+from overhaul.machine import product_dtype
 
 
 class LowRankLinear(LinearLike):
@@ -140,12 +141,6 @@ def to_linear(weight_OI: Tensor, bias_O: nn.Parameter | None, *, training: bool)
     linear.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
     linear.register_parameter("bias", bias_O)
     return linear.train(training)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The type that matrix products with `x` run in: autocast's where it is on, else that of `x`."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @contextlib.contextmanager

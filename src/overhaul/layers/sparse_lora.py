@@ -17,11 +17,11 @@ from overhaul.layers.lora import (
     LowRankLinear,
     incremented,
     lora_linear,
-    product_dtype,
     start_at_zero,
     to_linear,
 )
 from overhaul.layers.masked import MaskedLinear
+from overhaul.machine import product_dtype
 
 
 class SparseLowRankLinear(LowRankLinear):
