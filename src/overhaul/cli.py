@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{stopped}", file=sys.stderr)
         raise SystemExit(130) from None
     except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
+        print("\nstopped; what was not finished is gone", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(0) from None
@@ -107,11 +107,13 @@ def _change(entry: catalog.Entry, arguments: list[str]) -> None:
     """`overhaul VERB METHOD MODEL -o OUT`."""
     import tyro
 
+    from overhaul.method import Training
     from overhaul.options import Options
 
     method_class = entry.load()
     out_flag = Annotated[Path, tyro.conf.arg(aliases=["-o"], help="New directory for the result.")]
-    own = set(method_class.model_fields)
+    # A change without training has no steps to go on from or to follow.
+    hidden = {*method_class.model_fields, *(() if issubclass(method_class, Training) else ("resume", "track"))}
     kind = dataclasses.make_dataclass(
         "Change",
         [
@@ -121,7 +123,7 @@ def _change(entry: catalog.Entry, arguments: list[str]) -> None:
             ),
             ("out", out_flag),
             *flags(method_class),
-            *flags(Options, without=[name for name in Options.model_fields if name in own]),
+            *flags(Options, without=[name for name in Options.model_fields if name in hidden]),
         ],
         kw_only=True,
     )

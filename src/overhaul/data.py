@@ -46,9 +46,12 @@ class Data:
     dense_tensors: Callable[[str], dict[str, Tensor]] | None = None
 
     def encode(self, row: Row) -> Encoded:
-        """One document as tokens, closed by the end-of-sequence token, which is trained on."""
-        ids: list[int] = []
-        trained: list[bool] = []
+        """One document as tokens, closed by the end-of-sequence token, which is trained on.
+
+        It is opened as the tokenizer opens every text (Llama, Gemma), unless a chat template does that.
+        """
+        ids: list[int] = [] if self._is_chat(row) else list(self._opening)
+        trained = [False] * len(ids)
         for text, is_trained in self._segments(row):
             piece = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             ids += piece
@@ -60,7 +63,7 @@ class Data:
 
     def _segments(self, row: Row) -> list[tuple[str, bool]]:
         """The row's text in pieces; a conversation is rendered turn by turn by the model's own chat template."""
-        if "messages" not in row or not self.tokenizer.chat_template:
+        if not self._is_chat(row):
             return row_text(row)
         turns = [{"role": message.role, "content": message.content} for message in row["messages"]]
         pieces, before = [], ""
@@ -72,6 +75,15 @@ class Data:
             pieces += [(said[:opening], False), (said[opening:], turn["role"] == "assistant")]
             before = after
         return [(text, is_trained) for text, is_trained in pieces if text]
+
+    def _is_chat(self, row: Row) -> bool:
+        return "messages" in row and bool(self.tokenizer.chat_template)
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        """The beginning-of-sequence token where the tokenizer adds one by itself."""
+        added = self.tokenizer("", verbose=False)["input_ids"]
+        return added[:1] if added[:1] == [self.tokenizer.bos_token_id] else []
 
     def documents(self, *splits: Split) -> Rows:
         """The documents of some splits as the source of a stream."""

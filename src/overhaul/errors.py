@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 
 class UserError(Exception):
@@ -77,8 +78,15 @@ def from_pydantic(error: ValidationError, *, where: str, fields: Iterable[str]) 
             given = (
                 "" if mistake["type"] == "value_error" and not mistake["loc"] else f"{name} = {mistake['input']!r}: "
             )
-            found.append(UserError(f"{where}: {given}{message}"))
+            found.append(UserError(f"{where}: {given}{message}", hint=_as_share(mistake)))
     return found
+
+
+def _as_share(mistake: ErrorDetails) -> str:
+    """What to type for a share that was given in percent."""
+    limit, given = mistake.get("ctx", {}).get("lt"), mistake["input"]
+    is_percent = mistake["type"] == "less_than" and limit == 1 and isinstance(given, int | float) and 2 <= given < 100
+    return f"{mistake['loc'][-1]} {given / 100:g}, if percent was meant" if is_percent else ""
 
 
 def _uncapitalized(sentence: str) -> str:

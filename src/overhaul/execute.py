@@ -201,7 +201,7 @@ def _train(
 def _resumable(stopped: Interrupted, method: Training, out: Path) -> Interrupted:
     """What to tell after Ctrl-C."""
     if method.in_stages() or (not method.save_every and not (out / artifacts.STATE).exists()):
-        return Interrupted(f"{stopped}; nothing was written")
+        return Interrupted(f"{stopped}; nothing of this step was written")
     typed = shlex.join(["overhaul", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
     return Interrupted(f"{stopped}; a checkpoint is in {out / artifacts.STATE}. Go on with:\n  {typed}")
 

@@ -55,11 +55,11 @@ def compare(refs: Sequence[str], options: Options) -> tuple[Report, list[dict[st
     changes: list[dict[str, Any]] = []
     lineage = ()
     reference: dict[str, torch.Tensor] = {}
-    for ref in refs:
+    for ref, label in zip(refs, _labels(refs), strict=True):
         made = artifacts.load(ref, device=device)
         judge = Judge.of(options, None, made.processor, dtype)
         one = judge.chain(made)[-1]
-        facts.append(replace(one, label=Path(ref).name, path=ref, bytes=size_on_disk(made)))
+        facts.append(replace(one, label=label, path=ref, bytes=size_on_disk(made)))
         state = made.model.state_dict()
         if reference:
             changes.append({"model": ref, **_difference(reference, state)})
@@ -67,8 +67,15 @@ def compare(refs: Sequence[str], options: Options) -> tuple[Report, list[dict[st
             reference = {name: tensor.clone() for name, tensor in state.items()}
         lineage = made.lineage or lineage
     environment = {**machine.versions(), "hardware": machine.hardware(device)}
-    title = "Comparison of " + ", ".join(Path(ref).name for ref in refs)
+    title = "Comparison of " + ", ".join(_labels(refs))
     return Report(title=title, facts=tuple(facts), lineage=tuple(lineage), environment=environment), changes
+
+
+def _labels(refs: Sequence[str]) -> list[str]:
+    """The last part of each path, or as much of it as tells two of them apart."""
+    most = max(len(Path(ref).parts) for ref in refs)
+    shortened = [["/".join(Path(ref).parts[-count:]) for ref in refs] for count in range(1, most + 1)]
+    return next((labels for labels in shortened if len(set(labels)) == len(set(refs))), list(refs))
 
 
 def _difference(reference: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> dict[str, Any]:

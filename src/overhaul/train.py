@@ -274,7 +274,7 @@ class _Run:
             ]
             raise UserError(
                 f"the gradient is not finite at step {step}, first in {names[0]}",
-                hint="a lower --lr, or --dtype fp32; the last good checkpoint is kept",
+                hint="a lower --lr, or --dtype fp32; checkpoints written before are kept",
             )
         return norm
 
@@ -371,5 +371,5 @@ def _blame(plan: Plan, batch: Batch, step: int, micro_batch: int, dtype: torch.d
     where = f"the first module with a bad output is {first[0]}" if first else "all hidden states are finite"
     return {
         "given": f"the loss is not finite at step {step}, micro-batch {micro_batch}; {where}",
-        "hint": "a lower --lr, --dtype fp32, or a look at the data; the last good checkpoint is kept",
+        "hint": "a lower --lr, --dtype fp32, or a look at the data; checkpoints written before are kept",
     }

@@ -140,6 +140,18 @@ def test_compare(tiny: Path, half: Path, tmp_path: Path):
     assert "14 of" in overhaul("compare", tiny, half, *words).out
 
 
+def test_compare_tells_models_of_one_name_apart(tiny: Path, half: Path, tmp_path: Path):
+    for folder, model in (("before", tiny), ("after", half)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model").symlink_to(model)
+
+    words = ("--windows", "2", "--seq-len", "32")
+    table = overhaul("compare", tmp_path / "before" / "model", tmp_path / "after" / "model", *words).out
+
+    assert "before/model" in table
+    assert "after/model" in table
+
+
 def test_compare_overwrites_nothing_and_needs_two(tiny: Path, half: Path, tmp_path: Path):
     (tmp_path / "report.html").write_text("mine")
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from overhaul.adapt.full import Full
@@ -38,6 +40,17 @@ def trained_text(data: Data, row: Row) -> tuple[str, str]:
 
 def test_a_document_is_closed_by_the_end_token(data: Data):
     assert trained_text(data, text_row("Call me Ishmael.")) == ("Call me Ishmael.<|im_end|>",) * 2
+
+
+def test_a_document_is_opened_as_the_tokenizer_opens_texts(data: Data, tiny: Path):
+    opens = AutoTokenizer.from_pretrained(tiny)
+    bos = (opens.bos_token, opens.bos_token_id)
+    opens.backend_tokenizer.post_processor = TemplateProcessing(single=f"{opens.bos_token} $A", special_tokens=[bos])
+
+    whole, trained = trained_text(replace(data, tokenizer=opens), text_row("Call me Ishmael."))
+
+    assert whole == "<|im_start|>Call me Ishmael.<|im_end|>"
+    assert trained == "Call me Ishmael.<|im_end|>"
 
 
 def test_only_the_answer_is_trained_on(data: Data):

@@ -4,7 +4,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from overhaul.errors import UserError, UserErrors, did_you_mean, from_pydantic
-from overhaul.method import Settings
+from overhaul.method import Settings, Share
 
 
 class Lamp(Settings):
@@ -45,6 +45,18 @@ def test_pydantic_mistakes_are_told_in_this_projects_words():
     assert str(unknown) == "lamp has no field 'color'\nallowed: colour, watts\ntry: did you mean 'colour'?"
     assert missing.given == "lamp needs 'watts'"
     assert [error.given for error in mistakes(watts=-1)] == ["lamp: watts = -1: input should be greater than 0"]
+
+
+@pytest.mark.parametrize(("given", "hint"), [(50, "share 0.5, if percent was meant"), (1.7, ""), (-1, "")])
+def test_a_share_in_percent_gets_the_share_as_a_hint(given: float, hint: str):
+    class Part(Settings):
+        share: Share
+
+    with pytest.raises(ValidationError) as caught:
+        Part(share=given)
+
+    [error] = from_pydantic(caught.value, where="part", fields=Part.model_fields)
+    assert error.hint == hint
 
 
 def test_every_mistake_is_told():
