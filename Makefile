@@ -46,6 +46,9 @@ $(PEERS)/.ready: requirements-peers.txt
 	$(PIP) $(PEERS)/bin/python install --quiet --requirement requirements-peers.txt
 	touch $@
 
+tables: setup ## the tables of README.md and docs/, from docs/results.json
+	$(BIN)/python -m bench.tables
+
 lint: setup ## ruff, pyright, the layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -22,11 +22,13 @@ from overhaul import disk, pretrained
 from overhaul.errors import UserError
 from overhaul.layers import merge_all, swap
 from overhaul.layers.masked import MaskedLinear, unpack_bits
-from overhaul.lineage import LineageStep
+from overhaul.lineage import LineageStep, Parent
 
 RECORD = "overhaul.json"
 MASKS = "masks.safetensors"
 STATE = ".state"
+TRACKED = "overhaul"
+"""What a tracker that writes files calls its folder, inside `STATE` while it trains."""
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 # Files that this project writes anew for every directory; everything else beside the weights is copied.
 _OWN = {RECORD, MASKS, "recipe.yaml", "README.md", "report.html", "metrics.jsonl", "curves.png", "config.json",
@@ -153,6 +155,8 @@ def _base_of(adapter: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} has no {path.name}", hint="a transformers model directory") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}", hint="a fresh copy of the model") from error
 
@@ -211,6 +215,12 @@ def weights_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def unchanged(parent: Parent) -> Path | None:
+    """The directory that a step read, if it is still there and its weights are the same; never fetches anything."""
+    path = pretrained.local(parent.path)
+    return path if path is not None and weights_sha256(path) == parent.hash else None
+
+
 def dense_ancestor(made: Artifact) -> Callable[[str], dict[str, Tensor]] | None:
     """Reads tensors of the newest ancestor without masks: `read("model.layers.0.")` -> tensors without that prefix.
 
@@ -218,10 +228,11 @@ def dense_ancestor(made: Artifact) -> Callable[[str], dict[str, Tensor]] | None:
     """
     for step in reversed(made.lineage):
         for parent in step.parents:
-            path = pretrained.cached(parent.path) if parent.path in pretrained.NAMED else Path(parent.path)
-            if path is None or not path.is_dir() or (path / MASKS).is_file() or weights_sha256(path) != parent.hash:
+            path = unchanged(parent)
+            files = weight_files(path) if path is not None else []
+            stock = all(file.suffix == ".safetensors" and file.name != "adapter_model.safetensors" for file in files)
+            if path is None or not stock or (path / MASKS).is_file():
                 continue
-            files = weight_files(path)
 
             def read(prefix: str, files: list[Path] = files) -> dict[str, Tensor]:
                 found = {}
@@ -287,6 +298,8 @@ def stage(out: Path) -> Iterator[Path]:
     with disk.aside(out) as directory:
         yield directory
         # Only an empty directory or an unfinished run's checkpoints were accepted by `check_out`.
+        if (out / STATE / TRACKED).is_dir():
+            shutil.move(out / STATE / TRACKED, directory / TRACKED)
         shutil.rmtree(out / STATE, ignore_errors=True)
 
 

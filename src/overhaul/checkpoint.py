@@ -67,7 +67,9 @@ def write(
         hashes = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "asked": asked, "sha256": hashes}, indent=1))
         shutil.rmtree(target, ignore_errors=True)
-    for old in _all(root)[:-keep]:
+    # Later ones are damaged: the run went on from an earlier one.
+    past = [old for old in _all(root) if old.step > step]
+    for old in (*past, *[old for old in _all(root) if old.step <= step][:-keep]):
         shutil.rmtree(old.path)
 
 

@@ -11,7 +11,7 @@ import tyro
 
 from overhaul import catalog
 from overhaul.errors import UserError
-from overhaul.terminal import parse, print_json, quiet_libraries, show_outcome, typed
+from overhaul.terminal import checked, parse, print_json, quiet_libraries, show_outcome, typed
 
 Flag = tyro.conf.FlagCreatePairsOff
 
@@ -88,9 +88,9 @@ def compare_command(arguments: list[str]) -> None:
             tyro.conf.Positional,
             tyro.conf.arg(help="Models; the first is the reference.", metavar="DIR"),
         ]
-        data: Annotated[str, tyro.conf.arg(help="Corpus whose held-out part is scored.")] = "sample"
-        windows: Annotated[int, tyro.conf.arg(help="Held-out windows scored.")] = 16
-        seq_len: Annotated[int, tyro.conf.arg(help="Tokens per window.")] = 512
+        evaluate: Annotated[str, tyro.conf.arg(name="data", help="Corpus whose held-out part is scored.")] = "sample"
+        evaluate_windows: Annotated[int, tyro.conf.arg(name="windows", help="Held-out windows scored.")] = 16
+        evaluate_seq_len: Annotated[int, tyro.conf.arg(name="seq-len", help="Tokens per window.")] = 512
         html: Annotated[Path | None, tyro.conf.arg(help="Write the report to this file.")] = None
         json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
 
@@ -106,9 +106,13 @@ def compare_command(arguments: list[str]) -> None:
     from overhaul.report.html import html_report
     from overhaul.report.tables import json_rows, print_before_after
 
+    if given.html and not given.html.absolute().parent.is_dir():
+        raise UserError(
+            f"--html {given.html}: there is no directory {given.html.parent}", hint=f"--html {given.html.name}"
+        )
     if given.html and given.html.exists():
         raise UserError(f"--html {given.html} exists", hint="another file; nothing is ever overwritten")
-    options = Options(evaluate=given.data, evaluate_windows=given.windows, evaluate_seq_len=given.seq_len)
+    options = checked(Options, given, where="compare")
     report, changes = compare(given.model, options)
     if given.html:
         given.html.write_text(html_report(report))

@@ -69,12 +69,23 @@ class Data:
         pieces, before = [], ""
         for count, turn in enumerate(turns, 1):
             after = self.tokenizer.apply_chat_template(turns[:count], tokenize=False)
+            if not after.startswith(before):
+                raise UserError(
+                    f"the chat template of {self.model or 'this model'} writes earlier turns anew when one is added",
+                    allowed="conversations of one question and one answer, or prompt and completion columns",
+                )
             said = after[len(before) :]
-            opening = said.index(turn["content"]) if turn["content"] in said else 0
+            is_answer = turn["role"] == "assistant"
+            opening = self._header(turns[: count - 1], before, after) if is_answer and count > 1 else 0
             # The model is trained on what the assistant says and on how its turn ends, not on the role's header.
-            pieces += [(said[:opening], False), (said[opening:], turn["role"] == "assistant")]
+            pieces += [(said[:opening], False), (said[opening:], is_answer)]
             before = after
         return [(text, is_trained) for text, is_trained in pieces if text]
+
+    def _header(self, turns: list[dict[str, str]], before: str, after: str) -> int:
+        """Characters between `before` and what the assistant says; 0 where the template has no opening of its own."""
+        opened = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return len(opened) - len(before) if after.startswith(opened) else 0
 
     def _is_chat(self, row: Row) -> bool:
         return "messages" in row and bool(self.tokenizer.chat_template)

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,12 +28,22 @@ def aside(target: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or cannot be written; the partial output is gone.
     """
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    partial = None
     try:
-        partial.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         yield partial
         _open_to_others(partial)
-        partial.rename(target)
+        try:
+            partial.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            finished, partial = partial, None
+            raise UserError(
+                f"{target} was filled by something else meanwhile; the finished result is in {finished}",
+                hint=f"mv {finished} ELSEWHERE",
+            ) from error
     except (OSError, SafetensorError) as error:
         number = _number(error)
         if number in _FULL:
@@ -45,16 +56,17 @@ def aside(target: Path) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _open_to_others(directory: Path) -> None:
-    """Gives files the permissions that any new file has; safetensors writes its own for their owner alone."""
+    """Gives files and directories the permissions that any new one has; some are made for their owner alone."""
     umask = os.umask(0)
     os.umask(umask)
+    directory.chmod(0o777 & ~umask)
     for file in directory.rglob("*"):
-        if file.is_file():
-            file.chmod(0o666 & ~umask)
+        file.chmod((0o666 if file.is_file() else 0o777) & ~umask)
 
 
 def _number(error: Exception) -> int | None:

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from overhaul.artifact import Artifact
 from overhaul.data import Data
 from overhaul.method import Training
@@ -17,7 +19,7 @@ MASTER_BYTES = 16
 """Of a trained parameter under AdamW: fp32 weight, gradient and two moments."""
 
 
-def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, longest: int) -> None:
+def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, longest: int, dtype: torch.dtype) -> None:
     """Says what would be trained or read, how much memory and time it would take, and which files it would write.
 
     Args:
@@ -26,6 +28,7 @@ def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, long
         data: what would be read.
         out: where the result would go.
         longest: tokens that the model reads at once.
+        dtype: of matrix products.
     """
     parameters = sum(p.numel() for p in parent.model.parameters())
     size = parameters * parent.dtype.itemsize
@@ -39,17 +42,18 @@ def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, long
         say(f"trains {trained:,} parameters ({trained / parameters:.3%}): {MASTER_BYTES * trained / 1e6:.1f} MB of")
         say("  fp32 weights, gradients and optimizer states" + (", for each part" if method.in_stages() else ""))
         say(f"{method.steps} steps, {tokens:,} tokens\n{plan.stream.describe().tree()}")
-        say(f"about {_seconds_per_step(plan, method) * method.steps:.0f} s, from a step that was tried")
+        seconds = _seconds_per_step(plan, method, dtype) * method.steps
+        say(f"about {seconds:.0f} s" + (" for the first part" if method.in_stages() else "") + ", from a step tried")
     elif data is not None:
         settings: Any = method
         say(f"{settings.samples} windows of {min(settings.seq_len, longest)} tokens from {data.corpus.name}")
     say(f"writes {out}: weights ({size / 1e6:.0f} MB), overhaul.json, recipe.yaml, README.md, report.html")
 
 
-def _seconds_per_step(plan: Plan, method: Training) -> float:
+def _seconds_per_step(plan: Plan, method: Training, dtype: torch.dtype) -> float:
     """Time of the second step of two: the first one warms up."""
     one = method.model_copy(update={"steps": 1})
-    train(plan, one, quiet=True)
+    train(plan, one, dtype=dtype, quiet=True)
     began = time.perf_counter()
-    train(plan, one, quiet=True)
+    train(plan, one, dtype=dtype, quiet=True)
     return time.perf_counter() - began

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import os
 import shlex
@@ -31,6 +32,7 @@ from overhaul.progress import say
 from overhaul.recipe import Recipe, Step
 from overhaul.report.facts import Facts
 from overhaul.select import has_adapters
+from overhaul.sharding import wait_for_all
 from overhaul.table import Table
 from overhaul.train import History, train
 from overhaul.write import write_directory
@@ -77,14 +79,19 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
             allowed="a corpus name, a file or a directory",
             hint="--data sample, or overhaul data list",
         )
-    corpus = open_data(options) if needs_data else None
-    parent = artifacts.load(model, device=device, dtype=torch.float32 if options.dtype == "fp32" else None)
+    corpus = open_data(options) if needs_data or options.data else None
+    for note in corpus.notes if corpus else ():
+        say(f"note: {note}")
+    parent = artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype))
+    refuse_adapter_of_adapter(method, parent)
     data = (
-        Data(corpus, parent.processor, options.seed, dense_tensors=artifacts.dense_ancestor(parent)) if corpus else None
+        Data(corpus, parent.processor, options.seed, dense_tensors=artifacts.dense_ancestor(parent))
+        if corpus and needs_data
+        else None
     )
     artifacts.refuse_full_disk(out, 2 * sum(p.numel() * parent.dtype.itemsize for p in parent.model.parameters()))
     if options.dry_run:
-        say_plan(step, parent, data, out, longest=_longest(parent.model))
+        say_plan(step, parent, data, out, longest=_longest(parent.model), dtype=dtype)
         return None
     judge = Judge.of(options, corpus, parent.processor, dtype)
     before = judge.chain(parent)
@@ -129,7 +136,7 @@ def _change(
         parents=(Parent(path=_called(parent), hash=parent.weights_sha256),),
         data=_data_used(data, tokens),
         seed=options.seed,
-        options=options.model_dump(mode="json", exclude_defaults=True, exclude=PASSING_OPTIONS),
+        options=_recorded(options),
         # A resumed run counts what it had taken before it was stopped.
         seconds=round(max(time.perf_counter() - began, history.seconds if history else 0.0), 3),
         peak_rss_bytes=machine.peak_rss_bytes(),
@@ -152,21 +159,24 @@ def _train(
     judge: Judge,
 ) -> tuple[nn.Module, History]:
     """Runs the method's plans through the loop, one after the other, each with its finish."""
-    method = data.steps_for(method, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    method = data.steps_for(method, processes=num_processes)
     if method.seq_len > (longest := _longest(parent.model)):
         raise UserError(f"--seq-len {method.seq_len} is more than the model reads", allowed=f"up to {longest}")
     if method.checkpoint_activations:
         inner: Any = parent.model
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if method.in_stages() and num_processes > 1:
+        raise UserError("a method that trains part after part runs on one process", hint="without accelerate launch")
     if method.in_stages() and options.resume:
-        raise UserError(
-            "this method trains in stages and writes no checkpoints",
-            hint="the command without --resume, to a new -o",
-        )
+        say("a method that trains in stages writes no checkpoints: this step begins anew")
+    if options.track:
+        refuse_track(options.track, method)
     asked = {
         "model": parent.weights_sha256,
         "data": data.corpus.fingerprint,
         "dtype": str(dtype),
+        "processes": num_processes,
         **flat_fields(method.model_dump(mode="json")),
     }
     histories, stored = [], next(parent.model.parameters()).dtype
@@ -180,7 +190,8 @@ def _train(
                 state_dir=None if method.in_stages() else out / artifacts.STATE,
                 resume=options.resume,
                 asked=asked,
-                evaluate=judge.perplexity,
+                # A part of a model predicts no tokens.
+                evaluate=None if method.in_stages() else judge.perplexity,
                 track=options.track,
                 quiet=method.in_stages(),
             )
@@ -202,7 +213,9 @@ def _resumable(stopped: Interrupted, method: Training, out: Path) -> Interrupted
     """What to tell after Ctrl-C."""
     if method.in_stages() or (not method.save_every and not (out / artifacts.STATE).exists()):
         return Interrupted(f"{stopped}; nothing of this step was written")
-    typed = shlex.join(["overhaul", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+    words = [*(word for word in sys.argv[1:] if word != "--resume"), "--resume"]
+    launch = ["accelerate", "launch", "...", "-m"] if "WORLD_SIZE" in os.environ else []
+    typed = shlex.join([*launch, "overhaul", *words])
     return Interrupted(f"{stopped}; a checkpoint is in {out / artifacts.STATE}. Go on with:\n  {typed}")
 
 
@@ -213,8 +226,37 @@ def _longest(model: nn.Module) -> int:
 
 
 def _called(parent: Artifact) -> str:
-    """A named model by its name, a directory by its absolute path, so that the record can be replayed from anywhere."""
-    return parent.name if parent.name in pretrained.NAMED else str(parent.path.resolve())
+    """A directory by its absolute path, others by their name, so that the record can be replayed from anywhere."""
+    is_directory = parent.name not in pretrained.NAMED and Path(parent.name).expanduser().is_dir()
+    return str(parent.path.resolve()) if is_directory else parent.name
+
+
+def _recorded(options: Options) -> dict[str, Any]:
+    """What the record keeps of the options: files by their absolute path."""
+    kept = options.model_dump(mode="json", exclude_defaults=True, exclude=PASSING_OPTIONS)
+    for name in ("data", "evaluate"):
+        if name in kept and Path(kept[name]).expanduser().exists():
+            kept[name] = str(Path(kept[name]).expanduser().resolve())
+    return kept
+
+
+def refuse_adapter_of_adapter(method: Any, parent: Artifact) -> None:
+    """Raises `UserError` before an adapter would be written whose base is an adapter, which nothing can load."""
+    if not getattr(method, "merge", True) and (parent.path / "adapter_config.json").is_file():
+        raise UserError(
+            f"--no-merge: {parent.name} is itself an adapter directory, and no tool loads an adapter of an adapter",
+            hint="without --no-merge, which writes a whole model with both",
+        )
+
+
+def refuse_track(tracker: str, method: Training) -> None:
+    """Raises `UserError` for a tracker that is not installed, or has nothing to follow."""
+    if importlib.util.find_spec("tensorboard" if tracker == "tensorboard" else tracker) is None:
+        raise UserError(f"--track {tracker}: the package is not installed", hint=f"pip install {tracker}")
+    if method.in_stages():
+        raise UserError(
+            "--track follows one training; this method trains part after part", hint="metrics.jsonl has every point"
+        )
 
 
 def _data_used(data: Data | None, tokens: int) -> DataUsed | None:
@@ -238,7 +280,7 @@ def run_recipe(plan: Recipe, *, command: str = "", told: Callable[[Outcome], Non
     for number, step in enumerate(plan.steps, 1):
         out = plan.out / f"{number:02d}-{step.entry.verb}-{step.entry.name}"
         if plan.options.resume and (out / artifacts.RECORD).is_file():
-            _refuse_other_step(out, step)
+            _refuse_other_step(out, step, model)
             say(f"{out} is finished")
         else:
             say(f"step {number} of {len(plan.steps)}: {step.entry.verb} {step.entry.name}")
@@ -248,17 +290,19 @@ def run_recipe(plan: Recipe, *, command: str = "", told: Callable[[Outcome], Non
                 return None
             if outcome:
                 told(outcome)
+        wait_for_all(machine.pick_device(step.options.device))
         model = str(out)
     return outcome
 
 
-def _refuse_other_step(out: Path, step: Step) -> None:
+def _refuse_other_step(out: Path, step: Step, model: str) -> None:
     """A finished directory is kept by --resume only if it is what the recipe would make."""
     last = artifacts.read_record(out)["lineage"][-1]
-    asked = json.loads(json.dumps(flat_fields(step.method.model_dump(mode="json"))))
-    if (last["verb"], last["method"], last["fields"], last["seed"]) != (
-        step.entry.verb, step.entry.name, asked, step.options.seed,
-    ):  # fmt: skip
+    fields = flat_fields(step.method.model_dump(mode="json"))
+    parent = artifacts.weights_sha256(pretrained.resolve(model))
+    asked = (step.entry.verb, step.entry.name, fields, step.options.seed, _recorded(step.options), parent)
+    made = *(last[key] for key in ("verb", "method", "fields", "seed", "options")), last["parents"][0]["hash"]
+    if list(made) != json.loads(json.dumps(asked)):
         raise UserError(
             f"{out} was made with other settings than the recipe has now",
             hint="another out, or without --resume",
@@ -272,7 +316,7 @@ def measure(method: Measure, models: Sequence[str], options: Options) -> Table:
     corpus = open_data(options) if method.needs_corpus else NO_CORPUS
     table = Table(())
     for name in models:
-        made = artifacts.load(name, device=device, dtype=torch.float32 if options.dtype == "fp32" else None)
+        made = artifacts.load(name, device=device, dtype=machine.weights_dtype(dtype))
         table += method.measure(made.model, Data(corpus, made.processor, options.seed, name, dtype))
     return table
 

@@ -56,7 +56,7 @@ def compare(refs: Sequence[str], options: Options) -> tuple[Report, list[dict[st
     lineage = ()
     reference: dict[str, torch.Tensor] = {}
     for ref, label in zip(refs, _labels(refs), strict=True):
-        made = artifacts.load(ref, device=device)
+        made = artifacts.load(ref, device=device, dtype=machine.weights_dtype(dtype))
         judge = Judge.of(options, None, made.processor, dtype)
         one = judge.chain(made)[-1]
         facts.append(replace(one, label=label, path=ref, bytes=size_on_disk(made)))

@@ -67,18 +67,33 @@ class Judge:
         return evaluate.perplexity(model, self.windows, dtype=self.dtype).estimate.value
 
     def chain(self, parent: Artifact) -> tuple[Facts, ...]:
-        """Facts of the parent and of what it was made from; measured now unless its record has them under this key."""
-        if parent.record.get("facts_key") == self.key:
+        """Facts of the parent and of what it was made from, as its record has them under this key.
+
+        Where it has none, the parent and the model that its chain began with are measured now.
+        """
+        is_record_of_these = parent.record.get("weights_sha256") == parent.weights_sha256
+        if is_record_of_these and parent.record.get("facts_key") == self.key:
             return tuple(read_facts(stored) for stored in parent.record["facts"])
-        base_is_masked = any(isinstance(module, MaskedLinear) for module in parent.model.modules())
-        label = Path(parent.name).name if parent.lineage else ("pruned" if base_is_masked else "dense")
-        last = parent.lineage[-1] if parent.lineage else None
-        measured = self.facts(parent.model, label=label, path=parent.name)
-        size = sum(file.stat().st_size for file in artifacts.weight_files(parent.path))
-        measured = replace(measured, bytes=size, dtype=short(parent.dtype))
-        if last:
-            measured = replace(measured, seconds=last.seconds, peak_rss_bytes=last.peak_rss_bytes)
-        return (measured,)
+        if not parent.lineage:
+            return (self._now(parent, "pruned" if _is_masked(parent.model) else "dense"),)
+        last, reference = parent.lineage[-1], self._reference(parent)
+        label = _label(last.verb, last.method, reference) if reference else Path(parent.name).name
+        cost = {"seconds": last.seconds, "peak_rss_bytes": last.peak_rss_bytes}
+        return (*reference, replace(self._now(parent, label), **cost))
+
+    def _now(self, made: Artifact, label: str) -> Facts:
+        size = sum(file.stat().st_size for file in artifacts.weight_files(made.path))
+        return replace(self.facts(made.model, label=label, path=made.name), bytes=size, dtype=short(made.dtype))
+
+    def _reference(self, parent: Artifact) -> tuple[Facts, ...]:
+        """Facts of the model that the chain began with, under this key, if it is still there as it was."""
+        first = parent.lineage[0].parents[0]
+        if artifacts.unchanged(first) is None:
+            say(f"{first.path} is no longer there as it was: the table begins with {parent.name}")
+            return ()
+        device = next(parent.model.parameters()).device
+        made = artifacts.load(first.path, device=device, dtype=machine.weights_dtype(self.dtype))
+        return (self._now(made, "pruned" if _is_masked(made.model) else "dense"),)
 
     def after(
         self, changed: Artifact, before: Sequence[Facts], layers: Sequence[LayerNote], verb: str, method: str
@@ -114,6 +129,10 @@ class Judge:
                 "generations": said,
             }
         return Facts(label=label, path=path, **counts(model, errors), **quality)
+
+
+def _is_masked(model: nn.Module) -> bool:
+    return any(isinstance(module, MaskedLinear) for module in model.modules())
 
 
 def counts(model: nn.Module, errors: Sequence[LayerNote] = ()) -> dict[str, Any]:

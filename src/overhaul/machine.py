@@ -54,6 +54,11 @@ def compute_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def weights_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """The type of weights in memory for products in `dtype`: that on disk (None), unless there is no autocast."""
+    return torch.float32 if dtype == torch.float32 else None
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
     """Matrix products in `dtype`; nothing to do for fp32."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()

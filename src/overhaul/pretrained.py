@@ -101,6 +101,9 @@ NAMED = {
 }
 
 
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
 def resolve(ref: str) -> Path:
     """The model directory that `ref` means.
 
@@ -118,7 +121,7 @@ def resolve(ref: str) -> Path:
         return _checked(path)
     if path.exists():
         raise UserError(f"{ref} is a file, not a model directory", hint=f"give {path.parent}")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", ref):
+    if _HUB_NAME.fullmatch(ref):
         return _from_hub(ref)
     raise UserError(
         f"there is no model {ref!r}",
@@ -131,6 +134,22 @@ def cached(name: str) -> Path | None:
     """The directory of a named model if it was converted before: never fetches anything."""
     directory = fetch.cache_directory() / "models" / name
     return directory if directory.is_dir() else None
+
+
+def local(ref: str) -> Path | None:
+    """The directory that `ref` means (see `resolve`) if it is on this machine: never fetches anything."""
+    if ref in NAMED:
+        return cached(ref)
+    if Path(ref).is_dir():
+        return Path(ref)
+    if not _HUB_NAME.fullmatch(ref):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(ref, local_files_only=True))
+    except OSError:
+        return None
 
 
 def _checked(directory: Path) -> Path:

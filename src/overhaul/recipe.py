@@ -162,7 +162,7 @@ class _Reading:
         if self.errors:
             raise UserErrors(self.errors)
         found = tuple(step for step in made if step is not None)
-        return Recipe(model=str(content["model"]), out=Path(content["out"]), steps=found, options=options)
+        return Recipe(model=str(content["model"]), out=Path(str(content["out"])), steps=found, options=options)
 
     def _step(self, step: Any, index: int, options: Options) -> Step | None:
         at = ("steps", index)
@@ -179,6 +179,10 @@ class _Reading:
             entry = catalog.find(str(step["verb"]), str(step["method"]))
         except UserError as error:
             self.wrong((*at, "verb" if step["verb"] not in catalog.VERBS else "method"), error)
+            return None
+        if not catalog.changes(entry):
+            hint = f"overhaul {entry.verb} {entry.name} on the recipe's outputs"
+            self.wrong((*at, "verb"), UserError(f"{entry.verb} writes no model, so it is no step", hint=hint))
             return None
         given = {str(key): value for key, value in step.items() if key not in ("verb", "method")}
         fields = {_ALIASES.get(key, key): value for key, value in given.items()}
@@ -242,7 +246,7 @@ def schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors."""
     options = Options.model_json_schema()["properties"]
     steps = []
-    for entry in catalog.ENTRIES:
+    for entry in filter(catalog.changes, catalog.ENTRIES):
         own = entry.load().model_json_schema()
         fixed = {"verb": {"const": entry.verb}, "method": {"const": entry.name}}
         extra = {key: options[key] for key in _STEP}

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -118,6 +118,12 @@ def gather(trained: nn.Module, into: nn.Module) -> None:
     sharded = dict(trained.named_parameters())
     for name, parameter in into.named_parameters():
         parameter.copy_(whole(sharded[name]))
+
+
+def wait_for_all(device: torch.device) -> None:
+    """Returns when all processes have come here; at once where there is only one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=device.type == "cpu").wait_for_everyone()
 
 
 def leave() -> None:

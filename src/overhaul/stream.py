@@ -220,7 +220,8 @@ class Pack(Stream):
             ids.append(document.ids)
             labels.append(np.where(document.trained, document.ids, IGNORED))
             held += len(document.ids)
-        self.ids, self.labels = np.concatenate(ids), np.concatenate(labels)
+        if len(ids) > 1:  # a long document is not copied for each of its windows
+            self.ids, self.labels = np.concatenate(ids), np.concatenate(labels)
         window = {
             "input_ids": torch.from_numpy(self.ids[: self.seq_len].copy()),
             "labels": torch.from_numpy(self.labels[: self.seq_len].copy()),

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from overhaul import checkpoint, machine, sharding
+from overhaul.artifact import TRACKED
 from overhaul.errors import Interrupted, UserError
 from overhaul.interop.fused import fused
 from overhaul.method import Training
@@ -144,7 +145,7 @@ def train(
         raise UserError("nothing is trainable: the plan selects no parameter", hint="select at least one group")
     accelerator = Accelerator(cpu=trainable[0].device.type == "cpu", log_with=track, project_dir=state_dir)
     if track:
-        accelerator.init_trackers("overhaul", config=_plain(settings.model_dump()))
+        accelerator.init_trackers(TRACKED, config={name: str(value) for name, value in settings.model_dump().items()})
     whole = _Loss(plan.model, plan.objective)
     loss, trained = sharding.distribute(accelerator, whole, plan.optimizer)
     plan = replace(plan, model=trained.model)
@@ -172,7 +173,7 @@ def train(
                 plan.model.train()
             run.history.points.append(point | {"seconds": round(run.history.seconds, 3)})
             accelerator.log(point, step=step)
-            bar.step(f"loss {point['loss']:.3f}  {run.history.tokens / run.history.seconds:.0f} tokens/s")
+            bar.step(_told(point, run.history))
             due = settings.save_every and step % settings.save_every == 0 and step < settings.steps
             stop = run.agreed(interrupted)
             if state_dir and (due or stop):
@@ -273,7 +274,7 @@ class _Run:
                 n for n, p in self.plan.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
             ]
             raise UserError(
-                f"the gradient is not finite at step {step}, first in {names[0]}",
+                f"the gradient is not finite at step {step}, " + (f"first in {names[0]}" if names else "as a whole"),
                 hint="a lower --lr, or --dtype fp32; checkpoints written before are kept",
             )
         return norm
@@ -315,6 +316,12 @@ class _Run:
         machine.set_rng_state(state["random"])
         self.history = state["history"]
         return newest.step
+
+
+def _told(point: dict[str, Any], history: History) -> str:
+    """What the progress line says of a step."""
+    heldout = f"  perplexity {point['perplexity']:.2f}" if "perplexity" in point else ""
+    return f"loss {point['loss']:.3f}{heldout}  {history.tokens / history.seconds:.0f} tokens/s"
 
 
 def _plain(asked: dict[str, Any]) -> dict[str, Any]:

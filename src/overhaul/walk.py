@@ -66,7 +66,9 @@ class Block:
 
     def __call__(self, call: Call) -> Tensor:
         """The block's output (B, T, D) as it is now; differentiable unless gradients are off."""
-        out = self.module(call.hidden, *call.args, **call.kwargs)
+        # Only while it runs: in between the loop body may copy, change or train the block.
+        with fused(self.module):
+            out = self.module(call.hidden, *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -113,7 +115,7 @@ def walk(model: nn.Module, calib: Iterable[Mapping[str, Tensor]] | None, title: 
     blocks = decoder_blocks(model)
     caught = _Caught(len(blocks)) if calib is None else _catch(model, list(blocks.values()), calib)
     hidden, caught.hidden = caught.hidden, []
-    with fused(model), Bar(title, len(blocks), quiet=not title) as bar:
+    with Bar(title, len(blocks), quiet=not title) as bar:
         for index, (name, module) in enumerate(blocks.items()):
             calls = zip(hidden, caught.arguments[index], strict=True)
             block = Block(name, module, tuple(Call(x_BTD, *arguments) for x_BTD, arguments in calls))

@@ -195,7 +195,7 @@ def test_reconstruction_helps_each_criterion(bench, criterion):
     )  # fmt: skip
 
 
-RECONSTRUCTION: dict[str, Any] = {"steps": 50, "batch_size": 4, "lr": 1e-3, "samples": CALIBRATION["samples"]}
+RECONSTRUCTION: dict[str, Any] = {"steps": 25, "batch_size": 4, "lr": 1e-3, "samples": CALIBRATION["samples"]}
 
 
 @pytest.mark.parametrize("adapter", ["mask_lora", "lora_prune", "scale_lora"])

@@ -393,6 +393,23 @@ def test_nothing_to_train(tiny: Path, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_of_an_adapter(tiny: Path, tmp_path: Path):
+    flags = ("--data", "sample", "--steps", "1", "--seq-len", "32", "--no-merge", *QUICK)
+    assert overhaul("adapt", "lora", tiny, "-o", tmp_path / "one", *flags).code == 0
+
+    refused(overhaul("adapt", "lora", tmp_path / "one", "-o", tmp_path / "two", *flags), "adapter of an adapter")
+    assert not (tmp_path / "two").exists()
+
+
+def test_a_tracker_that_is_not_there(change: Callable[..., Finished]):
+    refused(change("adapt", "full", *SHORT, "--track", "wandb"), "not installed", "pip install wandb")
+
+
+@pytest.mark.parametrize(("flags", "says"), [(("--windows", "0"), "greater than 0"), (("--html", "no/r.html"), "no")])
+def test_comparing_with_impossible_settings(tiny: Path, flags: tuple[str, str], says: str):
+    refused(overhaul("compare", tiny, tiny, *flags), says)
+
+
 def test_other_settings_on_resume(tiny: Path, tmp_path: Path):
     out = tmp_path / "out"
     wild = ("--warmup", "0", "--clip", "0", "--save-every", "1", "--steps", "9")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from command import overhaul, python, refused
 from overhaul import artifact, catalog
@@ -270,6 +273,66 @@ def test_resume_refuses_a_step_made_with_other_settings(two_steps: Path, tmp_pat
     assert overhaul("run", two_steps).code == 0
 
     refused(overhaul("run", two_steps, "steps.1.sparsity=0.25", "--resume"), "other settings")
+
+
+def test_resume_refuses_a_step_made_from_another_model(two_steps: Path, make_tiny: Any):
+    assert overhaul("run", two_steps).code == 0
+
+    other = make_tiny(bias=True)
+    refused(overhaul("run", two_steps, f"model={other}", "--resume"), "other settings")
+
+
+def test_a_measure_is_no_step(tiny: Path, tmp_path: Path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: {tiny}\nout: {tmp_path / 'runs'}\nsteps:\n- {{verb: measure, method: perplexity}}\n")
+
+    refused(overhaul("run", file), "measure writes no model", "recipe.yaml:4")
+
+
+def test_a_chain_judged_on_another_text_keeps_its_dense_reference(tiny: Path, tmp_path: Path):
+    words = ("--evaluate-windows", "1", "--evaluate-seq-len", "32")
+    assert overhaul("prune", "magnitude", tiny, "-o", tmp_path / "half", *words).code == 0
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(
+        "".join(json.dumps({"text": f"Line {n} of {n * n} words, and no more. " * 9}) + "\n" for n in range(60))
+    )
+
+    flags = ("--data", mine, "--steps", "1", "--seq-len", "32", *words)
+    done = overhaul("adapt", "perp", tmp_path / "half", "-o", tmp_path / "out", *flags)
+
+    assert done.code == 0, done.err
+    facts = json.loads((tmp_path / "out" / "overhaul.json").read_text())["facts"]
+    assert [one["label"] for one in facts] == ["dense", "pruned (magnitude)", "won back (perp)"]
+    assert {one["corpus"] for one in facts} == {"mine"}
+
+
+def test_facts_of_other_weights_are_not_believed(tiny: Path, tmp_path: Path):
+    words = ("--evaluate-windows", "1", "--evaluate-seq-len", "32")
+    flags = ("--data", "sample", "--steps", "1", "--seq-len", "32", "--lr", "0.05", *words)
+    assert overhaul("adapt", "full", tiny, "-o", tmp_path / "out", *flags).code == 0
+    shutil.copy(tiny / "model.safetensors", tmp_path / "out" / "model.safetensors")
+
+    found = json_of("compare", tiny, tmp_path / "out", "--windows", "1", "--seq-len", "32", "--json")
+
+    first, second = (row["perplexity"]["value"] for row in found["rows"])
+    assert first == second
+
+
+@pytest.mark.parametrize("train", ["norms", "mask_lora"])
+@pytest.mark.parametrize("fast_bf16", [True, False])
+def test_bf16_models_train_with_and_without_bf16_hardware(
+    make_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, fast_bf16: bool
+):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: fast_bf16)
+    bf16 = make_tiny(dtype="bfloat16")
+    assert overhaul("prune", "magnitude", bf16, "-o", tmp_path / "half", "--evaluate", "none").code == 0
+    flags = ("--data", "sample", "--steps", "1", "--seq-len", "32", "--train", train, "--evaluate", "none")
+
+    tried = overhaul("adapt", "perp", tmp_path / "half", "-o", tmp_path / "out", *flags, "--dry-run")
+    done = overhaul("adapt", "perp", tmp_path / "half", "-o", tmp_path / "out", *flags)
+
+    assert (tried.code, done.code) == (0, 0), tried.err + done.err
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
 def test_resume_of_a_finished_recipe_is_no_error(two_steps: Path):

@@ -171,13 +171,16 @@ def test_a_stage_takes_the_place_of_an_empty_directory_and_of_finished_checkpoin
 
 def test_a_stage_never_replaces_what_appeared_meanwhile(tmp_path: Path):
     def race() -> None:
-        with artifact.stage(tmp_path / "out"):
+        with artifact.stage(tmp_path / "out") as directory:
+            (directory / "made").write_text("x")
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "precious").write_text("x")
 
-    with pytest.raises(OSError, match="not empty"):
+    with pytest.raises(UserError, match="filled by something else meanwhile"):
         race()
 
+    [kept] = tmp_path.glob(".out.partial-*")  # the work is not lost
+    assert (kept / "made").exists()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 

@@ -22,7 +22,8 @@ class Full(Training):
     keep_zeros: bool = Field(True, description="Hold the pruned weights of a pruned model at zero.")
 
     def plan(self, model: nn.Module, data: Data) -> Plan:
-        """All parameters under AdamW; with `keep_zeros`, masks are enforced after every step."""
+        """All parameters under AdamW; with `keep_zeros` masks are enforced after every step, else they are dropped."""
+        from overhaul.layers.masked import without_masks
         from overhaul.objective import CrossEntropy
         from overhaul.optim.adamw import adamw
         from overhaul.train import Plan, schedule
@@ -36,4 +37,5 @@ class Full(Training):
             optimizer=adamw(model.parameters(), lr=self.lr, weight_decay=self.weight_decay),
             schedule=schedule(self.schedule, self.warmup),
             watchers=(KeepZeros(),) if self.keep_zeros else (),
+            finish=(lambda model: model) if self.keep_zeros else without_masks,
         )

@@ -36,7 +36,7 @@ class Perp(Training):
     train: tuple[Group, ...] = Field(
         ("norms", "mask_lora"), description="What to train: any of these, at most one adapter."
     )
-    lr: PeakRate = 2e-3
+    lr: PeakRate = 4e-3
     rank: Positive = Field(8, description="Rank of the adapters.")
     alpha: Rate = Field(16.0, description="The increment is scaled by alpha / rank.")
     noise: NonNegative = Field(

@@ -16,36 +16,31 @@ from overhaul.layers.master import master_linear
 from overhaul.layers.rms_norm import rms_norm
 from overhaul.machine import product_dtype
 
-_ATTENTION = "overhaul_causal"
-
 
 @contextlib.contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
     """Inside, the usual RMSNorms, linear layers and attention of `model`, or of a part of one, run fused.
 
-    The results are those of the model's own code up to rounding. What an outer `fused` has changed stays its own.
+    The results are those of the model's own code up to rounding. Attention is exchanged where models look it up by the
+    name of torch's kernel, for all models of this process. What an outer `fused` has changed stays its own.
     """
     own = [module for module in model.modules() if "forward" not in vars(module)]
     changed: dict[Any, Callable[[Tensor], Tensor]] = {
         **{module: _fused_norm(module) for module in own if _is_rms_norm(type(module))},
         **{module: _fused_linear(module) for module in own if type(module).forward is nn.Linear.forward},
     }
-    found = [module.config for module in model.modules() if hasattr(module, "config")]
-    # Modules of a model share their configuration; a part of one has it in its attention.
-    configs: list[Any] = list({id(one): one for one in found}.values())
-    configs = [config for config in configs if getattr(config, "_attn_implementation", None) == "sdpa"]
-    _register_attention()
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     for module, forward in changed.items():
         module.forward = forward
-    for config in configs:
-        config._attn_implementation = _ATTENTION
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
     try:
         yield
     finally:
         for module in changed:
             del module.forward  # uncovers the class's own
-        for config in configs:
-            config._attn_implementation = "sdpa"
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa
 
 
 def _fused_norm(norm: Any) -> Callable[[Tensor], Tensor]:
@@ -81,15 +76,6 @@ def _is_rms_norm(kind: type[nn.Module]) -> bool:
         return torch.allclose(norm(probe), rms_norm(probe, norm.weight, norm.variance_epsilon, probe.dtype))
 
 
-@functools.cache
-def _register_attention() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(_ATTENTION, _attention)
-    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
-
-
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
 ) -> tuple[Tensor, None]:
@@ -103,7 +89,7 @@ def _attention(
         and all(how.get(name, default) == default for name, default in usual.items())
         and how.get("scaling") is not None
         and getattr(module, "is_causal", True)
-        and query.shape[2] == key.shape[2]
+        and query.shape[2:] == key.shape[2:] == value.shape[2:]
         and (query.device.type, dtype) == ("cpu", torch.bfloat16)
     ):
         return causal_attention(query.to(dtype), key.to(dtype), value.to(dtype), how["scaling"]), None

@@ -11,7 +11,10 @@ from torch.nn import functional as F  # noqa: N812
 from overhaul.layers import LinearLike
 
 # Configurations that change the logits after the output embedding; those models keep their own forward.
-_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
+_LOGIT_CHANGES = (
+    "final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale", "lm_head_multiplier",
+    "logits_soft_cap", "output_logit_soft_cap",
+)  # fmt: skip
 
 
 class Head(NamedTuple):
@@ -38,6 +41,8 @@ def head(model: nn.Module) -> Head | None:
     """The output embedding's effective weight, or None when the logits are more than a linear map."""
     outer: Any = model
     if any(getattr(outer.config, name, None) not in (None, 1, 1.0) for name in _LOGIT_CHANGES):
+        return None
+    if hasattr(outer, "head"):  # ModernBERT's decoders have a layer between the body and the output embedding
         return None
     layer = outer.get_output_embeddings()
     if isinstance(layer, LinearLike):

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from overhaul.layers import swap
+
 
 class MaskedLinear(nn.Linear):
     """A linear layer whose zeros are a fact, not a guess: a kept weight may be 0, a pruned one must be.
@@ -44,6 +46,19 @@ class MaskedLinear(nn.Linear):
         """How many weights the mask removes."""
         mask_OI = self.mask
         return mask_OI.numel() - int(mask_OI.sum())
+
+
+def without_masks(model: nn.Module) -> nn.Module:
+    """Replaces every `MaskedLinear` by a plain layer with the same parameters, in place."""
+    names = [name for name, module in model.named_modules() if isinstance(module, MaskedLinear)]
+    swap(model, names, _plain)
+    return model
+
+
+def _plain(masked: MaskedLinear) -> nn.Linear:
+    linear = nn.Linear(masked.in_features, masked.out_features, bias=False, device="meta")
+    linear.weight, linear.bias = masked.weight, cast(nn.Parameter, masked.bias)
+    return linear.train(masked.training)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

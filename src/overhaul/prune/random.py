@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from overhaul.method import Natural, Transform
+from overhaul.method import Transform
 from overhaul.sparsity import Target, already_kept, check_model, prune_layer, removed_share
 
 if TYPE_CHECKING:
@@ -25,8 +23,6 @@ def random_score(weight_OI: Tensor, generator: Generator) -> Tensor:
 class RandomPruning(Target, Transform):
     """Remove weights at random, the same share of every layer: the baseline of baselines."""
 
-    seed: Natural = Field(0, description="Seed of the choice.")
-
     def apply(self, model: nn.Module, calib: Stream | None) -> nn.Module:
         """Masks every linear layer of the decoder blocks; `calib` is not read."""
         import torch
@@ -34,7 +30,7 @@ class RandomPruning(Target, Transform):
         from overhaul.walk import walk
 
         check_model(model, self)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(torch.initial_seed())  # the run's --seed
         for block in walk(model, None, "prune random"):
             for name, linear in block.linears.items():
                 mask_OI = self.keep(random_score(linear.weight, generator), "tensor", already_kept(linear))

@@ -92,18 +92,23 @@ class Report:
     warnings: tuple[str, ...] = ()
 
 
-HISTORY_LABELS = {"loss": "loss (nats per token)", "lr": "learning rate", "grad_norm": "gradient norm"}
+HISTORY_LABELS = {
+    "loss": "loss (nats per token)",
+    "perplexity": "held-out perplexity",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+}
 
 
 def curves_of_history(history: Sequence[Mapping[str, float]]) -> tuple[Curve, ...]:
-    """The curves in a training history: loss, its terms if there are several, learning rate, gradient norm.
+    """The curves in a training history: loss, its terms if there are several, held-out perplexity, rate, gradient norm.
 
     Args:
         history: points `{"step":, "loss":, "loss/<term>":, "lr":, "grad_norm":, ...}`; a key may be absent.
     """
     names = list(dict.fromkeys(key for point in history for key in point))
     terms = [name for name in names if name.startswith("loss/")]
-    wanted = ["loss", *(terms if len(terms) > 1 else ()), "lr", "grad_norm"]
+    wanted = ["loss", *(terms if len(terms) > 1 else ()), "perplexity", "lr", "grad_norm"]
     curves = []
     for name in wanted:
         points = [(point["step"], point[name]) for point in history if name in point]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from overhaul.interop.fused import fused
 from overhaul.layers.attention import CHUNK_TOKENS, causal_attention
@@ -57,7 +58,9 @@ def test_a_padded_batch_keeps_its_mask(tiny: Path):
 def test_afterwards_attention_is_transformers_again(tiny: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny)
 
-    with fused(model):
-        assert model.config._attn_implementation != "sdpa"
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    assert model.config._attn_implementation == "sdpa"
+    with fused(model), fused(model):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
+
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
