@@ -303,7 +303,7 @@ def test_a_chain_judged_on_another_text_keeps_its_dense_reference(tiny: Path, tm
     assert done.code == 0, done.err
     facts = json.loads((tmp_path / "out" / "overhaul.json").read_text())["facts"]
     assert [one["label"] for one in facts] == ["dense", "pruned (magnitude)", "won back (perp)"]
-    assert {one["corpus"] for one in facts} == {"mine"}
+    assert {one["corpus"] for one in facts} == {"mine.jsonl"}
 
 
 def test_facts_of_other_weights_are_not_believed(tiny: Path, tmp_path: Path):
