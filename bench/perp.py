@@ -11,7 +11,7 @@ from bench.results import Row, Target
 from bench.turns import Side, in_turn
 
 STEPS, STEPS_A_TURN, BATCH_SIZE, SEQ_LEN, RANK, ALPHA = 100, 2, 2, 256, 8, 16.0
-LR = 2e-3
+LR = 4e-3
 FASTER = 1.7
 
 
@@ -39,7 +39,7 @@ def _rows(slug: str, train: list[str], inputs: Inputs) -> list[Row]:
         "rank": RANK,
         "alpha": ALPHA,
         "seed": 0,
-        "base_dtype": "float32",
+        "base_dtype": "bfloat16",
     }
     files = {"model": str(inputs.model), "windows": str(inputs.train_windows(STEPS * BATCH_SIZE, SEQ_LEN))}
     turns = STEPS // STEPS_A_TURN
@@ -59,7 +59,11 @@ def _rows(slug: str, train: list[str], inputs: Inputs) -> list[Row]:
         "peak_rss_bytes": ours[-1].peak_rss_bytes,
         "peer_peak_rss_bytes": peer[-1].peak_rss_bytes,
     }
-    common: dict[str, Any] = {"kind": "bench", "peer_name": "plain script, transformers + torch", "settings": settings}
+    common: dict[str, Any] = {
+        "kind": "bench",
+        "peer_name": "plain script, transformers + torch, bfloat16",
+        "settings": settings,
+    }
     name = f"PERP {' + '.join(train)}, {BATCH_SIZE} x {SEQ_LEN} tokens a step"
     # The first turn also allocates what all later ones use.
     timed = slice(2, 1 + turns)

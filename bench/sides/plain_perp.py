@@ -34,8 +34,8 @@ model = AutoModelForCausalLM.from_pretrained(given["model"], dtype=getattr(torch
 model.requires_grad_(False)
 for name, layer in list(model.model.layers.named_modules()):
     if isinstance(layer, nn.Linear):
-        threshold = layer.weight.abs().float().flatten().kthvalue(layer.weight.numel() // 2).values
-        mask = layer.weight.abs() > threshold
+        mask = torch.ones_like(layer.weight, dtype=torch.bool)
+        mask.view(-1)[layer.weight.abs().flatten().argsort(stable=True)[: mask.numel() // 2]] = False
         layer.weight.mul_(mask)
         if "mask_lora" in given["train"]:
             parent, _, child = name.rpartition(".")
