@@ -10,7 +10,7 @@ from bench.inputs import CORPUS, HELDOUT_WINDOWS, Inputs
 from bench.results import Row, Target
 from bench.turns import Side, in_turn
 
-STEPS, STEPS_A_TURN, BATCH_SIZE, SEQ_LEN, RANK, ALPHA = 100, 2, 2, 256, 8, 16.0
+STEPS, STEPS_A_TURN, BATCH_SIZE, SEQ_LEN, RANK, ALPHA = 40, 2, 2, 256, 8, 16.0
 LR = 4e-3
 FASTER = 1.7
 

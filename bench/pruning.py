@@ -18,6 +18,7 @@ SPARSITY, SAMPLES, SEQ_LEN = 0.5, 32, 512
 IMPORTED, LOAD, PRUNE, WRITE = range(4)
 """The pieces of both sides, in order."""
 
+ROUNDS = {"wanda": 2, "sparsegpt": 1}
 FASTER = {"wanda": 4.0, "sparsegpt": 3.0}
 PEER_DTYPES = {"": "bfloat16", "-fp32-peer": "float32"}
 """By suffix of the rows: bf16 is what transformers loads by itself, fp32 what the targets were set against."""
@@ -40,7 +41,7 @@ def _rows(method: str, suffix: str, inputs: Inputs, peers: Path) -> list[Row]:
     outs = {side: inputs.work / f"{method}-{side}" for side in ("ours", "peer")}
     ours: list[list[Turn]] = []
     peer: list[list[Turn]] = []
-    for _ in range(1 if suffix else 2):
+    for _ in range(1 if suffix else ROUNDS[method]):
         for out in outs.values():
             shutil.rmtree(out, ignore_errors=True)
         given = {"model": str(inputs.model), "windows": str(windows), "method": method, "sparsity": SPARSITY}

@@ -35,15 +35,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _dispatch(arguments)
-        if "WORLD_SIZE" in os.environ:
-            from overhaul.sharding import leave
-
-            leave()
+        _leave()
     except UserError as error:
         _box(error)
         raise SystemExit(2) from None
     except Interrupted as stopped:
         print(f"\n{stopped}", file=sys.stderr)
+        _leave()
         raise SystemExit(130) from None
     except KeyboardInterrupt:
         print("\nstopped; what was not finished is gone", file=sys.stderr)
@@ -58,6 +56,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         raise SystemExit(1) from None
     raise SystemExit(0)
+
+
+def _leave() -> None:
+    """Ends together with the other processes, if there are any: the launcher kills those that are left behind."""
+    if "WORLD_SIZE" in os.environ:
+        from overhaul.sharding import leave
+
+        leave()
 
 
 def _dispatch(arguments: list[str]) -> None:

@@ -141,6 +141,8 @@ def generate_command(arguments: list[str]) -> None:
         json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
 
     given = parse(Generate, arguments, prog="overhaul generate", description="Let a model continue a text.")
+    if given.tokens < 1:
+        raise UserError(f"--tokens {given.tokens}: nothing would be written", allowed="a whole number from 1")
     quiet_libraries()
     from overhaul import artifact, evaluate, machine
 
@@ -149,6 +151,8 @@ def generate_command(arguments: list[str]) -> None:
         raise UserError(f"{given.model} has no chat template", hint="without --chat")
     device = next(made.model.parameters()).device
     prompt = sys.stdin.read() if given.prompt == "-" else given.prompt
+    if not prompt.strip():
+        raise UserError("the prompt is empty", hint="--prompt 'The capital of France is'")
     with machine.autocast(device, machine.compute_dtype("auto", device)):
         text = evaluate.generate(
             made.model, made.processor, prompt, tokens=given.tokens, chat=given.chat, seed=given.seed

@@ -84,6 +84,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
         say(f"note: {note}")
     parent = artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype))
     refuse_adapter_of_adapter(method, parent)
+    refuse_long_windows(method, parent)
     data = (
         Data(corpus, parent.processor, options.seed, dense_tensors=artifacts.dense_ancestor(parent))
         if corpus and needs_data
@@ -161,8 +162,6 @@ def _train(
     """Runs the method's plans through the loop, one after the other, each with its finish."""
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     method = data.steps_for(method, processes=num_processes)
-    if method.seq_len > (longest := _longest(parent.model)):
-        raise UserError(f"--seq-len {method.seq_len} is more than the model reads", allowed=f"up to {longest}")
     if method.checkpoint_activations:
         inner: Any = parent.model
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -247,6 +246,12 @@ def refuse_adapter_of_adapter(method: Any, parent: Artifact) -> None:
             f"--no-merge: {parent.name} is itself an adapter directory, and no tool loads an adapter of an adapter",
             hint="without --no-merge, which writes a whole model with both",
         )
+
+
+def refuse_long_windows(method: Any, parent: Artifact) -> None:
+    """Raises `UserError` for training windows longer than the model reads; calibration windows are shortened."""
+    if isinstance(method, Training) and method.seq_len > (longest := _longest(parent.model)):
+        raise UserError(f"--seq-len {method.seq_len} is more than the model reads", allowed=f"up to {longest}")
 
 
 def refuse_track(tracker: str, method: Training) -> None:

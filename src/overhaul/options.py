@@ -25,7 +25,7 @@ class Options(Settings):
         description="Corpus whose held-out part judges the result: default that of --data, or none for no table.",
     )
     evaluate_windows: Positive = Field(default=16, description="Held-out windows scored before and after.")
-    evaluate_seq_len: Positive = Field(default=512, description="Tokens per held-out window.")
+    evaluate_seq_len: int = Field(default=512, gt=1, description="Tokens per held-out window.")
     seed: Natural = Field(default=0, description="Of every random choice.")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="Of matrix products; auto is bf16 where it is fast."

@@ -393,6 +393,11 @@ def test_nothing_to_train(tiny: Path, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("flags", "says"), [(("--prompt", ""), "empty"), (("--prompt", "x", "--tokens", "0"), "0")])
+def test_generating_nothing(tiny: Path, flags: tuple[str, ...], says: str):
+    refused(overhaul("generate", tiny, *flags), says)
+
+
 def test_an_adapter_of_an_adapter(tiny: Path, tmp_path: Path):
     flags = ("--data", "sample", "--steps", "1", "--seq-len", "32", "--no-merge", *QUICK)
     assert overhaul("adapt", "lora", tiny, "-o", tmp_path / "one", *flags).code == 0

@@ -114,6 +114,8 @@ def _course(curve: Curve) -> str:
     ys = [y for _, y in finite_points(curve)]
     if not ys:
         return f"{curve.name} has no finite value"
+    if curve.x_label == "part":
+        return "Mean squared error of every reconstructed part, before and after"
     name = {"lr": "Learning rate", "grad_norm": "Gradient norm"}.get(curve.name, curve.name.capitalize())
     if curve.name == "lr":
         return f"{name} peaked at {max(ys):.3g}"
