@@ -18,7 +18,7 @@ SPARSITY, SAMPLES, SEQ_LEN = 0.5, 32, 512
 IMPORTED, LOAD, PRUNE, WRITE = range(4)
 """The pieces of both sides, in order."""
 
-ROUNDS = {"wanda": 2, "sparsegpt": 1}
+ROUNDS = 1
 FASTER = {"wanda": 4.0, "sparsegpt": 3.0}
 PEER_DTYPES = {"": "bfloat16", "-fp32-peer": "float32"}
 """By suffix of the rows: bf16 is what transformers loads by itself, fp32 what the targets were set against."""
@@ -28,12 +28,22 @@ NAMES = {"wanda": "Wanda", "sparsegpt": "SparseGPT"}
 
 def wanda(inputs: Inputs, peers: Path) -> list[Row]:
     """Rows of `prune wanda`."""
-    return [row for suffix in PEER_DTYPES for row in _rows("wanda", suffix, inputs, peers)]
+    return _rows("wanda", "", inputs, peers)
 
 
 def sparsegpt(inputs: Inputs, peers: Path) -> list[Row]:
     """Rows of `prune sparsegpt`."""
-    return [row for suffix in PEER_DTYPES for row in _rows("sparsegpt", suffix, inputs, peers)]
+    return _rows("sparsegpt", "", inputs, peers)
+
+
+def wanda_fp32_peer(inputs: Inputs, peers: Path) -> list[Row]:
+    """Rows of `prune wanda` against a peer in fp32."""
+    return _rows("wanda", "-fp32-peer", inputs, peers)
+
+
+def sparsegpt_fp32_peer(inputs: Inputs, peers: Path) -> list[Row]:
+    """Rows of `prune sparsegpt` against a peer in fp32."""
+    return _rows("sparsegpt", "-fp32-peer", inputs, peers)
 
 
 def _rows(method: str, suffix: str, inputs: Inputs, peers: Path) -> list[Row]:
@@ -41,7 +51,7 @@ def _rows(method: str, suffix: str, inputs: Inputs, peers: Path) -> list[Row]:
     outs = {side: inputs.work / f"{method}-{side}" for side in ("ours", "peer")}
     ours: list[list[Turn]] = []
     peer: list[list[Turn]] = []
-    for _ in range(1 if suffix else ROUNDS[method]):
+    for _ in range(ROUNDS):
         for out in outs.values():
             shutil.rmtree(out, ignore_errors=True)
         given = {"model": str(inputs.model), "windows": str(windows), "method": method, "sparsity": SPARSITY}

@@ -21,6 +21,8 @@ BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "perp-mask-lora": perp.mask_lora,
     "wanda": pruning.wanda,
     "sparsegpt": pruning.sparsegpt,
+    "wanda-fp32-peer": pruning.wanda_fp32_peer,
+    "sparsegpt-fp32-peer": pruning.sparsegpt_fp32_peer,
 }
 
 
