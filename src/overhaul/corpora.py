@@ -92,6 +92,12 @@ def named_corpora() -> tuple[CorpusInfo, ...]:
     return tuple(info for info, _ in _NAMED.values())
 
 
+def from_anywhere(path: str) -> str:
+    """What names the same corpus in any working directory: a name as it is, a path made absolute."""
+    there = Path(path)
+    return path if path in _NAMED or path == "-" or not there.exists() else str(there.resolve())
+
+
 def open_corpus(spec: str | Path | CorpusSpec) -> Corpus:
     """Reads a corpus and divides it.
 

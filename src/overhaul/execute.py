@@ -20,7 +20,7 @@ from torch import nn
 from overhaul import artifact as artifacts
 from overhaul import journal, machine, pretrained
 from overhaul.artifact import Artifact
-from overhaul.corpora import NO_CORPUS, Corpus, CorpusSpec, open_corpus
+from overhaul.corpora import NO_CORPUS, Corpus, CorpusSpec, from_anywhere, open_corpus
 from overhaul.data import Data
 from overhaul.dry_run import say_plan
 from overhaul.errors import Interrupted, UserError
@@ -83,8 +83,8 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     for note in corpus.notes if corpus else ():
         say(f"note: {note}")
     parent = artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype))
-    refuse_adapter_of_adapter(method, parent)
-    refuse_long_windows(method, parent)
+    _refuse_adapter_of_adapter(method, parent)
+    _refuse_long_windows(method, parent)
     data = (
         Data(corpus, parent.processor, options.seed, dense_tensors=artifacts.dense_ancestor(parent))
         if corpus and needs_data
@@ -170,7 +170,7 @@ def _train(
     if method.in_stages() and options.resume:
         say("a method that trains in stages writes no checkpoints: this step begins anew")
     if options.track:
-        refuse_track(options.track, method)
+        _refuse_track(options.track, method)
     asked = {
         "model": parent.weights_sha256,
         "data": data.corpus.fingerprint,
@@ -233,13 +233,10 @@ def _called(parent: Artifact) -> str:
 def _recorded(options: Options) -> dict[str, Any]:
     """What the record keeps of the options: files by their absolute path."""
     kept = options.model_dump(mode="json", exclude_defaults=True, exclude=PASSING_OPTIONS)
-    for name in ("data", "evaluate"):
-        if name in kept and Path(kept[name]).expanduser().exists():
-            kept[name] = str(Path(kept[name]).expanduser().resolve())
-    return kept
+    return kept | {name: from_anywhere(kept[name]) for name in ("data", "evaluate") if name in kept}
 
 
-def refuse_adapter_of_adapter(method: Any, parent: Artifact) -> None:
+def _refuse_adapter_of_adapter(method: Any, parent: Artifact) -> None:
     """Raises `UserError` before an adapter would be written whose base is an adapter, which nothing can load."""
     if not getattr(method, "merge", True) and (parent.path / "adapter_config.json").is_file():
         raise UserError(
@@ -248,15 +245,15 @@ def refuse_adapter_of_adapter(method: Any, parent: Artifact) -> None:
         )
 
 
-def refuse_long_windows(method: Any, parent: Artifact) -> None:
+def _refuse_long_windows(method: Any, parent: Artifact) -> None:
     """Raises `UserError` for training windows longer than the model reads; calibration windows are shortened."""
     if isinstance(method, Training) and method.seq_len > (longest := _longest(parent.model)):
         raise UserError(f"--seq-len {method.seq_len} is more than the model reads", allowed=f"up to {longest}")
 
 
-def refuse_track(tracker: str, method: Training) -> None:
+def _refuse_track(tracker: str, method: Training) -> None:
     """Raises `UserError` for a tracker that is not installed, or has nothing to follow."""
-    if importlib.util.find_spec("tensorboard" if tracker == "tensorboard" else tracker) is None:
+    if importlib.util.find_spec(tracker) is None:
         raise UserError(f"--track {tracker}: the package is not installed", hint=f"pip install {tracker}")
     if method.in_stages():
         raise UserError(

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from overhaul import corpora
-from overhaul.corpora import CorpusSpec, named_corpora, open_corpus
+from overhaul.corpora import CorpusSpec, from_anywhere, named_corpora, open_corpus
 from overhaul.documents import read_rows
 from overhaul.errors import UserError
 
@@ -149,3 +149,14 @@ def test_listing_the_corpora_imports_no_heavy_package():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 
     assert done.stdout == "set()\n"
+
+
+def test_a_corpus_is_called_so_that_it_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("sample", "mine"):
+        (tmp_path / name).mkdir()
+
+    assert from_anywhere("sample") == "sample"  # the name wins, as when it is opened
+    assert from_anywhere("./sample") == str(tmp_path / "sample")
+    assert from_anywhere("mine") == str(tmp_path / "mine")
+    assert from_anywhere("-") == "-"
