@@ -9,9 +9,10 @@ from typing import Any
 from bench.inputs import CORPUS, HELDOUT_WINDOWS, Inputs
 from bench.results import Row, Target
 from bench.turns import Side, in_turn
+from overhaul.adapt.perp import Perp
 
 STEPS, STEPS_A_TURN, BATCH_SIZE, SEQ_LEN, RANK, ALPHA = 40, 2, 2, 256, 8, 16.0
-LR = 4e-3
+LR = Perp.model_fields["lr"].default
 FASTER = 1.7
 
 

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 given = turn.settings()
 ids = np.load(given["windows"]).tolist()
-dataset = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
 modifier = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[given["method"]]
 
 

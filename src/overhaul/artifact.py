@@ -166,6 +166,11 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(f for f in path.glob("*.safetensors") if f.name != MASKS) or sorted(path.glob("pytorch_model*.bin"))
 
 
+def size_on_disk(path: Path) -> int:
+    """Bytes of the weight files."""
+    return sum(file.stat().st_size for file in weight_files(path))
+
+
 def check_weights(path: Path) -> None:
     """Raises `UserError` for missing, truncated or corrupt weight files, naming the file."""
     files = weight_files(path)

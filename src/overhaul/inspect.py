@@ -11,7 +11,6 @@ import torch
 
 from overhaul import artifact as artifacts
 from overhaul import machine, pretrained
-from overhaul.artifact import Artifact
 from overhaul.delta import Delta
 from overhaul.fetch import cache_directory
 from overhaul.judge import Judge, counts, short
@@ -32,16 +31,11 @@ def describe(ref: str) -> dict[str, Any]:
         "parameters": counted["parameters"],
         "nonzero_share": counted["nonzero_share_all"],
         "nonzero_share_blocks": counted["nonzero_share_blocks"],
-        "bytes": size_on_disk(made),
+        "bytes": artifacts.size_on_disk(made.path),
         "dtype": short(made.dtype),
         "verified": made.record.get("weights_sha256") == made.weights_sha256,
         "lineage": [step.to_json() for step in made.lineage],
     }
-
-
-def size_on_disk(made: Artifact) -> int:
-    """Bytes of the weight files."""
-    return sum(file.stat().st_size for file in artifacts.weight_files(made.path))
 
 
 def compare(refs: Sequence[str], options: Options) -> tuple[Report, list[dict[str, Any]]]:
@@ -58,8 +52,7 @@ def compare(refs: Sequence[str], options: Options) -> tuple[Report, list[dict[st
     for ref, label in zip(refs, _labels(refs), strict=True):
         made = artifacts.load(ref, device=device, dtype=machine.weights_dtype(dtype))
         judge = Judge.of(options, None, made.processor, dtype)
-        one = judge.chain(made)[-1]
-        facts.append(replace(one, label=label, path=ref, bytes=size_on_disk(made)))
+        facts.append(replace(judge.of_directory(made), label=label, path=ref, bytes=artifacts.size_on_disk(made.path)))
         state = made.model.state_dict()
         if reference:
             changes.append({"model": ref, **_difference(reference, state)})

@@ -71,29 +71,40 @@ class Judge:
 
         Where it has none, the parent and the model that its chain began with are measured now.
         """
-        is_record_of_these = parent.record.get("weights_sha256") == parent.weights_sha256
-        if is_record_of_these and parent.record.get("facts_key") == self.key:
-            return tuple(read_facts(stored) for stored in parent.record["facts"])
-        if not parent.lineage:
-            return (self._now(parent, "pruned" if _is_masked(parent.model) else "dense"),)
+        stored = self._stored(parent)
+        if stored or not parent.lineage or self.windows is None:
+            return stored or (self.of_directory(parent),)
         last, reference = parent.lineage[-1], self._reference(parent)
         label = _label(last.verb, last.method, reference) if reference else Path(parent.name).name
-        cost = {"seconds": last.seconds, "peak_rss_bytes": last.peak_rss_bytes}
-        return (*reference, replace(self._now(parent, label), **cost))
+        return (*reference, replace(self.of_directory(parent), label=label))
 
-    def _now(self, made: Artifact, label: str) -> Facts:
-        size = sum(file.stat().st_size for file in artifacts.weight_files(made.path))
-        return replace(self.facts(made.model, label=label, path=made.name), bytes=size, dtype=short(made.dtype))
+    def of_directory(self, made: Artifact) -> Facts:
+        """Facts of one model as it lies on disk, from its record if they are there under this key."""
+        if stored := self._stored(made):
+            return stored[-1]
+        label = Path(made.name).name if made.lineage else ("pruned" if _is_masked(made.model) else "dense")
+        size = artifacts.size_on_disk(made.path)
+        facts = replace(self.facts(made.model, label=label, path=made.name), bytes=size, dtype=short(made.dtype))
+        if not made.lineage:
+            return facts
+        last = made.lineage[-1]
+        return replace(facts, seconds=last.seconds, peak_rss_bytes=last.peak_rss_bytes)
+
+    def _stored(self, made: Artifact) -> tuple[Facts, ...]:
+        """The facts in the record, if they were measured under this key and of these weights."""
+        record = made.record
+        if (record.get("facts_key"), record.get("weights_sha256")) != (self.key, made.weights_sha256):
+            return ()
+        return tuple(read_facts(stored) for stored in record["facts"])
 
     def _reference(self, parent: Artifact) -> tuple[Facts, ...]:
-        """Facts of the model that the chain began with, under this key, if it is still there as it was."""
+        """Facts of the model that the chain began with, if it is still there as it was."""
         first = parent.lineage[0].parents[0]
         if artifacts.unchanged(first) is None:
             say(f"{first.path} is no longer there as it was: the table begins with {parent.name}")
             return ()
         device = next(parent.model.parameters()).device
-        made = artifacts.load(first.path, device=device, dtype=machine.weights_dtype(self.dtype))
-        return (self._now(made, "pruned" if _is_masked(made.model) else "dense"),)
+        return (self.of_directory(artifacts.load(first.path, device=device, dtype=machine.weights_dtype(self.dtype))),)
 
     def after(
         self, changed: Artifact, before: Sequence[Facts], layers: Sequence[LayerNote], verb: str, method: str

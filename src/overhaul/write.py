@@ -54,7 +54,7 @@ def write_directory(
             artifacts.copy_companions(made.path, directory)
         else:
             artifacts.write_model(made, directory)
-        size = sum(file.stat().st_size for file in artifacts.weight_files(directory))
+        size = artifacts.size_on_disk(directory)
         facts = (*facts[:-1], replace(facts[-1], path=str(out), bytes=size))
         extra = {"facts_key": judge.key, "facts": [asdict(one) for one in facts]}
         if notes.parts:

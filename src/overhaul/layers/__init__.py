@@ -47,6 +47,15 @@ def swap(model: nn.Module, names: Iterable[str], make: Callable[[Any], Layer]) -
     return made
 
 
+def to_linear(weight_OI: Tensor, bias_O: nn.Parameter | None, *, training: bool) -> nn.Linear:
+    """A frozen plain layer with this weight; the bias is taken over, not copied."""
+    num_out, num_in = weight_OI.shape
+    linear = nn.Linear(num_in, num_out, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
+    linear.register_parameter("bias", bias_O)
+    return linear.train(training)
+
+
 def merge_all(model: nn.Module) -> nn.Module:
     """Replaces every `LinearLike` by its merged linear layer, in place."""
     names = [name for name, module in model.named_modules() if isinstance(module, LinearLike)]

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
 from overhaul.errors import UserError
-from overhaul.layers import LinearLike
+from overhaul.layers import LinearLike, to_linear
 from overhaul.layers.masked import MaskedLinear
 from overhaul.machine import product_dtype
 
@@ -132,15 +132,6 @@ def start_at_zero(linear: nn.Linear, rank: int, generator: torch.Generator | Non
     A_RI = torch.empty(rank, linear.in_features)
     nn.init.kaiming_uniform_(A_RI, a=math.sqrt(5), generator=generator)
     return A_RI, torch.zeros(linear.out_features, rank)
-
-
-def to_linear(weight_OI: Tensor, bias_O: nn.Parameter | None, *, training: bool) -> nn.Linear:
-    """A frozen plain layer with this weight; the bias is taken over, not copied."""
-    num_out, num_in = weight_OI.shape
-    linear = nn.Linear(num_in, num_out, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
-    linear.register_parameter("bias", bias_O)
-    return linear.train(training)
 
 
 @contextlib.contextmanager

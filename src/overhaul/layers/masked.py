@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from overhaul.layers import swap
+from overhaul.layers import swap, to_linear
 
 
 class MaskedLinear(nn.Linear):
@@ -49,16 +49,10 @@ class MaskedLinear(nn.Linear):
 
 
 def without_masks(model: nn.Module) -> nn.Module:
-    """Replaces every `MaskedLinear` by a plain layer with the same parameters, in place."""
+    """Replaces every `MaskedLinear` by a plain frozen layer with the same weight, in place."""
     names = [name for name, module in model.named_modules() if isinstance(module, MaskedLinear)]
-    swap(model, names, _plain)
+    swap(model, names, lambda masked: to_linear(masked.weight, masked.bias, training=masked.training))
     return model
-
-
-def _plain(masked: MaskedLinear) -> nn.Linear:
-    linear = nn.Linear(masked.in_features, masked.out_features, bias=False, device="meta")
-    linear.weight, linear.bias = masked.weight, cast(nn.Parameter, masked.bias)
-    return linear.train(masked.training)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from overhaul.layers import to_linear
 from overhaul.layers.lora import (
     LowRankLinear,
     incremented,
     lora_linear,
     start_at_zero,
-    to_linear,
 )
 from overhaul.layers.masked import MaskedLinear
 from overhaul.machine import product_dtype
