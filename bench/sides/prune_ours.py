@@ -8,7 +8,7 @@ import torch
 import turn
 from small import small_copy
 
-from overhaul import artifact
+from overhaul import artifact, machine
 from overhaul.journal import recording
 from overhaul.machine import release_memory
 from overhaul.prune.sparsegpt import SparseGPT
@@ -24,10 +24,12 @@ def prune(model: torch.nn.Module, ids_NT: torch.Tensor) -> None:
 
 given = turn.settings()
 windows_NT = torch.from_numpy(np.load(given["windows"]))
+device = torch.device("cpu")
+dtype = machine.weights_dtype(machine.compute_dtype("auto", device))  # as the command line has it
 method = {"wanda": Wanda, "sparsegpt": SparseGPT}[given["method"]](sparsity=given["sparsity"])
 
 with small_copy(given["model"]) as small:
-    prune(artifact.load(small).model, windows_NT[:4, :16])
+    prune(artifact.load(small, dtype=dtype).model, windows_NT[:4, :16])
 gc.collect()
 release_memory()
 turn.forget_peak()
@@ -35,7 +37,7 @@ turn.wait()
 turn.tell()  # everything is imported and was used once, nothing is loaded
 
 turn.wait()
-made = artifact.load(given["model"])
+made = artifact.load(given["model"], dtype=dtype)
 turn.tell(model_bytes=sum(p.nbytes for p in made.model.parameters()))
 
 turn.wait()
