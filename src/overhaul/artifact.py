@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from overhaul import disk, pretrained
+from overhaul import disk, packed, pretrained
 from overhaul.errors import UserError
 from overhaul.layers import merge_all, swap
 from overhaul.layers.masked import MaskedLinear, unpack_bits
@@ -26,13 +26,14 @@ from overhaul.lineage import LineageStep, Parent
 
 RECORD = "overhaul.json"
 MASKS = "masks.safetensors"
+IMPORTANCE = "importance.safetensors"
 STATE = ".state"
 TRACKED = "overhaul"
 """What a tracker that writes files calls its folder, inside `STATE` while it trains."""
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 # Files that this project writes anew for every directory; everything else beside the weights is copied.
-_OWN = {RECORD, MASKS, "recipe.yaml", "README.md", "report.html", "metrics.jsonl", "curves.png", "config.json",
-        "generation_config.json", "source.json", "adapter_config.json"}  # fmt: skip
+_OWN = {RECORD, MASKS, IMPORTANCE, "recipe.yaml", "README.md", "report.html", "metrics.jsonl", "curves.png",
+        "config.json", "generation_config.json", "source.json", "adapter_config.json"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Artifact:
     """A model with all that belongs to it.
 
     Attributes:
-        model: on its device, in evaluation mode; pruned layers are `MaskedLinear`.
+        model: on its device, in evaluation mode; pruned layers are `MaskedLinear`, quantized ones `Packed`.
         processor: the tokenizer (or image or audio processor).
         path: the directory it was read from.
         name: how the user called it.
@@ -73,20 +74,18 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
         device: where to put the model.
 
     Raises:
-        UserError: no such model, no config, a damaged or quantized file, or weights that are not finite.
+        UserError: no such model, no config, a damaged file, a format of quantized weights that is not known here,
+            or weights that are not finite.
     """
     path = pretrained.resolve(str(ref))
     adapter = path if (path / "adapter_config.json").is_file() else None
     base = pretrained.resolve(_base_of(path)) if adapter else path
     config = _read_json(base / "config.json")
-    if "quantization_config" in config:
-        how = config["quantization_config"].get("quant_method", "packed")
-        raise UserError(
-            f"{ref} is quantized ({how}): packed weights cannot be pruned or trained",
-            hint="the model it was quantized from",
-        )
+    packing = config.get("quantization_config")
+    if packing is not None:
+        packed.check(packing, str(ref))
     check_weights(base)
-    model = _read_model(base, dtype, str(ref))
+    model: Any = packed.read(base, packing, dtype, str(ref)) if packing else _read_model(base, dtype, str(ref))
     tokenizer = _read_tokenizer(path if (path / "tokenizer_config.json").is_file() else base, str(ref))
     stored = _read_json(path / RECORD) if (path / RECORD).is_file() else {}
     model.eval()
@@ -162,8 +161,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights, in order; masks are not among them."""
-    return sorted(f for f in path.glob("*.safetensors") if f.name != MASKS) or sorted(path.glob("pytorch_model*.bin"))
+    """The files that hold the weights, in order; masks and the like are not among them."""
+    stored = (file for file in path.glob("*.safetensors") if file.name not in (MASKS, IMPORTANCE))
+    return sorted(stored) or sorted(path.glob("pytorch_model*.bin"))
 
 
 def size_on_disk(path: Path) -> int:
@@ -323,11 +323,15 @@ def write_model(artifact: Artifact, directory: Path) -> None:
     """Writes what plain transformers loads, weights, configuration and tokenizer, and the masks beside it."""
     model: Any = merge_all(artifact.model)
     refuse_non_finite(model, "the result")
-    model.to(artifact.dtype)
+    for parameter in model.parameters():  # packed layers keep their scales, which are buffers, as they are
+        parameter.data = parameter.data.to(artifact.dtype)
     for module in model.modules():
         if isinstance(module, MaskedLinear):
             module.enforce()
-    model.save_pretrained(directory)
+    if packed.is_packed(model):
+        packed.write(model, directory)
+    else:
+        model.save_pretrained(directory)
     masks, shapes = pack_masks(model)
     if masks:
         save_file(masks, directory / MASKS, metadata=shapes)

@@ -26,8 +26,9 @@ from overhaul.dry_run import say_plan
 from overhaul.errors import Interrupted, UserError
 from overhaul.judge import Judge
 from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
-from overhaul.method import Measure, Training, Transform
+from overhaul.method import Measure, Method, Pipeline, Training, Transform
 from overhaul.options import DEFAULT_CORPUS, PASSING_OPTIONS, Options
+from overhaul.packed import is_packed
 from overhaul.progress import say
 from overhaul.recipe import Recipe, Step
 from overhaul.report.facts import Facts
@@ -35,6 +36,7 @@ from overhaul.select import has_adapters
 from overhaul.sharding import wait_for_all
 from overhaul.table import Table
 from overhaul.train import History, train
+from overhaul.workspace import Workspace, finish
 from overhaul.write import write_directory
 
 
@@ -72,7 +74,8 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     artifacts.check_out(out, parent=path, resume=options.resume)
     device = machine.pick_device(options.device)
     dtype = machine.compute_dtype(options.dtype, device)
-    needs_data = isinstance(method, Training) or (isinstance(method, Transform) and method.needs_data)
+    needs_data = not isinstance(method, Transform) or method.needs_data
+    others = _others(method)
     if isinstance(method, Training) and options.data is None:
         raise UserError(
             f"{step.entry.verb} {step.entry.name} needs --data",
@@ -83,6 +86,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     for note in corpus.notes if corpus else ():
         say(f"note: {note}")
     parent = artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype))
+    _refuse_packed(method, parent)
     _refuse_adapter_of_adapter(method, parent)
     _refuse_long_windows(method, parent)
     data = (
@@ -96,7 +100,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
         return None
     judge = Judge.of(options, corpus, parent.processor, dtype)
     before = judge.chain(parent)
-    changed, notes, history = _change(step, parent, data, dtype, out, judge, command)
+    changed, notes, history = _change(step, parent, others, data, dtype, out, judge, command)
     if not is_main_process():
         return None
     after = judge.after(changed, before, notes.layers, step.entry.verb, step.entry.name)
@@ -106,7 +110,14 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
 
 
 def _change(
-    step: Step, parent: Artifact, data: Data | None, dtype: torch.dtype, out: Path, judge: Judge, command: str
+    step: Step,
+    parent: Artifact,
+    others: tuple[Parent, ...],
+    data: Data | None,
+    dtype: torch.dtype,
+    out: Path,
+    judge: Judge,
+    command: str,
 ) -> tuple[Artifact, journal.Notes, History | None]:
     """Runs the method; the time and memory it takes are its own, without loading and measuring."""
     options, method = step.options, step.method
@@ -124,17 +135,22 @@ def _change(
             with torch.no_grad():
                 model = method.apply(parent.model, stream)
             tokens = stream.tokens() or 0 if stream else 0
+        elif isinstance(method, Pipeline):
+            assert data is not None
+            work = Workspace(data=data, dtype=dtype, path=parent.path, weights_sha256=parent.weights_sha256)
+            model = method.run(parent.model, work)
+            tokens = notes.num_tokens
         else:
             assert isinstance(method, Training)
             assert data is not None
-            model, history = _train(method, parent, data, dtype, out, options, judge)
+            model, history = _train(method, parent, others, data, dtype, out, options, judge)
             tokens = history.tokens
     lineage = LineageStep(
         verb=step.entry.verb,
         method=step.entry.name,
-        fields=flat_fields(method.model_dump(mode="json")),
+        fields=_fields(method, others),
         non_default=tuple(flat_fields(method.model_dump(mode="json", exclude_defaults=True))),
-        parents=(Parent(path=_called(parent), hash=parent.weights_sha256),),
+        parents=(Parent(path=_called(parent.name, parent.path), hash=parent.weights_sha256), *others),
         data=_data_used(data, tokens),
         seed=options.seed,
         options=_recorded(options),
@@ -153,6 +169,7 @@ def _change(
 def _train(
     method: Training,
     parent: Artifact,
+    others: tuple[Parent, ...],
     data: Data,
     dtype: torch.dtype,
     out: Path,
@@ -176,6 +193,7 @@ def _train(
         "data": data.corpus.fingerprint,
         "dtype": str(dtype),
         "processes": num_processes,
+        "others": [other.hash for other in others],
         **flat_fields(method.model_dump(mode="json")),
     }
     histories, stored = [], next(parent.model.parameters()).dtype
@@ -196,11 +214,7 @@ def _train(
             )
         except Interrupted as stopped:
             raise _resumable(stopped, method, out) from None
-        for parameter in plan.model.parameters():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        with torch.no_grad():
-            plan.finish(plan.model)
+        finish(plan)
         histories.append(history)
     if not has_adapters(parent.model):
         # What is measured from here on is what will be written.
@@ -224,16 +238,45 @@ def _longest(model: nn.Module) -> int:
     return getattr(inner.config, "max_position_embeddings", sys.maxsize)
 
 
-def _called(parent: Artifact) -> str:
+def _called(name: str, path: Path) -> str:
     """A directory by its absolute path, others by their name, so that the record can be replayed from anywhere."""
-    is_directory = parent.name not in pretrained.NAMED and Path(parent.name).expanduser().is_dir()
-    return str(parent.path.resolve()) if is_directory else parent.name
+    is_directory = name not in pretrained.NAMED and Path(name).expanduser().is_dir()
+    return str(path.resolve()) if is_directory else name
+
+
+def _others(method: Method) -> tuple[Parent, ...]:
+    """The models that the method reads beside the one it changes, each with the hash of its weights.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    named = [(name, pretrained.resolve(name)) for name in method.others()]
+    return tuple(Parent(path=_called(name, path), hash=artifacts.weights_sha256(path)) for name, path in named)
 
 
 def _recorded(options: Options) -> dict[str, Any]:
     """What the record keeps of the options: files by their absolute path."""
     kept = options.model_dump(mode="json", exclude_defaults=True, exclude=PASSING_OPTIONS)
     return kept | {name: from_anywhere(kept[name]) for name in ("data", "evaluate") if name in kept}
+
+
+def _fields(method: Method, others: tuple[Parent, ...]) -> dict[str, Any]:
+    """Every setting by its dotted name; other models as the record calls them."""
+    called = dict(zip(method.others(), (other.path for other in others), strict=True))
+    fields = flat_fields(method.model_dump(mode="json"))
+    return {name: called.get(value, value) if isinstance(value, str) else value for name, value in fields.items()}
+
+
+def _refuse_packed(method: Method, parent: Artifact) -> None:
+    """Raises `UserError` for packed weights in the hands of a method that needs dense ones."""
+    if is_packed(parent.model) and not method.reads_packed:
+        inner: Any = parent.model
+        how = inner.config.quantization_config["quant_method"]
+        raise UserError(
+            f"{parent.name} is quantized ({how}): packed weights cannot be pruned, cut or trained as a whole",
+            allowed="adapt lora trains adapters on top of int8 layers; measure, generate and compare read it",
+            hint="the model it was quantized from",
+        )
 
 
 def _refuse_adapter_of_adapter(method: Any, parent: Artifact) -> None:
@@ -300,7 +343,7 @@ def run_recipe(plan: Recipe, *, command: str = "", told: Callable[[Outcome], Non
 def _refuse_other_step(out: Path, step: Step, model: str) -> None:
     """A finished directory is kept by --resume only if it is what the recipe would make."""
     last = artifacts.read_record(out)["lineage"][-1]
-    fields = flat_fields(step.method.model_dump(mode="json"))
+    fields = _fields(step.method, _others(step.method))
     parent = artifacts.weights_sha256(pretrained.resolve(model))
     asked = (step.entry.verb, step.entry.name, fields, step.options.seed, _recorded(step.options), parent)
     made = *(last[key] for key in ("verb", "method", "fields", "seed", "options")), last["parents"][0]["hash"]

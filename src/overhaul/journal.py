@@ -7,10 +7,14 @@ notes.layers[0].name, notes.layers[0].sparsity, notes.layers[0].error
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +42,44 @@ class PartNote:
     after: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableNote:
+    """A table for the report: what a method compared before it chose.
+
+    Attributes:
+        title: the finding, as a sentence.
+        columns: their titles.
+        rows: cells as text, in the order of the columns.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorsNote:
+    """Tensors that a later step may ask for, written to `file` beside the weights with `metadata`."""
+
+    file: str
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
 @dataclass(frozen=True, slots=True)
 class Notes:
     """The notes of one recording, in the order they were made."""
 
     layers: list[LayerNote] = field(default_factory=list)
     parts: list[PartNote] = field(default_factory=list)
+    tables: list[TableNote] = field(default_factory=list)
+    tensors: list[TensorsNote] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were read, by those methods that say so themselves."""
+        return sum(self.tokens)
 
 
 _notes: ContextVar[Notes | None] = ContextVar("overhaul_journal", default=None)
@@ -70,3 +106,21 @@ def note_part(name: str, *, before: float, after: float) -> None:
     """Adds a reconstructed part to the recording in progress; does nothing when there is none."""
     if (notes := _notes.get()) is not None:
         notes.parts.append(PartNote(name, before, after))
+
+
+def note_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Adds a table to the recording in progress; does nothing when there is none."""
+    if (notes := _notes.get()) is not None:
+        notes.tables.append(TableNote(title=title, columns=tuple(columns), rows=tuple(map(tuple, rows))))
+
+
+def note_tensors(file: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Adds a file of tensors to the recording in progress; does nothing when there is none."""
+    if (notes := _notes.get()) is not None:
+        notes.tensors.append(TensorsNote(file=file, tensors=tensors, metadata=metadata))
+
+
+def note_tokens(count: int) -> None:
+    """Adds tokens that a method of several steps has read; does nothing when nobody is recording."""
+    if (notes := _notes.get()) is not None:
+        notes.tokens.append(count)

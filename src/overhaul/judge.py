@@ -16,6 +16,7 @@ from overhaul.artifact import Artifact
 from overhaul.corpora import Corpus, CorpusSpec, open_corpus
 from overhaul.data import Data
 from overhaul.journal import LayerNote
+from overhaul.layers import Packed
 from overhaul.layers.masked import MaskedLinear
 from overhaul.options import DEFAULT_CORPUS, Options
 from overhaul.progress import say
@@ -147,9 +148,11 @@ def _is_masked(model: nn.Module) -> bool:
 
 
 def counts(model: nn.Module, errors: Sequence[LayerNote] = ()) -> dict[str, Any]:
-    """Parameters and non-zeros, of the whole model and of the linear layers in its blocks."""
+    """Parameters and non-zeros, of the whole model and of the linear layers in its blocks; packed weights count too."""
     parameters = list(model.parameters())
-    total = sum(p.numel() for p in parameters)
+    packed = [module for module in model.modules() if isinstance(module, Packed)]
+    total = sum(p.numel() for p in parameters) + sum(module.num_weights for module in packed)
+    nonzero_all = sum(int(p.count_nonzero()) for p in parameters) + sum(module.num_nonzero() for module in packed)
     known = {layer.name: layer.error for layer in errors}
     layers, nonzero_blocks, total_blocks = [], 0, 0
     for name, weight_OI in block_weights(model).items():
@@ -159,7 +162,7 @@ def counts(model: nn.Module, errors: Sequence[LayerNote] = ()) -> dict[str, Any]
         layers.append(LayerFacts(name=name, sparsity=1 - nonzero / weight_OI.numel(), error=known.get(name)))
     return {
         "parameters": total,
-        "nonzero_share_all": sum(int(p.count_nonzero()) for p in parameters) / total,
+        "nonzero_share_all": nonzero_all / total,
         "nonzero_share_blocks": nonzero_blocks / total_blocks if total_blocks else None,
         "layers": tuple(layers),
     }
@@ -167,9 +170,13 @@ def counts(model: nn.Module, errors: Sequence[LayerNote] = ()) -> dict[str, Any]
 
 def _label(verb: str, method: str, before: Sequence[Facts]) -> str:
     """How tables call the result: "pruned" after a prune, "won back" when an adapt follows a prune."""
+    is_lossy = any(word in one.label for one in before for word in ("pruned", "shrunk"))
     done = {
         "prune": "pruned",
-        "adapt": "won back" if any("pruned" in one.label for one in before) else "adapted",
+        "shrink": "shrunk",
+        "quantize": "quantized",
+        "distill": "won back" if is_lossy else "distilled",
+        "adapt": "won back" if is_lossy else "adapted",
     }
     return f"{done.get(verb, verb)} ({method})"
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from overhaul.stream import Stream
     from overhaul.table import Table
     from overhaul.train import Plan
+    from overhaul.workspace import Workspace
 
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 """A share of a whole, strictly between 0 and 1."""
@@ -40,6 +41,15 @@ class Method(Settings, ABC):
 
     paper: ClassVar[str] = ""
     """Authors, title, year, and where to find it."""
+
+    reads_packed: ClassVar[bool] = False
+    """Whether it can begin with a model whose weights are stored as integers."""
+    writes_stock: ClassVar[bool] = True
+    """Whether plain transformers loads what it writes, with no other package."""
+
+    def others(self) -> tuple[str, ...]:
+        """The models it reads beside the one it changes, as the user named them; they go into the lineage."""
+        return ()
 
     @classmethod
     def summary(cls) -> str:
@@ -108,8 +118,23 @@ class Training(Method, ABC):
         return False
 
 
+class Pipeline(Method, ABC):
+    """A change in several steps, or with several models: candidates, stages, clients."""
+
+    @abstractmethod
+    def run(self, model: nn.Module, work: Workspace) -> nn.Module:
+        """Returns the changed model; `model` may be changed in place or left alone.
+
+        Args:
+            model: the model, on its device, in evaluation mode.
+            work: the data, the loop, and where to put notes.
+        """
+
+
 class Measure(Method, ABC):
     """Numbers with intervals."""
+
+    reads_packed: ClassVar[bool] = True
 
     needs_corpus: ClassVar[bool] = True
     """Whether `measure` reads `data.corpus`; False for a measure that brings its own questions."""

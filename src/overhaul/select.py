@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from overhaul.errors import UserError, did_you_mean
-from overhaul.layers import LinearLike
+from overhaul.layers import LinearLike, is_adapter
 from overhaul.walk import decoder_blocks
 
 
@@ -56,5 +56,5 @@ def _ends_in(name: str, target: str) -> bool:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether layers of the model are still in another form than plain linear layers."""
-    return any(isinstance(module, LinearLike) for module in model.modules())
+    """Whether layers of the model have adapters that are not merged."""
+    return any(is_adapter(module) for module in model.modules())

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors.torch import save_file
 
 from overhaul import artifact as artifacts
-from overhaul import catalog, pretrained, recipe
+from overhaul import catalog, packed, pretrained, recipe
 from overhaul.artifact import Artifact
-from overhaul.journal import Notes
+from overhaul.journal import Notes, TableNote
 from overhaul.judge import Judge
 from overhaul.lineage import LineageStep
 from overhaul.report.card import CardData, Relation, model_card
@@ -59,11 +60,15 @@ def write_directory(
         extra = {"facts_key": judge.key, "facts": [asdict(one) for one in facts]}
         if notes.parts:
             extra["reconstruction"] = [asdict(part) for part in notes.parts]
+        if notes.tables:
+            extra["tables"] = [asdict(table) for table in notes.tables]
+        for beside in notes.tensors:
+            save_file(dict(beside.tensors), directory / beside.file, metadata=dict(beside.metadata))
         artifacts.write_record(made, directory, extra)
         recipe_yaml = replay(made.lineage, out)
         (directory / "recipe.yaml").write_text(recipe_yaml)
         curves = reconstruction_curves(notes) if notes.parts else curves_of_history(history.points if history else ())
-        report = build_report(made.lineage, facts, curves, recipe_yaml)
+        report = build_report(made.lineage, facts, curves, recipe_yaml, notes.tables)
         (directory / "report.html").write_text(html_report(report))
         if history:
             lines = (json.dumps(point) for point in history.points)
@@ -92,7 +97,11 @@ def reconstruction_curves(notes: Notes) -> tuple[Curve, ...]:
 
 
 def build_report(
-    lineage: Sequence[LineageStep], facts: tuple[Facts, ...], curves: tuple[Curve, ...], recipe_yaml: str
+    lineage: Sequence[LineageStep],
+    facts: tuple[Facts, ...],
+    curves: tuple[Curve, ...],
+    recipe_yaml: str,
+    tables: Sequence[TableNote] = (),
 ) -> Report:
     """The report on a chain of steps."""
     last = lineage[-1]
@@ -101,6 +110,7 @@ def build_report(
         facts=facts,
         lineage=tuple(lineage),
         curves=curves,
+        tables=tuple(tables),
         recipe_yaml=recipe_yaml,
         commands=tuple(dict.fromkeys(step.command for step in lineage if step.command)),
         environment={**last.versions, "hardware": last.hardware},
@@ -123,7 +133,7 @@ def card(made: Artifact, report: Report, out: Path, *, adapter: bool) -> str:
     named = pretrained.NAMED.get(base)
     used = {step.data.name: step.data for step in made.lineage if step.data}
     methods = dict.fromkeys(catalog.find(step.verb, step.method).load() for step in made.lineage)
-    relation: Relation = "adapter" if adapter else "finetune"
+    relation: Relation = "adapter" if adapter else "quantized" if packed.is_packed(made.model) else "finetune"
     return model_card(
         report,
         name=out.name,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from command import Finished, contents, overhaul, python, refused
 from overhaul import artifact, catalog, recipe
 from overhaul.catalog import Entry
-from overhaul.method import Measure, Training, Transform
+from overhaul.method import Measure, Pipeline, Training, Transform
 
 Make = Callable[..., Path]
 Run = Callable[..., Path]
@@ -25,6 +25,7 @@ Run = Callable[..., Path]
 # What a method needs beside the tiny form of its shape, and which parent it is for.
 EXTRA: dict[str, list[str]] = {}
 NEEDS_A_PRUNED_PARENT = {"perp"}
+CHANGES = (Transform, Training, Pipeline)
 QUICK = ["--evaluate", "none", "--dtype", "fp32"]
 
 
@@ -40,7 +41,7 @@ def tiny_form(entry: Entry, **changed: object) -> list[str]:
     fields: dict[str, object] = {}
     if issubclass(kind, Training):
         fields = {"data": "sample", "steps": 4, "batch_size": 2, "seq_len": 32, "lr": 1e-3}
-    elif issubclass(kind, Transform) and kind.needs_data:
+    elif issubclass(kind, Pipeline) or (issubclass(kind, Transform) and kind.needs_data):
         fields = {"samples": 4, "seq_len": 32}
     fields |= changed
     flags = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -111,7 +112,7 @@ def test_every_field_says_what_it_is(entry: Entry):
     assert all(info.description for info in entry.load().model_fields.values())
 
 
-@pytest.mark.parametrize("entry", of(Transform, Training))
+@pytest.mark.parametrize("entry", of(*CHANGES))
 def test_a_recipe_comes_back_as_it_was_written(entry: Entry, tmp_path: Path):
     given = {"verb": entry.verb, "method": entry.name, **_as_fields(tiny_form(entry))}
     first = recipe.parse({"model": "m", "out": "o", "steps": [given]}).steps[0]
@@ -152,7 +153,7 @@ def test_an_unknown_flag_gets_a_suggestion(entry: Entry, tiny: Path, tmp_path: P
 # What a run writes.
 
 
-@pytest.mark.parametrize("entry", of(Transform, Training))
+@pytest.mark.parametrize("entry", of(*CHANGES))
 def test_the_record_names_method_fields_parent_and_cost(entry: Entry, apply: Run, parent_of: Make):
     before = contents(parent_of(entry))
     out = apply(entry, "out")
@@ -173,7 +174,7 @@ def _nested(entry: Entry) -> set[str]:
     return {name for name, info in entry.load().model_fields.items() if hasattr(info.default, "model_dump")}
 
 
-@pytest.mark.parametrize("entry", of(Transform, Training))
+@pytest.mark.parametrize("entry", of(*CHANGES))
 def test_the_directory_holds_what_belongs_to_a_model(entry: Entry, apply: Run):
     there = {file.name for file in apply(entry, "out").iterdir()}
 
@@ -183,7 +184,7 @@ def test_the_directory_holds_what_belongs_to_a_model(entry: Entry, apply: Run):
     assert ".state" not in there
 
 
-@pytest.mark.parametrize("entry", of(Transform, Training))
+@pytest.mark.parametrize("entry", of(*CHANGES))
 def test_the_recipe_in_the_directory_makes_it_again(entry: Entry, apply: Run, tmp_path: Path):
     out = apply(entry, "out")
     again = tmp_path / "again"
@@ -196,7 +197,7 @@ def test_the_recipe_in_the_directory_makes_it_again(entry: Entry, apply: Run, tm
     assert (last / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("entry", of(Transform, Training))
+@pytest.mark.parametrize("entry", of(*CHANGES))
 def test_same_seed_same_bytes(entry: Entry, apply: Run):
     first, second = (apply(entry, name, *QUICK, "--seed", "3") for name in ("first", "second"))
 
@@ -205,7 +206,7 @@ def test_same_seed_same_bytes(entry: Entry, apply: Run):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("products", ["fp32", "bf16"])
-@pytest.mark.parametrize("entry", of(Transform, Training))
+@pytest.mark.parametrize("entry", of(*CHANGES))
 def test_precision_of_products_does_not_change_precision_on_disk(entry: Entry, products: str, dtype: str, apply: Run):
     out = apply(entry, "out", "--evaluate", "none", "--dtype", products, dtype=dtype)
 
@@ -214,7 +215,7 @@ def test_precision_of_products_does_not_change_precision_on_disk(entry: Entry, p
     assert all(tensor.isfinite().all() for tensor in stored.values())
 
 
-@pytest.mark.parametrize("entry", of(Transform, Training))
+@pytest.mark.parametrize("entry", of(*CHANGES))
 def test_tied_embeddings_are_stored_once(entry: Entry, apply: Run):
     stored = load_file(apply(entry, "out") / "model.safetensors")
 
@@ -238,7 +239,7 @@ torch.save(logits, sys.argv[1])
 
 
 def test_outputs_load_in_a_fresh_process_that_knows_transformers_only(apply: Run, tmp_path: Path):
-    made = [apply(entry.values[0], entry.id) for entry in of(Transform, Training)]
+    made = [apply(entry.values[0], entry.id) for entry in of(*CHANGES)]
     done = python(LOAD, tmp_path / "logits.pt", *made)
     assert done.code == 0, done.err
     theirs = torch.load(tmp_path / "logits.pt")
@@ -263,11 +264,11 @@ def test_accumulating_four_batches_equals_a_batch_four_times_as_large(entry: Ent
     assert apart < 0.01 * moved
 
 
-@pytest.mark.parametrize("entry", of(Training, Transform))
+@pytest.mark.parametrize("entry", of(*CHANGES))
 def test_one_row_is_enough(entry: Entry, apply: Run):
     kind = entry.load()
     one: dict[str, object] = {"batch_size": 1, "steps": 1} if issubclass(kind, Training) else {}
-    if issubclass(kind, Transform) and kind.needs_data:
+    if issubclass(kind, Pipeline) or (issubclass(kind, Transform) and kind.needs_data):
         one = {"samples": 1}
 
     assert (apply(entry, "out", **one) / "model.safetensors").is_file()

@@ -32,6 +32,26 @@ class LinearLike(nn.Module, ABC):
         """A plain (or masked) linear layer computing the same map."""
 
 
+class Packed(nn.Module, ABC):
+    """A module whose weights are stored as integers: a form for disk and inference, which is neither pruned nor merged.
+
+    Its tensors are buffers; `state_dict` is what lies on disk.
+    """
+
+    @property
+    @abstractmethod
+    def num_weights(self) -> int:
+        """How many numbers of the dense model it stands for."""
+
+    @abstractmethod
+    def num_nonzero(self) -> int:
+        """How many of them are not zero."""
+
+
+class PackedLinear(Packed, LinearLike):
+    """A linear map stored as integers; `merge` gives the dequantized layer back."""
+
+
 def swap(model: nn.Module, names: Iterable[str], make: Callable[[Any], Layer]) -> dict[str, Layer]:
     """Replaces the submodules called `names` by `make(old)`, in place.
 
@@ -47,6 +67,11 @@ def swap(model: nn.Module, names: Iterable[str], make: Callable[[Any], Layer]) -
     return made
 
 
+def is_adapter(module: nn.Module) -> bool:
+    """Whether it is a linear map in a form that is merged before it is written."""
+    return isinstance(module, LinearLike) and not isinstance(module, Packed)
+
+
 def to_linear(weight_OI: Tensor, bias_O: nn.Parameter | None, *, training: bool) -> nn.Linear:
     """A frozen plain layer with this weight; the bias is taken over, not copied."""
     num_out, num_in = weight_OI.shape
@@ -57,8 +82,8 @@ def to_linear(weight_OI: Tensor, bias_O: nn.Parameter | None, *, training: bool)
 
 
 def merge_all(model: nn.Module) -> nn.Module:
-    """Replaces every `LinearLike` by its merged linear layer, in place."""
-    names = [name for name, module in model.named_modules() if isinstance(module, LinearLike)]
+    """Replaces every adapter by its merged linear layer, in place; packed layers stay as they are."""
+    names = [name for name, module in model.named_modules() if is_adapter(module)]
     with torch.no_grad():
         swap(model, names, lambda layer: layer.merge())
     return model

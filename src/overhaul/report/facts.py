@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from overhaul.journal import TableNote
 from overhaul.lineage import LineageStep
 from overhaul.table import Row
 
@@ -86,6 +87,7 @@ class Report:
     facts: tuple[Facts, ...]
     lineage: tuple[LineageStep, ...] = ()
     curves: tuple[Curve, ...] = ()
+    tables: tuple[TableNote, ...] = ()
     recipe_yaml: str = ""
     commands: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,119 @@
+"""Models whose weights lie as integers on disk: how they are read, and written again.
+
+`config.json` says under `quantization_config` which format it is. Each format is a module with three functions:
+
+    refuse(settings)           raises `UserError` for variants that this project does not read
+    layers(model, settings)    replaces modules of an uninitialised model by packed ones, in place
+    settings(model)            what `quantization_config` says of a model with packed layers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from overhaul.errors import UserError
+from overhaul.layers import Packed
+
+FORMATS: dict[str, str] = {}
+"""`quant_method` -> the module that knows the format."""
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether some weights of the model are stored as integers."""
+    return any(isinstance(module, Packed) for module in model.modules())
+
+
+def check(settings: Mapping[str, Any], ref: str) -> None:
+    """Raises `UserError` for a `quantization_config` that this project cannot read."""
+    how = str(settings.get("quant_method", "packed"))
+    if how not in FORMATS:
+        raise UserError(
+            f"{ref} is quantized ({how}), which overhaul does not read",
+            allowed=", ".join(["dense weights", *FORMATS]),
+            hint="the model it was quantized from",
+        )
+    import_module(FORMATS[how]).refuse(settings)
+
+
+def read(path: Path, settings: Mapping[str, Any], dtype: torch.dtype | None, ref: str) -> nn.Module:
+    """The model in a directory with packed weights.
+
+    Args:
+        path: the directory; its `quantization_config` has passed `check`.
+        settings: that `quantization_config`.
+        dtype: of the weights that are not packed; None keeps that on disk.
+        ref: how the user called it.
+
+    Raises:
+        UserError: tensors are missing, or not of the shape that the configuration says.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+    stored = dict(config.quantization_config)
+    del config.quantization_config  # transformers would look for its own quantizer
+    with no_init_weights():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
+    import_module(FORMATS[str(settings["quant_method"])]).layers(model, settings)
+    _load(model, _tensors(path), ref)
+    model.tie_weights()
+    model.config.quantization_config = stored
+    return model.eval()
+
+
+def write(model: nn.Module, directory: Path) -> None:
+    """Writes weights and configuration of a model with packed layers; the rest of a directory is the caller's."""
+    inner: Any = model
+    config, generation = inner.config, inner.generation_config
+    packing = import_module(FORMATS[config.quantization_config["quant_method"]])
+    config.quantization_config = packing.settings(model)
+    state = model.state_dict()
+    tied = {name for name in getattr(inner, "all_tied_weights_keys", None) or {} if config.tie_word_embeddings}
+    tensors = {name: tensor.contiguous() for name, tensor in state.items() if name not in tied}
+    _save_shards(tensors, directory)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(directory)
+    generation.save_pretrained(directory)
+
+
+def _save_shards(tensors: Mapping[str, Tensor], directory: Path) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(dict(tensors), directory, max_shard_size="5GB", metadata={"format": "pt"})
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in sorted(path.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    return found
+
+
+def _load(model: nn.Module, tensors: dict[str, Tensor], ref: str) -> None:
+    """Puts tensors in the place of the uninitialised ones; every one that is not tied must be there."""
+    inner: Any = model
+    tied = set(getattr(inner, "all_tied_weights_keys", None) or {}) if inner.config.tie_word_embeddings else set()
+    expected = model.state_dict()
+    for name, wanted in expected.items():
+        if name in tied:
+            continue
+        if name not in tensors:
+            raise UserError(f"{ref}: tensor {name} is missing from the weight files", hint="a sound copy of the model")
+        if tensors[name].shape != wanted.shape:
+            raise UserError(
+                f"{ref}: tensor {name} is {tuple(tensors[name].shape)} in the file and {tuple(wanted.shape)} by "
+                "config.json",
+                hint="a sound copy of the model",
+            )
+        if wanted.is_floating_point():
+            tensors[name] = tensors[name].to(wanted.dtype)
+    model.load_state_dict({name: tensors[name] for name in expected if name in tensors}, strict=False, assign=True)
