@@ -41,7 +41,9 @@ class Facts:
         dtype: dtype on disk.
         perplexity: on `corpus`, in windows of `seq_len` tokens.
         metrics: other measurements, one per metric name.
-        tokens_per_second: forward speed over windows of 512 tokens.
+        tokenizer: hash of the tokens that the held-out text became: perplexities compare where it is the same.
+        tokens_per_second: speed of a forward pass over the held-out windows (prefill).
+        decode_tokens_per_second: speed of greedy generation, one text at a time, the prompt already read.
         peak_rss_bytes, seconds: cost of the verb that made the directory.
         trainable_parameters, trainable_share: what that verb trained, if it trained.
         layers: per-layer numbers.
@@ -58,8 +60,10 @@ class Facts:
     perplexity: Row | None = None
     corpus: str = ""
     seq_len: int | None = None
+    tokenizer: str = ""
     metrics: tuple[Row, ...] = ()
     tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
     peak_rss_bytes: int | None = None
     seconds: float | None = None
     trainable_parameters: int | None = None

@@ -35,7 +35,8 @@ def test_the_table_holds_the_facts() -> None:
         "non-zero (all)": "60.5%",
         "parameters": "134.5 M",
         "size": "269 MB",
-        "tokens/s": "3,405",
+        "prefill tokens/s": "3,405",
+        "decode tokens/s": "31.4",
         "peak memory": "2.46 GB",
         "time": "2 min 10 s",
         "trained": "1.82%",
@@ -57,7 +58,7 @@ def test_costs_of_a_step_are_never_worse_but_slower_and_larger_are() -> None:
 
     (_, row) = json_rows((replace(dense, seconds=1.0), dear))
 
-    assert row["worse"] == ["size", "tokens/s"]
+    assert row["worse"] == ["size", "prefill tokens/s"]
 
 
 def test_other_metrics_get_columns_and_an_unknown_direction_is_not_judged() -> None:
