@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,7 @@ from overhaul.layers import Packed
 from overhaul.layers.masked import MaskedLinear
 from overhaul.options import DEFAULT_CORPUS, Options
 from overhaul.progress import say
-from overhaul.report.facts import Facts, LayerFacts
+from overhaul.report.facts import BITS_PER_BYTE, Facts, LayerFacts
 from overhaul.select import block_weights
 from overhaul.table import Row
 
@@ -157,6 +158,22 @@ class Judge:
             tokens_per_second=scored.tokens_per_second,
             decode_tokens_per_second=_decode_speed(self._said(model)),
         )
+
+    def with_bits_per_byte(self, facts: Facts) -> Facts:
+        """The facts with a further metric that compares across tokenizers; it follows from the perplexity."""
+        if self.windows is None or facts.perplexity is None:
+            return facts
+        texts = self.processor.batch_decode(
+            self.windows[:, 1:].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        num_bytes = sum(len(text.encode()) for text in texts)
+        scale = facts.perplexity.count / num_bytes
+        value, low, high = (
+            scale * math.log2(number)
+            for number in (facts.perplexity.value, facts.perplexity.low, facts.perplexity.high)
+        )
+        row = Row(model=facts.perplexity.model, metric=BITS_PER_BYTE, value=value, low=low, high=high, count=num_bytes)
+        return replace(facts, metrics=(row, *facts.metrics))
 
     def _said(self, model: nn.Module) -> list[evaluate.Generation]:
         """What the model says to every prompt."""

@@ -10,6 +10,9 @@ from overhaul.journal import TableNote
 from overhaul.lineage import LineageStep
 from overhaul.table import Curve, Row
 
+BITS_PER_BYTE = "bits per byte"
+"""The metric that compares models of different tokenizers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFacts:
@@ -74,10 +77,14 @@ class Facts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """All there is to say about a run; the first of `facts` is what the others are compared with."""
+    """All there is to say about a run; the first of `facts` is what the others are compared with.
+
+    In a comparison the models stand side by side; otherwise each was made from the one before it.
+    """
 
     title: str
     facts: tuple[Facts, ...]
+    is_comparison: bool = False
     lineage: tuple[LineageStep, ...] = ()
     curves: tuple[Curve, ...] = ()
     tables: tuple[TableNote, ...] = ()
@@ -85,6 +92,16 @@ class Report:
     commands: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+
+def same_tokens(one: Facts, other: Facts) -> bool:
+    """Whether their perplexities compare: they were taken over the same tokens, as far as the records say."""
+    return not (one.tokenizer and other.tokenizer) or one.tokenizer == other.tokenizer
+
+
+def quality(facts: Facts) -> Row | None:
+    """What a model is judged by: bits per byte where it had to be taken, else perplexity; less is better in both."""
+    return next((row for row in facts.metrics if row.metric == BITS_PER_BYTE), facts.perplexity)
 
 
 HISTORY_LABELS = {
@@ -133,7 +150,7 @@ def recovery(facts: Sequence[Facts]) -> Recovery | None:
     measured = [
         (one, math.log(one.perplexity.value)) for one in facts if one.perplexity and math.isfinite(one.perplexity.value)
     ]
-    if len(measured) < 3 or measured[0][0] is not facts[0]:
+    if len(measured) < 3 or measured[0][0] is not facts[0] or not all(same_tokens(facts[0], one) for one in facts):
         return None
     reference, best = measured[0]
     worst, lost = max(measured, key=lambda pair: pair[1])

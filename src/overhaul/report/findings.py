@@ -13,9 +13,11 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from overhaul.report.facts import Facts, LayerFacts, Recovery
+from overhaul.report.facts import Facts, LayerFacts, Recovery, quality
 from overhaul.report.figures import bar_chart, by_label, finite_points, heat_map, line_chart
-from overhaul.report.numbers import as_percent, as_quantity
+from overhaul.report.numbers import as_interval, as_percent, as_quantity, as_size, as_speed
+from overhaul.report.pareto import TRADES, Trade, on_front
+from overhaul.report.scatter import Point, scatter_chart
 from overhaul.table import Curve, LayerMap
 
 MOST_TABLE_ROWS = 50
@@ -59,6 +61,73 @@ def recovery_figure(gap: Recovery) -> Figure:
         csv=as_csv(("model", "share"), [(name, repr(value)) for name, value in gap.shares]),
         file_name="recovery.csv",
     )
+
+
+def trade_figures(facts: Sequence[Facts]) -> list[Figure]:
+    """A scatter chart for every trade that two models at least were measured in."""
+    return [
+        _trade_figure(facts, trade)
+        for trade in TRADES
+        if sum(quality(one) is not None and trade.value(one) is not None for one in facts) > 1
+    ]
+
+
+def _trade_figure(facts: Sequence[Facts], trade: Trade) -> Figure:
+    best = on_front(facts, trade)
+    measured = [
+        (one, row, value, is_best)
+        for one, is_best in zip(facts, best, strict=True)
+        if (row := quality(one)) is not None and (value := trade.value(one)) is not None
+    ]
+    metric = measured[0][1].metric
+    text = as_size if trade.is_cost else as_speed
+    number = as_size if trade.is_cost else "{:,.4g}".format
+    points = [
+        Point(
+            label=one.label,
+            x=value,
+            y=row.value,
+            low=row.low,
+            high=row.high,
+            is_best=is_best,
+            is_reference=one is facts[0],
+        )
+        for one, row, value, is_best in measured
+    ]
+    names = [one.label for one, _, _, is_best in measured if is_best]
+    named = _listed(names) if len(names) <= 4 else f"{len(names)} of {len(points)} models"
+    title = f"No model is both better and {trade.better} than {named}"
+    return Figure(
+        title=title,
+        caption=f"{metric[0].upper()}{metric[1:]} with its 95% interval against {trade.label}. Hollow: some model is "
+        "at least as good in both. Dashed ring: the reference.",
+        svg=scatter_chart(
+            points,
+            x_label=trade.label,
+            y_label=metric,
+            is_cost=trade.is_cost,
+            number=number,
+            title=title,
+        ),
+        header=("model", metric, trade.label, "on the front"),
+        rows=tuple(
+            (one.label, as_interval(row), text(value), "yes" if is_best else "no")
+            for one, row, value, is_best in measured
+        ),
+        csv=as_csv(
+            ("model", metric, "low", "high", trade.label, "on the front"),
+            [
+                (one.label, repr(row.value), repr(row.low), repr(row.high), repr(value), str(is_best).lower())
+                for one, row, value, is_best in measured
+            ],
+        ),
+        file_name=f"{trade.name}.csv",
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
 def curve_figures(curves: Sequence[Curve]) -> list[Figure]:

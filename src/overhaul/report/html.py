@@ -8,24 +8,33 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from overhaul.report.facts import Facts, Report, recovery
-from overhaul.report.findings import as_csv, csv_url, curve_figures, layer_figures, map_figures, recovery_figure
+from overhaul.report.findings import (
+    as_csv,
+    csv_url,
+    curve_figures,
+    layer_figures,
+    map_figures,
+    recovery_figure,
+    trade_figures,
+)
 from overhaul.report.numbers import as_duration, as_interval, as_size
-from overhaul.report.sentences import measured_sentence, step_sentence, verdict
+from overhaul.report.sentences import comparison_sentence, measured_sentence, step_sentence, verdict
 from overhaul.report.tables import before_after
 from overhaul.table import Row, Table
 
 
 def html_report(report: Report) -> str:
     """The page: verdict, before/after, recovery, curves, layers, generations, lineage, how to repeat it."""
-    gap = recovery(report.facts)
+    gap = None if report.is_comparison else recovery(report.facts)
     return (
         _environment()
         .get_template("report.html.j2")
         .render(
             report=report,
             title=report.title,
-            verdict=verdict(report.facts),
-            table=before_after(report.facts),
+            verdict=comparison_sentence(report.facts) if report.is_comparison else verdict(report.facts),
+            table=before_after(report.facts, is_comparison=report.is_comparison),
+            trades=trade_figures(report.facts) if report.is_comparison else [],
             recovery=recovery_figure(gap) if gap else None,
             charts=curve_figures(report.curves),
             maps=layer_figures(report.facts),

@@ -3,12 +3,13 @@
 import csv
 import io
 import re
+from dataclasses import replace
 from urllib.parse import unquote
 
-from overhaul.report.findings import curve_figure, curve_figures, layer_figures, map_figures
+from overhaul.report.findings import curve_figure, curve_figures, layer_figures, map_figures, trade_figures
 from overhaul.table import Curve, LayerMap
 
-from .examples import full_report
+from .examples import full_report, perplexity, three_facts
 
 
 def test_the_csv_of_a_chart_has_all_points_exactly() -> None:
@@ -64,3 +65,32 @@ def test_a_map_without_numbers_says_so() -> None:
     (figure,) = map_figures([LayerMap(model="m", quantity="outliers", values=(("layers.0.up", None),))])
 
     assert figure.title == "m: outliers was not measured"
+
+
+def test_a_trade_names_the_models_that_nothing_beats_and_has_all_numbers() -> None:
+    dense, pruned, won_back = three_facts()
+    small = replace(won_back, label="small", bytes=100_000_000, perplexity=perplexity("m", 31.0))
+
+    size, prefill, decode = trade_figures([dense, pruned, small])
+
+    assert size.title == "No model is both better and smaller than dense and small"
+    assert prefill.title == "No model is both better and faster in prefill than dense"
+    assert decode.title == "No model is both better and faster in decoding than dense and small"
+    assert size.rows[1] == ("pruned", "1197 [1149, 1245]", "269 MB", "no")
+    header, *rows = csv.reader(io.StringIO(size.csv))
+    assert header == ["model", "perplexity", "low", "high", "weights on disk", "on the front"]
+    assert [(row[0], float(row[1]), float(row[4]), row[5]) for row in rows] == [
+        ("dense", 28.05, 269_060_552.0, "true"),
+        ("pruned", 1197.3, 269_060_552.0, "false"),
+        ("small", 31.0, 100_000_000.0, "true"),
+    ]
+
+
+def test_a_trade_of_which_only_one_model_is_known_is_not_drawn() -> None:
+    dense, pruned, _ = three_facts()
+
+    assert [figure.file_name for figure in trade_figures([dense, replace(pruned, decode_tokens_per_second=None)])] == [
+        "size.csv",
+        "prefill.csv",
+    ]
+    assert trade_figures([dense, replace(pruned, perplexity=None)]) == []

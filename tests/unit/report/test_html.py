@@ -146,6 +146,21 @@ def test_every_chart_is_named_and_has_a_table() -> None:
     assert len(charts) == sum(tag == "details" for tag, _ in tags)
 
 
+def test_a_comparison_has_its_trades_in_place_of_a_recovery() -> None:
+    text = html_report(replace(full_report(), is_comparison=True, lineage=(), curves=(), recipe_yaml="", commands=()))
+
+    assert Page(text).open == []
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", text) == [
+        "Side by side",
+        "What quality costs",
+        "Layers",
+        "Generations",
+        "Environment",
+        "Warnings",
+    ]
+    assert "on the front" in Page(text).texts
+
+
 MEASURED = Table(
     tuple(
         Row(model=model, metric=metric, value=value, low=0.9 * value, high=1.1 * value, count=100)
