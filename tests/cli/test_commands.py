@@ -157,6 +157,26 @@ def test_compare(tiny: Path, half: Path, tmp_path: Path):
     assert "14 of" in overhaul("compare", tiny, half, *words).out
 
 
+def test_compare_takes_folders_and_says_what_nothing_beats(tiny: Path, half: Path, tmp_path: Path):
+    words = ("compare", half.parent, "--windows", "2", "--seq-len", "32")
+    found = json_of(*words, "--html", tmp_path / "page.html", "--json")
+
+    assert [row["path"] for row in found["rows"]] == [str(tiny), str(half)]
+    assert all(row["decode_tokens_per_second"] > 0 for row in found["rows"])
+    assert [type(row["pareto"]) for row in found["rows"]] == [bool, bool]
+    assert any(row["pareto"] for row in found["rows"])
+    assert found["warnings"] == []
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('class="point ') == 3 * 2  # two models in three pictures
+    assert "on the front" in overhaul(*words).out
+
+
+def test_compare_refuses_a_folder_without_models(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+
+    refused(overhaul("compare", tmp_path / "empty"), "no model", "config.json")
+
+
 def test_compare_tells_models_of_one_name_apart(tiny: Path, half: Path, tmp_path: Path):
     for folder, model in (("before", tiny), ("after", half)):
         (tmp_path / folder).mkdir()
