@@ -352,6 +352,17 @@ def test_facts_of_other_weights_are_not_believed(tiny: Path, tmp_path: Path):
     assert first == second
 
 
+def test_the_record_counts_what_was_taken_from_the_corpus(half: Path, tmp_path: Path):
+    """A training counts every pass; a reconstruction trains every part on the windows that it took once."""
+    flags = ("--data", "sample", "--steps", "3", "--seq-len", "32", "--batch-size", "2", *QUICK)
+    assert overhaul("adapt", "perp", half, "-o", tmp_path / "trained", *flags).code == 0
+    rebuilt = (*flags, "--reconstruct", "--samples", "4")
+    assert overhaul("adapt", "perp", half, "-o", tmp_path / "rebuilt", *rebuilt).code == 0
+
+    taken = [artifact.read_record(tmp_path / out)["lineage"][-1]["data"]["tokens"] for out in ("trained", "rebuilt")]
+    assert taken == [3 * 2 * 32, 4 * 32]
+
+
 @pytest.mark.parametrize("train", ["norms", "mask_lora"])
 @pytest.mark.parametrize("fast_bf16", [True, False])
 def test_bf16_models_train_with_and_without_bf16_hardware(
