@@ -9,13 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from overhaul import artifact, evaluate, pretrained
+from overhaul import artifact, evaluate, machine, pretrained
 from overhaul.corpora import CorpusSpec, open_corpus
 from overhaul.data import Data
 from overhaul.stream import Take
 
 CORPUS = "boolq-passages"
 HELDOUT_WINDOWS = 16
+
+
+def compute_dtype() -> str:
+    """The type of matrix products that is fast on this machine, for both sides: `bfloat16` or `float32`."""
+    return str(machine.compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+
+
+def in_words(dtype: str) -> str:
+    """How a peer's name says in what type it multiplies."""
+    return "bf16 autocast" if dtype == "bfloat16" else "fp32"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bench.inputs import CORPUS, HELDOUT_WINDOWS, Inputs
+from bench.inputs import CORPUS, HELDOUT_WINDOWS, Inputs, compute_dtype, in_words
 from bench.results import Row, Target
 from bench.turns import Side, in_turn
 from overhaul.adapt.perp import Perp
@@ -40,7 +40,7 @@ def _rows(slug: str, train: list[str], inputs: Inputs) -> list[Row]:
         "rank": RANK,
         "alpha": ALPHA,
         "seed": 0,
-        "base_dtype": "bfloat16",
+        "compute_dtype": compute_dtype(),
     }
     files = {"model": str(inputs.model), "windows": str(inputs.train_windows(STEPS * BATCH_SIZE, SEQ_LEN))}
     turns = STEPS // STEPS_A_TURN
@@ -62,7 +62,7 @@ def _rows(slug: str, train: list[str], inputs: Inputs) -> list[Row]:
     }
     common: dict[str, Any] = {
         "kind": "bench",
-        "peer_name": "plain script, transformers + torch, bfloat16",
+        "peer_name": f"plain script, transformers + torch, {in_words(given['compute_dtype'])}",
         "settings": settings,
     }
     name = f"PERP {' + '.join(train)}, {BATCH_SIZE} x {SEQ_LEN} tokens a step"

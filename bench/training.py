@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.inputs import CORPUS, Inputs
+from bench.inputs import CORPUS, Inputs, compute_dtype, in_words
 from bench.results import Row, Target
 from bench.turns import Side, Turn, in_turn
 
@@ -18,9 +18,10 @@ IMPORTED, LOAD, WARMED = 0, 1, 4
 def full(inputs: Inputs, _peers: Path) -> list[Row]:
     """Rows of `adapt full`."""
     given = _given(inputs, lr=5e-5)
+    compute = given["compute_dtype"]
     return _rows(
         "full",
-        "Trainer of transformers 5.23, bf16 autocast",
+        f"Trainer of transformers 5.23, {in_words(compute)}",
         "all parameters",
         given,
         (1.2, 0.8),
@@ -30,13 +31,15 @@ def full(inputs: Inputs, _peers: Path) -> list[Row]:
 
 
 def lora(inputs: Inputs, _peers: Path) -> list[Row]:
-    """Rows of `adapt lora`, against a base in bf16, as transformers loads it by itself, and in fp32."""
+    """Rows of `adapt lora`, against a base in the type that is fast here; where that is bf16, also in fp32."""
     given = _given(inputs, lr=2e-4)
+    compute = given["compute_dtype"]
+    bases = {"lora": compute, **({"lora-fp32-base": "float32"} if compute != "float32" else {})}
     rows = []
-    for slug, base_dtype in (("lora", "bfloat16"), ("lora-fp32-base", "float32")):
+    for slug, base_dtype in bases.items():
         rows += _rows(
             slug,
-            f"peft 0.21, plain loop, bf16 autocast, {base_dtype} base",
+            f"peft 0.21, plain loop, {in_words(compute)}, {base_dtype} base",
             "LoRA rank 16, all linear layers",
             given | {"base_dtype": base_dtype},
             (1.7, None),
@@ -49,7 +52,7 @@ def lora(inputs: Inputs, _peers: Path) -> list[Row]:
 def _given(inputs: Inputs, lr: float) -> dict[str, Any]:
     windows = inputs.train_windows(STEPS * BATCH_SIZE, SEQ_LEN)
     sizes = {"steps": STEPS, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "lr": lr}
-    return {"model": str(inputs.model), "windows": str(windows), **sizes}
+    return {"model": str(inputs.model), "windows": str(windows), "compute_dtype": compute_dtype(), **sizes}
 
 
 def _rows(

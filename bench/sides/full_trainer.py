@@ -1,4 +1,4 @@
-"""Full fine-tuning with transformers' Trainer and bf16 autocast, one optimizer step a turn."""
+"""Full fine-tuning with transformers' Trainer, bf16 autocast where bf16 is fast, one optimizer step a turn."""
 
 import os
 
@@ -44,7 +44,7 @@ arguments = TrainingArguments(
     per_device_train_batch_size=given["batch_size"],
     max_steps=given["steps"],
     learning_rate=given["lr"],
-    bf16=True,
+    bf16=given["compute_dtype"] == "bfloat16",
     use_cpu=True,
     warmup_steps=given["steps"] // 10,
     logging_strategy="no",

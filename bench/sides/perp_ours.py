@@ -31,9 +31,10 @@ class Turns(Watcher):
 
 
 given = turn.settings()
+dtype = getattr(torch, given["compute_dtype"])
 turn.wait()
 machine.seed_everything(given["seed"])
-made = artifact.load(given["model"])
+made = artifact.load(given["model"], dtype=machine.weights_dtype(dtype))  # as the command line has it
 with recording(), torch.no_grad():
     Magnitude(sparsity=0.5).apply(made.model, None)
 turn.tell()
@@ -47,7 +48,7 @@ rows = Rows(windows, name="bench", fingerprint="bench")
 data: Any = SimpleNamespace(training=lambda method: Batch(rows, batch_size=method.batch_size))
 plan = method.plan(made.model, data)
 plan = replace(plan, watchers=(*plan.watchers, Turns()))
-train(plan, method, dtype=torch.bfloat16, quiet=True)
+train(plan, method, dtype=dtype, quiet=True)
 with torch.no_grad():
     plan.finish(plan.model)
 Path(given["out"]).mkdir()

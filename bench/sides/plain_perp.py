@@ -1,7 +1,7 @@
 """PERP the way one would write it oneself with transformers and torch: the peer of `overhaul adapt perp`.
 
 Half of each linear layer's weights are zeroed by magnitude, then norms, and with `mask_lora` low-rank increments
-under the mask, are trained by AdamW under bf16 autocast. A few optimizer steps a turn.
+under the mask, are trained by AdamW, under bf16 autocast where bf16 is fast. A few optimizer steps a turn.
 """
 
 import numpy as np
@@ -30,7 +30,7 @@ class MaskLoRA(nn.Module):
 given = turn.settings()
 turn.wait()
 torch.manual_seed(given["seed"])
-model = AutoModelForCausalLM.from_pretrained(given["model"], dtype=getattr(torch, given["base_dtype"]))
+model = AutoModelForCausalLM.from_pretrained(given["model"], dtype=getattr(torch, given["compute_dtype"]))
 model.requires_grad_(False)
 for name, layer in list(model.model.layers.named_modules()):
     if isinstance(layer, nn.Linear):
@@ -57,7 +57,7 @@ schedule = torch.optim.lr_scheduler.LambdaLR(
 windows_NT = torch.from_numpy(np.load(given["windows"]))
 turn.wait()
 for step, ids_BT in enumerate(windows_NT.split(given["batch_size"])[:steps], 1):
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=given["compute_dtype"] == "bfloat16"):
         loss = model(input_ids=ids_BT, labels=ids_BT).loss
     loss.backward()
     nn.utils.clip_grad_norm_(trained, 1.0)

@@ -28,6 +28,7 @@ class Turns(Watcher):
 
 
 given = turn.settings()
+dtype = getattr(torch, given["compute_dtype"])
 settings: dict[str, Any] = {key: given[key] for key in ("steps", "batch_size", "seq_len", "lr")} | {"save_every": 0}
 method = Full(**settings) if given["method"] == "full" else LoRA(**settings, rank=16, alpha=32)
 
@@ -36,7 +37,7 @@ turn.wait()
 turn.tell()  # everything is imported, nothing loaded
 
 turn.wait()
-made = artifact.load(given["model"])
+made = artifact.load(given["model"], dtype=machine.weights_dtype(dtype))  # as the command line has it
 turn.tell()
 
 machine.seed_everything(0)
@@ -45,4 +46,4 @@ rows = Repeat(Rows(windows, name="bench", fingerprint="bench"))
 data: Any = SimpleNamespace(training=lambda method: Batch(rows, batch_size=method.batch_size))
 plan = method.plan(made.model, data)
 plan = replace(plan, watchers=(*plan.watchers, Turns()))
-train(plan, method, dtype=torch.bfloat16, quiet=True)
+train(plan, method, dtype=dtype, quiet=True)

@@ -11,7 +11,7 @@ import tyro
 
 from overhaul import catalog
 from overhaul.errors import UserError
-from overhaul.terminal import checked, parse, print_json, quiet_libraries, show_outcome, typed
+from overhaul.terminal import check_page, checked, parse, print_json, quiet_libraries, show_outcome, typed
 
 Flag = tyro.conf.FlagCreatePairsOff
 
@@ -86,7 +86,7 @@ def compare_command(arguments: list[str]) -> None:
         model: Annotated[
             tuple[str, ...],
             tyro.conf.Positional,
-            tyro.conf.arg(help="Models; the first is the reference.", metavar="DIR"),
+            tyro.conf.arg(help="Models, or folders of models; the first is the reference.", metavar="DIR"),
         ]
         evaluate: Annotated[str, tyro.conf.arg(name="data", help="Corpus whose held-out part is scored.")] = "sample"
         evaluate_windows: Annotated[int, tyro.conf.arg(name="windows", help="Held-out windows scored.")] = 16
@@ -95,37 +95,31 @@ def compare_command(arguments: list[str]) -> None:
         json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
 
     given = parse(Compare, arguments, prog="overhaul compare", description="Compare models on one held-out text.")
-    if len(given.model) < 2:
-        raise UserError(
-            f"compare needs at least two models; got {len(given.model)}",
-            hint="overhaul compare smollm2-135m DIR",
-        )
+    check_page(given.html)
     quiet_libraries()
-    from overhaul.inspect import compare
+    from overhaul.compare import compare, models_of
     from overhaul.options import Options
     from overhaul.report.html import html_report
     from overhaul.report.tables import json_rows, print_before_after
 
-    if given.html and not given.html.absolute().parent.is_dir():
-        raise UserError(
-            f"--html {given.html}: there is no directory {given.html.parent}", hint=f"--html {given.html.name}"
-        )
-    if given.html and given.html.exists():
-        raise UserError(f"--html {given.html} exists", hint="another file; nothing is ever overwritten")
     options = checked(Options, given, where="compare")
-    report, changes = compare(given.model, options)
+    found = compare(models_of(given.model), options)
+    facts, warnings = found.report.facts, found.report.warnings
     if given.html:
-        given.html.write_text(html_report(report))
+        given.html.write_text(html_report(found.report))
     if given.json:
-        print_json({"rows": json_rows(report.facts), "changes": changes})
+        print_json({"rows": json_rows(facts), "changes": found.changes, "warnings": warnings})
         return
     from rich.console import Console
 
-    print_before_after(report.facts, Console(highlight=False))
-    for change in changes:
+    print_before_after(facts, Console(highlight=False), is_comparison=True)
+    for warning in warnings:
+        print(f"\nnote: {warning}")
+    for change in found.changes:
         most = f"; most in {', '.join(change['most_changed'])}" if change["most_changed"] else ""
+        others = f", {change['other_tensors']} have no counterpart" if change["other_tensors"] else ""
         print(f"\n{change['model']}: {change['changed_tensors']} of {change['tensors']} tensors differ from "
-              f"{given.model[0]}{most}")  # fmt: skip
+              f"{facts[0].path}{others}{most}")  # fmt: skip
 
 
 def generate_command(arguments: list[str]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -68,7 +70,10 @@ def next_token_nll(model: nn.Module, input_ids_BT: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """exp(mean negative log-likelihood) over windows, with how fast the windows were scored."""
+    """exp(mean negative log-likelihood) over windows, with how fast the windows were scored.
+
+    The speed is that of the median batch: the first one warms up, and now and then another process gets in between.
+    """
 
     estimate: Estimate
     tokens_per_second: float
@@ -88,16 +93,17 @@ def perplexity(
     """
     model.eval()
     device = next(model.parameters()).device
-    sums, began = [], time.perf_counter()
+    sums, speeds = [], []
     with machine.autocast(device, dtype):
         for ids_BT in windows_NT.split(batch_size):
+            began = perf_counter()
             sums.append(next_token_nll(model, ids_BT).double().sum(1))
-    seconds = time.perf_counter() - began
+            speeds.append(ids_BT.numel() / (perf_counter() - began))
     nll_N = torch.cat(sums).numpy() / (windows_NT.shape[1] - 1)
     low, high = bootstrap_interval(nll_N, seed=seed)
     count = windows_NT.shape[0] * (windows_NT.shape[1] - 1)
     estimate = Estimate(*(float(np.exp(x)) for x in (nll_N.mean(), low, high)), count=count)
-    return Perplexity(estimate, windows_NT.numel() / seconds)
+    return Perplexity(estimate, statistics.median(speeds))
 
 
 def bootstrap_interval(
@@ -209,7 +215,33 @@ def _option_tokens(model: nn.Module, tokenizer: Any, questions: Sequence[Questio
     ]
 
 
-@torch.no_grad()
+class _Clock:
+    """A streamer of transformers that notes when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _token: Tensor) -> None:
+        """Called with the prompt, then with every token."""
+        self.times.append(perf_counter())
+
+    def end(self) -> None:
+        """Called after the last token."""
+
+    @property
+    def seconds_per_token(self) -> list[float]:
+        """Of every token but the first, which waits for the prompt to be read."""
+        return [after - before for before, after in itertools.pairwise(self.times[1:])]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What a model went on with, and the seconds that each token after the first took."""
+
+    text: str
+    seconds_per_token: tuple[float, ...]
+
+
 def generate(
     model: nn.Module,
     tokenizer: Any,
@@ -220,6 +252,20 @@ def generate(
     seed: int | None = None,
 ) -> str:
     """The continuation of `prompt`: greedy, or sampled when a seed is given; `chat` applies the chat template."""
+    return timed_generation(model, tokenizer, prompt, tokens=tokens, chat=chat, seed=seed).text
+
+
+@torch.no_grad()
+def timed_generation(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    chat: bool = False,
+    seed: int | None = None,
+) -> Generation:
+    """As `generate`, with the time of every decoding step: one text at a time, its keys and values cached."""
     device = next(model.parameters()).device
     if chat:
         text = tokenizer.apply_chat_template(
@@ -231,11 +277,14 @@ def generate(
     if seed is not None:
         torch.manual_seed(seed)
     inner: Any = model
+    clock = _Clock()
     output = inner.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=tokens,
         do_sample=seed is not None,
+        streamer=clock,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return Generation(text, tuple(clock.seconds_per_token))

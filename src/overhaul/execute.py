@@ -144,7 +144,7 @@ def _change(
             assert isinstance(method, Training)
             assert data is not None
             model, history = _train(method, parent, others, data, dtype, out, options, judge)
-            tokens = history.tokens
+            tokens = notes.num_tokens or history.tokens
     lineage = LineageStep(
         verb=step.entry.verb,
         method=step.entry.name,

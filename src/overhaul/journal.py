@@ -121,6 +121,6 @@ def note_tensors(file: str, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
 
 def note_tokens(count: int) -> None:
-    """Adds tokens that a method of several steps has read; does nothing when nobody is recording."""
+    """Adds tokens that a method of several steps has taken from its corpus; does nothing when nobody is recording."""
     if (notes := _notes.get()) is not None:
         notes.tokens.append(count)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,12 +23,14 @@ from overhaul.layers import Packed
 from overhaul.layers.masked import MaskedLinear
 from overhaul.options import DEFAULT_CORPUS, Options
 from overhaul.progress import say
-from overhaul.report.facts import Facts, LayerFacts
+from overhaul.report.facts import BITS_PER_BYTE, Facts, LayerFacts
 from overhaul.select import block_weights
 from overhaul.table import Row
 
 PROMPTS = ("The capital of France is", "It was a bright morning, and the old man")
 PROMPT_TOKENS = 32
+TIMED_WINDOWS = 6
+"""Held-out windows for a speed alone: three batches, so that the median is not the one that warms up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +136,62 @@ class Judge:
             say(f"measuring {label}: {num_windows} windows of {seq_len} tokens of {self.corpus.name}")
             scored = evaluate.perplexity(model, self.windows, dtype=self.dtype)
             estimate = asdict(scored.estimate)
-            with machine.autocast(next(model.parameters()).device, self.dtype):
-                said = tuple((p, evaluate.generate(model, self.processor, p, tokens=PROMPT_TOKENS)) for p in PROMPTS)
+            said = self._said(model)
             quality = {
                 "perplexity": Row(model=path or label, metric="perplexity", **estimate),
                 "corpus": self.corpus.name,
                 "seq_len": self.windows.shape[1],
+                "tokenizer": self.tokenizer,
                 "tokens_per_second": scored.tokens_per_second,
-                "generations": said,
+                "decode_tokens_per_second": _decode_speed(said),
+                "generations": tuple((prompt, one.text) for prompt, one in zip(PROMPTS, said, strict=True)),
             }
         return Facts(label=label, path=path, **counts(model, errors), **quality)
+
+    def timed(self, facts: Facts, model: nn.Module) -> Facts:
+        """The facts with speeds that are measured now: those of a record may be from another machine or hour."""
+        if self.windows is None:
+            return facts
+        scored = evaluate.perplexity(model, self.windows[:TIMED_WINDOWS], dtype=self.dtype)
+        return replace(
+            facts,
+            tokens_per_second=scored.tokens_per_second,
+            decode_tokens_per_second=_decode_speed(self._said(model)),
+        )
+
+    def with_bits_per_byte(self, facts: Facts) -> Facts:
+        """The facts with a further metric that compares across tokenizers; it follows from the perplexity."""
+        if self.windows is None or facts.perplexity is None:
+            return facts
+        texts = self.processor.batch_decode(
+            self.windows[:, 1:].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        num_bytes = sum(len(text.encode()) for text in texts)
+        scale = facts.perplexity.count / num_bytes
+        value, low, high = (
+            scale * math.log2(number)
+            for number in (facts.perplexity.value, facts.perplexity.low, facts.perplexity.high)
+        )
+        row = Row(model=facts.perplexity.model, metric=BITS_PER_BYTE, value=value, low=low, high=high, count=num_bytes)
+        return replace(facts, metrics=(row, *facts.metrics))
+
+    def _said(self, model: nn.Module) -> list[evaluate.Generation]:
+        """What the model says to every prompt."""
+        with machine.autocast(next(model.parameters()).device, self.dtype):
+            return [evaluate.timed_generation(model, self.processor, p, tokens=PROMPT_TOKENS) for p in PROMPTS]
+
+    @property
+    def tokenizer(self) -> str:
+        """Hash of the windows: models with the same are scored on the same tokens."""
+        if self.windows is None:
+            return ""
+        return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()[:12]
+
+
+def _decode_speed(said: Sequence[evaluate.Generation]) -> float | None:
+    """Tokens per second of the median decoding step; None where every text ended with its first token."""
+    steps = [seconds for one in said for seconds in one.seconds_per_token]
+    return 1 / statistics.median(steps) if steps else None
 
 
 def _is_masked(model: nn.Module) -> bool:
@@ -155,7 +206,7 @@ def counts(model: nn.Module, errors: Sequence[LayerNote] = ()) -> dict[str, Any]
     nonzero_all = sum(int(p.count_nonzero()) for p in parameters) + sum(module.num_nonzero() for module in packed)
     known = {layer.name: layer.error for layer in errors}
     layers, nonzero_blocks, total_blocks = [], 0, 0
-    for name, weight_OI in block_weights(model).items():
+    for name, weight_OI in block_weights(model):
         nonzero = int(weight_OI.count_nonzero())
         nonzero_blocks += nonzero
         total_blocks += weight_OI.numel()

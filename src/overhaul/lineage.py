@@ -17,7 +17,11 @@ class Parent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataUsed:
-    """A corpus that a step read: its content hash, and how many of its tokens the step took."""
+    """A corpus that a step read: its content hash, and how many tokens the step took from it.
+
+    Every pass of a training over the text counts. Windows that are taken once and kept, as statistics and layer-wise
+    reconstruction do, count once, however often they are used.
+    """
 
     name: str
     fingerprint: str

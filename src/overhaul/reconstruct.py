@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from overhaul.errors import UserError
-from overhaul.journal import note_part
+from overhaul.journal import note_part, note_tokens
 from overhaul.layers.masked import MaskedLinear
 from overhaul.objective import Batch, Forward, Term
 from overhaul.optim.adamw import adamw
@@ -77,6 +77,7 @@ def reconstruction_plans(model: nn.Module, data: Data, method: Perp) -> Iterator
             hint="prune with overhaul, or keep the parent directory where it was",
         )
     calib = data.calibration(samples=method.samples, seq_len=method.seq_len)
+    note_tokens(calib.tokens() or 0)  # every part is trained on these windows: they are read once
     for block in walk(model, calib, title="reconstruct"):
         dense = copy.deepcopy(block.module)
         _load_dense(dense, data.dense_tensors(f"{block.name}."))

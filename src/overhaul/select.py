@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -21,14 +21,15 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def block_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The effective weight of every linear layer in the blocks, adapters that are not merged included."""
-    return {
-        f"{prefix}.{name}": module.dense() if isinstance(module, LinearLike) else module.weight
-        for prefix, block in decoder_blocks(model).items()
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | LinearLike)
-    }
+def block_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and effective weight of every linear layer in the blocks, with adapters and packed weights as they act.
+
+    One at a time: what is dequantized for it need not be held.
+    """
+    for prefix, block in decoder_blocks(model).items():
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear | LinearLike):
+                yield f"{prefix}.{name}", module.dense() if isinstance(module, LinearLike) else module.weight
 
 
 def select_linears(model: nn.Module, targets: Sequence[str] = ()) -> list[str]:

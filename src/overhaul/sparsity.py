@@ -9,6 +9,7 @@ Importing this module does not import torch: the methods' fields are declared he
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -94,12 +95,20 @@ class Target(Settings):
         Args:
             score_OI: how much each weight matters.
             per: what competes for the places when there is no pattern: the whole layer or each output.
-            already_OI: an earlier mask; what it removed stays removed and counts towards the target.
+            already_OI: an earlier mask; what it removed stays removed and counts towards the target. A row that
+                lost more than its share then is made up for by the others, so that the layer's total is exact; a
+                group of a pattern that lost more keeps fewer than N.
         """
         if already_OI is not None:
             score_OI = score_OI.masked_fill(~already_OI, float("-inf"))
         pattern = self.n_of_m
-        mask_OI = keep_mask(score_OI, self.share, per) if pattern is None else keep_mask_pattern(score_OI, *pattern)
+        if pattern is not None:
+            mask_OI = keep_mask_pattern(score_OI, *pattern)
+        elif per == "row" and already_OI is not None:
+            removed_O = (~already_OI).sum(dim=1)
+            mask_OI = keep_all_but_each(score_OI, row_quotas(removed_O, int(self.share * score_OI.shape[1])))
+        else:
+            mask_OI = keep_mask(score_OI, self.share, per)
         return mask_OI if already_OI is None else mask_OI & already_OI
 
 
@@ -132,6 +141,34 @@ def keep_all_but(score_OI: Tensor, count: int, per: Literal["tensor", "row"] = "
     if (tied.sum(dim=1, keepdim=True) != places_for_ties).any():
         tied &= tied.cumsum(dim=1) <= places_for_ties
     return (removed | tied).logical_not_().view(score_OI.shape)
+
+
+def keep_all_but_each(score_OI: Tensor, count_O: Tensor) -> Tensor:
+    """As `keep_all_but` per row, with a count of its own for each row."""
+    _refuse_nan(score_OI)
+    order_OI = score_OI.argsort(dim=1, stable=True)
+    places_I = count_O.new_tensor(range(score_OI.shape[1]))
+    mask_OI = score_OI.new_ones(score_OI.shape).bool()
+    return mask_OI.scatter_(1, order_OI, places_I >= count_O[:, None])
+
+
+def row_quotas(removed_O: Tensor, count: int) -> Tensor:
+    """How many weights each row is to lose, so that all lose `count` a row together and none gets any back.
+
+    Rows lose alike, but for those that have lost more already: `max(removed, level)`, with the highest level that
+    does not exceed the total. What is left over is lost one by one from the first rows at that level.
+
+    Args:
+        removed_O: how many weights of each row are removed already.
+        count: how many a row is to lose on average.
+    """
+    total = count * len(removed_O)
+    # The sum grows with the level: the last one that fits stands before the first that does not.
+    level = bisect_right(range(count + 1), total, key=lambda level: int(removed_O.clamp(min=level).sum())) - 1
+    quota_O = removed_O.clamp(min=level)
+    at_level_O = removed_O <= level
+    left_over = total - int(quota_O.sum())
+    return quota_O + (at_level_O & (at_level_O.cumsum(dim=0) <= left_over))
 
 
 def keep_mask_pattern(score_OI: Tensor, kept: int, group: int) -> Tensor:

@@ -126,6 +126,20 @@ def test_measure_perplexity_prints_one_object(tiny: Path, half: Path):
     assert overhaul("measure", "perplexity", tiny, *words).out.startswith(f"{tiny}  perplexity ")
 
 
+def test_measure_writes_a_page_and_overwrites_none(tiny: Path, half: Path, tmp_path: Path):
+    words = ("measure", "perplexity", tiny, half, "--data", "sample", "--seq-len", "32", "--windows", "2")
+    done = overhaul(*words, "--html", tmp_path / "page.html")
+
+    assert done.code == 0, done.err
+    page = (tmp_path / "page.html").read_text()
+    assert page.startswith("<!doctype html")
+    assert "Perplexity runs from" in page
+    assert str(half) in page
+    refused(overhaul(*words, "--html", tmp_path / "page.html"), "exists")
+    refused(overhaul(*words, "--html", tmp_path / "nowhere" / "page.html"), "no directory")
+    assert (tmp_path / "page.html").read_text() == page
+
+
 def test_measure_without_a_model():
     assert overhaul("measure", "perplexity").code == 2
 
@@ -141,6 +155,26 @@ def test_compare(tiny: Path, half: Path, tmp_path: Path):
     assert page.lstrip().lower().startswith("<!doctype html")
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "14 of" in overhaul("compare", tiny, half, *words).out
+
+
+def test_compare_takes_folders_and_says_what_nothing_beats(tiny: Path, half: Path, tmp_path: Path):
+    words = ("compare", half.parent, "--windows", "2", "--seq-len", "32")
+    found = json_of(*words, "--html", tmp_path / "page.html", "--json")
+
+    assert [row["path"] for row in found["rows"]] == [str(tiny), str(half)]
+    assert all(row["decode_tokens_per_second"] > 0 for row in found["rows"])
+    assert [type(row["pareto"]) for row in found["rows"]] == [bool, bool]
+    assert any(row["pareto"] for row in found["rows"])
+    assert found["warnings"] == []
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('class="point ') == 3 * 2  # two models in three pictures
+    assert "on the front" in overhaul(*words).out
+
+
+def test_compare_refuses_a_folder_without_models(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+
+    refused(overhaul("compare", tmp_path / "empty"), "no model", "config.json")
 
 
 def test_compare_tells_models_of_one_name_apart(tiny: Path, half: Path, tmp_path: Path):
@@ -316,6 +350,17 @@ def test_facts_of_other_weights_are_not_believed(tiny: Path, tmp_path: Path):
 
     first, second = (row["perplexity"]["value"] for row in found["rows"])
     assert first == second
+
+
+def test_the_record_counts_what_was_taken_from_the_corpus(half: Path, tmp_path: Path):
+    """A training counts every pass; a reconstruction trains every part on the windows that it took once."""
+    flags = ("--data", "sample", "--steps", "3", "--seq-len", "32", "--batch-size", "2", *QUICK)
+    assert overhaul("adapt", "perp", half, "-o", tmp_path / "trained", *flags).code == 0
+    rebuilt = (*flags, "--reconstruct", "--samples", "4")
+    assert overhaul("adapt", "perp", half, "-o", tmp_path / "rebuilt", *rebuilt).code == 0
+
+    taken = [artifact.read_record(tmp_path / out)["lineage"][-1]["data"]["tokens"] for out in ("trained", "rebuilt")]
+    assert taken == [3 * 2 * 32, 4 * 32]
 
 
 @pytest.mark.parametrize("train", ["norms", "mask_lora"])

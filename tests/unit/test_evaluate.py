@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,33 @@ def test_generation_is_that_of_single_steps(model: Any, tokenizer: Any):
     said = evaluate.generate(model, tokenizer, "The sea", tokens=5)
 
     assert said == tokenizer.decode(ids[prompt:], skip_special_tokens=True)
+
+
+def test_every_token_but_the_first_is_timed(model: Any, tokenizer: Any):
+    said = evaluate.timed_generation(model, tokenizer, "The sea", tokens=5)
+
+    assert said.text == evaluate.generate(model, tokenizer, "The sea", tokens=5)
+    assert len(said.seconds_per_token) == 4
+    assert min(said.seconds_per_token) > 0
+
+
+def test_reading_the_prompt_is_no_part_of_the_decoding_speed(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """The clock stands still but for a prompt that takes a minute and tokens that take a second each."""
+    now = itertools.chain([0.0, 60.0], itertools.count(61.0))
+    monkeypatch.setattr("overhaul.evaluate.perf_counter", lambda: next(now))
+
+    said = evaluate.timed_generation(model, tokenizer, "The sea", tokens=5)
+
+    assert said.seconds_per_token == (1.0, 1.0, 1.0, 1.0)
+
+
+def test_a_slow_batch_does_not_set_the_speed(model: Any, windows_NT: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
+    batches = [(0.0, 100.0), (100.0, 101.0), (101.0, 102.0)]
+    now = itertools.chain.from_iterable(batches)
+    monkeypatch.setattr("overhaul.evaluate.perf_counter", lambda: next(now))
+
+    scored = evaluate.perplexity(model, windows_NT[:6], batch_size=2)
+
+    assert scored.tokens_per_second == 2 * 32

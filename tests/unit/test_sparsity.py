@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from overhaul.sparsity import Pattern, Target, keep_mask, keep_mask_pattern
+from overhaul.sparsity import Pattern, Target, keep_all_but_each, keep_mask, keep_mask_pattern, row_quotas
 
 
 def mask_by_argsort(score_N: torch.Tensor, count: int) -> torch.Tensor:
@@ -71,6 +71,62 @@ def test_an_earlier_mask_is_extended_and_counts() -> None:
     mask_OI = Target(sparsity=0.5).keep(score_OI, "tensor", already_OI)
 
     assert mask_OI.tolist() == [[False, True, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("removed", "count", "quotas"),
+    [
+        ([0, 0, 0], 2, [2, 2, 2]),
+        ([4, 0, 0], 2, [4, 1, 1]),
+        ([3, 0, 0], 2, [3, 2, 1]),
+        ([2, 2, 2], 2, [2, 2, 2]),
+        ([5, 1, 0], 2, [5, 1, 0]),
+        ([5, 4, 0], 2, [5, 4, 0]),  # more than all together is nobody's to give back
+    ],
+)
+def test_rows_make_up_for_those_that_lost_more(removed: list[int], count: int, quotas: list[int]) -> None:
+    assert row_quotas(torch.tensor(removed), count).tolist() == quotas
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 8),
+    share=st.floats(0.05, 0.95),
+    part=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_a_share_of_each_row_after_an_earlier_mask_is_exact_in_total(
+    rows: int, columns: int, share: float, part: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    count = int(share * columns)
+    removed = torch.randperm(rows * columns, generator=generator)[: int(part * count * rows)]
+    already_OI = torch.ones(rows * columns).bool().index_fill(0, removed, False).view(rows, columns)
+    score_OI = torch.rand(rows, columns, generator=generator)
+
+    mask_OI = Target(sparsity=share).keep(score_OI, "row", already_OI)
+
+    assert int((~mask_OI).sum()) == count * rows
+    assert not (mask_OI & ~already_OI).any()
+    lost_O, before_O = (~mask_OI).sum(1), (~already_OI).sum(1)
+    more_O = lost_O[lost_O > before_O]
+    assert len(more_O) == 0 or int(more_O.max() - more_O.min()) <= 1
+
+
+def test_a_count_for_each_row_is_the_same_as_one_for_all_where_they_are_equal() -> None:
+    score_OI = torch.randint(3, (5, 7), generator=torch.Generator().manual_seed(0)).float()
+
+    assert torch.equal(keep_all_but_each(score_OI, torch.full((5,), 3)), keep_mask(score_OI, 3 / 7, "row"))
+
+
+def test_a_group_of_a_pattern_that_lost_more_stays_as_it_is() -> None:
+    already_OI = torch.tensor([[False, False, False, True, True, True, True, True]])
+    score_OI = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]])
+
+    mask_OI = Target(pattern="2:4").keep(score_OI, "row", already_OI)
+
+    assert mask_OI.tolist() == [[False, False, False, True, True, True, False, False]]
 
 
 def test_the_target_says_its_share() -> None:

@@ -85,11 +85,13 @@ def sparsegpt_prune(
     mask_IO = torch.ones_like(weight_IO, dtype=torch.bool)
     if already_OI is not None:
         mask_IO.copy_(already_OI.T)
-    num_removed = 0
+    num_removed, total = 0, int(target.share * weight_OI.numel())
     for start in range(0, num_inputs, block_size):
         block, rest = slice(start, start + block_size), slice(start + block_size, num_inputs)
-        # Counted from the first column on, so that the roundings of the blocks do not add up.
-        quota = int(target.share * (min(block.stop, num_inputs) * num_outputs)) - num_removed
+        # Counted from the first column on, so that the roundings of the blocks do not add up; what an earlier mask
+        # removes further on is left to it, so that the total is exact wherever that lies.
+        later = 0 if already_OI is None else int((~mask_IO[rest]).sum())
+        quota = min(int(target.share * (min(block.stop, num_inputs) * num_outputs)), total - later) - num_removed
         error_KO = _prune_columns(weight_IO[block], mask_IO[block], upper_II[block, block], target, quota)
         num_removed += error_KO.numel() - int(mask_IO[block].sum())
         weight_IO[rest].addmm_(upper_II[block, rest].T, error_KO, alpha=-1)

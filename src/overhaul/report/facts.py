@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 
 from overhaul.journal import TableNote
 from overhaul.lineage import LineageStep
-from overhaul.table import Row
+from overhaul.table import Curve, Row
+
+BITS_PER_BYTE = "bits per byte"
+"""The metric that compares models of different tokenizers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +44,9 @@ class Facts:
         dtype: dtype on disk.
         perplexity: on `corpus`, in windows of `seq_len` tokens.
         metrics: other measurements, one per metric name.
-        tokens_per_second: forward speed over windows of 512 tokens.
+        tokenizer: hash of the tokens that the held-out text became: perplexities compare where it is the same.
+        tokens_per_second: speed of a forward pass over the held-out windows (prefill).
+        decode_tokens_per_second: speed of greedy generation, one text at a time, the prompt already read.
         peak_rss_bytes, seconds: cost of the verb that made the directory.
         trainable_parameters, trainable_share: what that verb trained, if it trained.
         layers: per-layer numbers.
@@ -58,8 +63,10 @@ class Facts:
     perplexity: Row | None = None
     corpus: str = ""
     seq_len: int | None = None
+    tokenizer: str = ""
     metrics: tuple[Row, ...] = ()
     tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
     peak_rss_bytes: int | None = None
     seconds: float | None = None
     trainable_parameters: int | None = None
@@ -69,22 +76,15 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
-    """A line; curves with the same `y_label` are drawn into one chart."""
-
-    name: str
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    x_label: str
-    y_label: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """All there is to say about a run; the first of `facts` is what the others are compared with."""
+    """All there is to say about a run; the first of `facts` is what the others are compared with.
+
+    In a comparison the models stand side by side; otherwise each was made from the one before it.
+    """
 
     title: str
     facts: tuple[Facts, ...]
+    is_comparison: bool = False
     lineage: tuple[LineageStep, ...] = ()
     curves: tuple[Curve, ...] = ()
     tables: tuple[TableNote, ...] = ()
@@ -92,6 +92,16 @@ class Report:
     commands: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+
+def same_tokens(one: Facts, other: Facts) -> bool:
+    """Whether their perplexities compare: they were taken over the same tokens, as far as the records say."""
+    return not (one.tokenizer and other.tokenizer) or one.tokenizer == other.tokenizer
+
+
+def quality(facts: Facts) -> Row | None:
+    """What a model is judged by: bits per byte where it had to be taken, else perplexity; less is better in both."""
+    return next((row for row in facts.metrics if row.metric == BITS_PER_BYTE), facts.perplexity)
 
 
 HISTORY_LABELS = {
@@ -140,7 +150,7 @@ def recovery(facts: Sequence[Facts]) -> Recovery | None:
     measured = [
         (one, math.log(one.perplexity.value)) for one in facts if one.perplexity and math.isfinite(one.perplexity.value)
     ]
-    if len(measured) < 3 or measured[0][0] is not facts[0]:
+    if len(measured) < 3 or measured[0][0] is not facts[0] or not all(same_tokens(facts[0], one) for one in facts):
         return None
     reference, best = measured[0]
     worst, lost = max(measured, key=lambda pair: pair[1])

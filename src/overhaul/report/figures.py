@@ -13,8 +13,8 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from overhaul.report.facts import Curve, LayerFacts
 from overhaul.report.numbers import as_percent
+from overhaul.table import Curve
 
 MOST_POINTS = 500
 """A line with more points is drawn through the extremes of groups of points; the CSV has them all."""
@@ -72,11 +72,11 @@ def line_chart(curves: Sequence[Curve], *, title: str) -> Markup:
     marks = []
     for y in ticks(y_low, y_high):
         marks.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
-        marks.append(_text(left - 7, at_y(y) + 4, f"{y:.6g}", anchor="end"))
+        marks.append(text_mark(left - 7, at_y(y) + 4, f"{y:.6g}", anchor="end"))
     for x in ticks(x_low, x_high):
-        marks.append(_text(at_x(x), height - bottom + 16, f"{x:.6g}", anchor="middle"))
-    marks.append(_text((left + width - right) / 2, height - 4, curves[0].x_label, anchor="middle"))
-    marks.append(_text(0, 12, curves[0].y_label))
+        marks.append(text_mark(at_x(x), height - bottom + 16, f"{x:.6g}", anchor="middle"))
+    marks.append(text_mark((left + width - right) / 2, height - 4, curves[0].x_label, anchor="middle"))
+    marks.append(text_mark(0, 12, curves[0].y_label))
     for index, line in enumerate(lines):
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line)
         dash = f' stroke-dasharray="{DASHES[index % 6]}"' if index % 6 else ""
@@ -86,7 +86,7 @@ def line_chart(curves: Sequence[Curve], *, title: str) -> Markup:
             marks.append(f'<circle class="dot s{index % 6}" cx="{cx:.1f}" cy="{cy:.1f}" r="3"/>')
     if len(curves) > 1:
         marks += _legend([curve.name for curve in curves], right_edge=width - right)
-    return _svg(width, height, marks, title=title)
+    return svg_of(width, height, marks, title=title)
 
 
 def _legend(names: Sequence[str], *, right_edge: float) -> list[str]:
@@ -95,7 +95,7 @@ def _legend(names: Sequence[str], *, right_edge: float) -> list[str]:
     for index, name in enumerate(names):
         dash = f' stroke-dasharray="{DASHES[index % 6]}"' if index % 6 else ""
         marks.append(f'<line class="line s{index % 6}"{dash} x1="{x:.1f}" x2="{x + 18:.1f}" y1="8" y2="8"/>')
-        marks.append(_text(x + 23, 12, name))
+        marks.append(text_mark(x + 23, 12, name))
         x += 34 + 6.3 * len(name)
     return marks
 
@@ -108,7 +108,7 @@ def bar_chart(bars: Sequence[tuple[str, float]], *, title: str, full: str) -> Ma
         title: for screen readers.
         full: what a share of 1 means.
     """
-    labels = [_shortened(label, 24) for label, _ in bars]
+    labels = [shortened(label, 24) for label, _ in bars]
     width, right, row, top = 600, 50, 30, 22
     left = 16 + 7 * max(map(len, labels))
     height = top + row * len(bars) + 4
@@ -117,16 +117,16 @@ def bar_chart(bars: Sequence[tuple[str, float]], *, title: str, full: str) -> Ma
     def at(share: float) -> float:
         return left + (width - left - right) * share / longest
 
-    marks = [_text(at(1), 12, full, anchor="end" if longest < 1.15 else "middle")]
+    marks = [text_mark(at(1), 12, full, anchor="end" if longest < 1.15 else "middle")]
     for index, (label, (_, share)) in enumerate(zip(labels, bars, strict=True)):
         y = top + row * index
         shown = max(share, 0.0)
-        marks.append(_text(0, y + 17, label, strong=True))
+        marks.append(text_mark(0, y + 17, label, strong=True))
         marks.append(f'<rect class="track" x="{left}" y="{y + 4}" width="{at(1) - left:.1f}" height="18"/>')
         marks.append(f'<rect class="bar" x="{left}" y="{y + 4}" width="{at(shown) - left:.1f}" height="18"/>')
-        marks.append(_text(max(at(shown), at(1)) + 8, y + 17, as_percent(share, digits=2), strong=True))
+        marks.append(text_mark(max(at(shown), at(1)) + 8, y + 17, as_percent(share, digits=2), strong=True))
     marks.append(f'<line class="axis" x1="{at(1):.1f}" x2="{at(1):.1f}" y1="{top}" y2="{height - 4}"/>')
-    return _svg(width, height, marks, title=title)
+    return svg_of(width, height, marks, title=title)
 
 
 def placed(name: str) -> tuple[str, str]:
@@ -136,8 +136,7 @@ def placed(name: str) -> tuple[str, str]:
 
 
 def heat_map(
-    layers: Sequence[LayerFacts],
-    value: Callable[[LayerFacts], float | None],
+    values: Sequence[tuple[str, float | None]],
     text: Callable[[float | None], str],
     *,
     highest: float,
@@ -146,24 +145,22 @@ def heat_map(
     """Blocks from left to right, projections from top to bottom; the darker, the higher.
 
     Args:
-        layers: of one model, in its order.
-        value: what is drawn, from 0 to `highest`; None is drawn as an empty cell.
+        values: (layer, number from 0 to `highest`) in the model's order; None is drawn as an empty cell.
         text: how a value is written, in the tooltips and the scale.
         highest: the value at full strength.
         title: for screen readers.
     """
-    cells = [(*placed(layer.name), layer) for layer in layers]
-    blocks = list(dict.fromkeys(block for block, _, _ in cells))
-    rows = list(dict.fromkeys(row for _, row, _ in cells))
+    cells = [(*placed(name), name, number) for name, number in values]
+    blocks = list(dict.fromkeys(block for block, _, _, _ in cells))
+    rows = list(dict.fromkeys(row for _, row, _, _ in cells))
     left, top, side = 8 + 6.4 * max(map(len, rows)), 4, 18
     step = min(40.0, max(10.0, 560 / len(blocks)))
     right, bottom = left + step * len(blocks), top + side * len(rows)
-    marks = [_text(left - 8, top + side * index + 13, row, anchor="end") for index, row in enumerate(rows)]
-    for block, row, layer in cells:
-        number = value(layer)
+    marks = [text_mark(left - 8, top + side * index + 13, row, anchor="end") for index, row in enumerate(rows)]
+    for block, row, name, number in cells:
         x, y = left + step * blocks.index(block), top + side * rows.index(row)
         strength = 0.0 if number is None or not highest else min(max(number / highest, 0.0), 1.0)
-        tip = f"<title>{escape(layer.name)}: {escape(text(number))}</title>"
+        tip = f"<title>{escape(name)}: {escape(text(number))}</title>"
         kind = "cell none" if number is None else "cell"
         marks.append(
             f'<rect class="{kind}" x="{x:.1f}" y="{y}" width="{step - 1.5:.1f}" height="{side - 1.5}" '
@@ -171,10 +168,10 @@ def heat_map(
         )
     every = max(1, math.ceil(len(blocks) / 10))
     for index in range(0, len(blocks), every):
-        marks.append(_text(left + step * (index + 0.5), bottom + 14, blocks[index], anchor="middle"))
-    marks.append(_text(left - 8, bottom + 14, "block", anchor="end"))
+        marks.append(text_mark(left + step * (index + 0.5), bottom + 14, blocks[index], anchor="middle"))
+    marks.append(text_mark(left - 8, bottom + 14, "block", anchor="end"))
     marks += _scale(left, bottom + 30, text(0.0), text(highest))
-    return _svg(max(right, left + 200) + 4, bottom + 46, marks, title=title)
+    return svg_of(max(right, left + 200) + 4, bottom + 46, marks, title=title)
 
 
 def _scale(left: float, y: float, lowest: str, highest: str) -> list[str]:
@@ -184,7 +181,7 @@ def _scale(left: float, y: float, lowest: str, highest: str) -> list[str]:
         f'fill-opacity="{index / 8:.3f}"/>'
         for index in range(9)
     ]
-    return [_text(left, y + 9, lowest), *steps, _text(start + 14 * 9 + 6, y + 9, highest)]
+    return [text_mark(left, y + 9, lowest), *steps, text_mark(start + 14 * 9 + 6, y + 9, highest)]
 
 
 def curves_png(curves: Sequence[Curve], path: Path) -> None:
@@ -219,16 +216,20 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     return (max(low - room, 0.0) if low >= 0 else low - room), high + room
 
 
-def _shortened(label: str, most: int) -> str:
+def shortened(label: str, most: int) -> str:
+    """The label, cut to `most` letters."""
     return label if len(label) <= most else f"{label[: most - 1]}…"
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", strong: bool = False) -> str:
-    weight = ' class="strong"' if strong else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'
+def text_mark(x: float, y: float, text: str, *, anchor: str = "start", strong: bool = False, halo: bool = False) -> str:
+    """A text; with a halo it can be read on top of lines."""
+    names = [name for name, wanted in (("strong", strong), ("halo", halo)) if wanted]
+    kind = f' class="{" ".join(names)}"' if names else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{escape(text)}</text>'
 
 
-def _svg(width: float, height: float, marks: Sequence[str], *, title: str) -> Markup:
+def svg_of(width: float, height: float, marks: Sequence[str], *, title: str) -> Markup:
+    """A picture of that size, which scales with its column."""
     label = escape(title)
     return Markup(
         f'<svg role="img" aria-label="{label}" viewBox="0 0 {width:.0f} {height:.0f}" '

@@ -61,8 +61,10 @@ def as_count(count: float | None) -> str:
 
 
 def as_speed(per_second: float | None) -> str:
-    """`3,412`: whole units with thousands separators."""
-    return MISSING if per_second is None else f"{per_second:,.0f}"
+    """`3,412`, `31.2`: whole units with thousands separators, three digits below a hundred."""
+    if per_second is None:
+        return MISSING
+    return as_quantity(per_second, digits=3) if per_second < 99.5 else f"{per_second:,.0f}"
 
 
 def as_duration(seconds: float | None) -> str:

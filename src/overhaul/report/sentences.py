@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from overhaul.lineage import LineageStep
-from overhaul.report.facts import Facts, Recovery, recovery
+from overhaul.report.facts import Facts, Recovery, quality, recovery
 from overhaul.report.numbers import as_count, as_duration, as_interval, as_percent, as_quantity, as_size
 from overhaul.report.tables import before_after
+from overhaul.table import Row
 
 VISIBLY_SPARSE = 0.95
 """Below this share of non-zeros a model is called sparse; trained weights hold a few zeros by chance."""
@@ -24,6 +25,36 @@ def verdict(facts: Sequence[Facts]) -> str:
         clauses = [*_sparsity(last), _change(facts)]
     sentence = " and ".join(clauses)
     return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def comparison_sentence(facts: Sequence[Facts]) -> str:
+    """What is best at half the bytes of the first model or less; where nothing is so small, what is smallest."""
+    reference = facts[0]
+    before, size = quality(reference), reference.bytes
+    others = [(one, row, one.bytes) for one in facts[1:] if (row := quality(one)) and one.bytes]
+    if before is None or not size or not others:
+        return f"{len(facts)} models are shown side by side, without quality or size on both ends."
+    halves = [other for other in others if other[2] <= size / 2]
+    if halves:
+        one, row, num_bytes = min(halves, key=lambda other: other[1].value)
+        lead = f"at most half the bytes of {reference.label}: {one.label} is best"
+    else:
+        one, row, num_bytes = min(others, key=lambda other: other[2])
+        lead = f"no model has half the bytes of {reference.label}: {one.label} is smallest"
+    return (
+        f"{lead[0].upper()}{lead[1:]}, {row.metric} {as_quantity(row.value)} against {as_quantity(before.value)}, "
+        f"with {as_percent(num_bytes / size, digits=2)} of the bytes."
+    )
+
+
+def measured_sentence(rows: Sequence[Row]) -> str:
+    """The first metric in one sentence: its value for one model, its range for more."""
+    first = [row for row in rows if row.metric == rows[0].metric]
+    low, high = (choose(first, key=lambda row: row.value) for choose in (min, max))
+    name = f"{low.metric[0].upper()}{low.metric[1:]}"
+    if as_quantity(low.value) == as_quantity(high.value):
+        return f"{name} of {low.model if len(first) == 1 else 'every model'} is {as_quantity(low.value)}."
+    return f"{name} runs from {as_quantity(low.value)} ({low.model}) to {as_quantity(high.value)} ({high.model})."
 
 
 def limits(facts: Sequence[Facts]) -> tuple[str, ...]:

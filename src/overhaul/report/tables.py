@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from overhaul.report.facts import Facts
+from overhaul.report.facts import BITS_PER_BYTE, Facts, same_tokens
 from overhaul.report.numbers import (
     MISSING,
     as_count,
@@ -17,6 +17,7 @@ from overhaul.report.numbers import (
     as_speed,
     interval_ends,
 )
+from overhaul.report.pareto import SIZE, fronts_of
 from overhaul.table import Row
 
 if TYPE_CHECKING:
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
 
 Better = Literal["less", "more"]
 
-DIRECTION: Mapping[str, Better] = {"perplexity": "less", "loss": "less", "error": "less", "accuracy": "more"}
+DIRECTION: Mapping[str, Better] = {
+    "perplexity": "less",
+    BITS_PER_BYTE: "less",
+    "loss": "less",
+    "error": "less",
+    "accuracy": "more",
+}
 """Which way a metric improves, by its name up to the first slash; other metrics are never marked."""
 
 
@@ -34,11 +41,12 @@ MOST_SIDE_BY_SIDE = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One entry: its text, the interval under it, and whether it is worse than the reference's."""
+    """One entry: its text, the interval under it, whether it is worse than the reference's, whether it may wrap."""
 
     text: str
     ends: str = ""
     worse: bool = False
+    wraps: bool = False
 
     def __str__(self) -> str:
         return f"{self.text} {self.ends}".rstrip()
@@ -75,6 +83,7 @@ class _MetricColumn:
     title: str
     row: Callable[[Facts], Row | None]
     better: Better | None
+    compares: Callable[[Facts, Facts], bool] = lambda _one, _other: True
 
     def cell(self, facts: Facts, reference: Facts) -> Cell:
         row, at_reference = self.row(facts), self.row(reference)
@@ -83,7 +92,7 @@ class _MetricColumn:
         return Cell(
             text=as_quantity(row.value),
             ends=interval_ends(row),
-            worse=is_worse(row, at_reference, self.better),
+            worse=self.compares(facts, reference) and is_worse(row, at_reference, self.better),
         )
 
 
@@ -94,11 +103,10 @@ def is_worse(row: Row, reference: Row | None, better: Better | None) -> bool:
     return row.value > reference.high if better == "less" else row.value < reference.low
 
 
-def _columns(facts: Sequence[Facts]) -> list[_Column | _MetricColumn]:
-    # Peak memory and time belong to the verb that made a directory: costs, not qualities, so never marked.
+def _columns(facts: Sequence[Facts], *, is_comparison: bool) -> list[_Column | _MetricColumn]:
     metrics = dict.fromkeys(row.metric for one in facts for row in one.metrics)
     columns: list[_Column | _MetricColumn] = [
-        _MetricColumn(title="perplexity", row=lambda one: one.perplexity, better="less"),
+        _MetricColumn(title="perplexity", row=lambda one: one.perplexity, better="less", compares=same_tokens),
         *(_metric_column(metric) for metric in metrics),
         _Column(title="non-zero (blocks)", number=lambda one: one.nonzero_share_blocks, text=as_percent),
         _Column(title="non-zero (all)", number=lambda one: one.nonzero_share_all, text=as_percent),
@@ -111,15 +119,25 @@ def _columns(facts: Sequence[Facts]) -> list[_Column | _MetricColumn]:
         ),
         _Column(title="size", number=lambda one: one.bytes, text=as_size, better="less", tolerance=0.001),
         _Column(
-            title="tokens/s",
+            title="prefill tokens/s",
             number=lambda one: one.tokens_per_second,
             text=as_speed,
             better="more",
             tolerance=0.25,
         ),
-        _Column(title="peak memory", number=lambda one: one.peak_rss_bytes, text=as_size),
-        _Column(title="time", number=lambda one: one.seconds, text=as_duration),
+        _Column(
+            title="decode tokens/s",
+            number=lambda one: one.decode_tokens_per_second,
+            text=as_speed,
+            better="more",
+            tolerance=0.25,
+        ),
     ]
+    if is_comparison:
+        return columns
+    # Peak memory and time belong to the verb that made a directory: costs, not qualities, so never marked.
+    columns.append(_Column(title="peak memory", number=lambda one: one.peak_rss_bytes, text=as_size))
+    columns.append(_Column(title="time", number=lambda one: one.seconds, text=as_duration))
     if any(one.trainable_share is not None for one in facts):
         columns.append(_Column(title="trained", number=lambda one: one.trainable_share, text=as_percent))
     return columns
@@ -133,18 +151,27 @@ def _metric_column(metric: str) -> _MetricColumn:
     )
 
 
-def before_after(facts: Sequence[Facts]) -> BeforeAfter:
+def before_after(facts: Sequence[Facts], *, is_comparison: bool = False) -> BeforeAfter:
     """The table's content; `facts[0]` is what the others are compared with.
 
+    In a comparison a last column says against what no other model is a better trade (see `pareto`), and nothing is
+    said of what making a model cost: that is known of its last step only.
+
     A metric is worse when its value lies beyond the reference's 95% interval; parameters and size when they
-    grew; tokens/s when it fell by more than 5%, the spread of such timings.
+    grew; tokens/s when it fell by more than a quarter: such timings vary from run to run.
     """
-    reference, columns = facts[0], _columns(facts)
-    rows = tuple((Cell(text=one.label), *(column.cell(one, reference) for column in columns)) for one in facts)
-    return BeforeAfter(columns=("model", *(column.title for column in columns)), rows=rows, note=_note(facts))
+    reference, columns = facts[0], _columns(facts, is_comparison=is_comparison)
+    rows = [(Cell(text=one.label), *(column.cell(one, reference) for column in columns)) for one in facts]
+    titles = ["model", *(column.title for column in columns)]
+    if is_comparison:
+        rows = [
+            (*row, Cell(text=", ".join(on) or "-", wraps=True)) for row, on in zip(rows, fronts_of(facts), strict=True)
+        ]
+        titles.append("on the front")
+    return BeforeAfter(columns=tuple(titles), rows=tuple(rows), note=_note(facts, is_comparison=is_comparison))
 
 
-def _note(facts: Sequence[Facts]) -> str:
+def _note(facts: Sequence[Facts], *, is_comparison: bool) -> str:
     sentences = []
     measured = next((one for one in facts if one.perplexity), None)
     if measured and measured.perplexity:
@@ -152,11 +179,15 @@ def _note(facts: Sequence[Facts]) -> str:
         windows = f" in windows of {measured.seq_len}" if measured.seq_len else ""
         sentences.append(f"Perplexity over {measured.perplexity.count:,} tokens {corpus}{windows}, 95% interval.")
     sentences.append("Non-zero share of the blocks' linear layers, and of all parameters.")
-    sentences.append("Tokens/s: forward pass. Peak memory and time: of the step that made the model.")
+    sentences.append("Prefill: a forward pass over the windows. Decode: greedy, one text at a time.")
+    if is_comparison:
+        sentences.append("On the front: no other model is both better and, in the quantity named, cheaper or faster.")
+    else:
+        sentences.append("Peak memory and time: of the step that made the model.")
     return " ".join(sentences)
 
 
-def before_after_table(facts: Sequence[Facts]) -> Table:
+def before_after_table(facts: Sequence[Facts], *, is_comparison: bool = False) -> Table:
     """The table for a terminal; what is worse than in the first model is marked with an asterisk.
 
     Up to four models stand side by side, which fits 80 columns; more are listed below each other.
@@ -165,7 +196,7 @@ def before_after_table(facts: Sequence[Facts]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    heading, *rows = _oriented(before_after(facts))
+    heading, *rows = _oriented(before_after(facts, is_comparison=is_comparison))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, title in enumerate(heading):
         table.add_column(Text(title.text), justify="right" if index else "left", no_wrap=index == 0)
@@ -193,17 +224,17 @@ def _marked(cell: Cell, *, between: str = " ") -> str:
     return f"{cell.text}{mark}{between}{cell.ends} " if cell.ends and between == "\n" else f"{cell}{mark}"
 
 
-def print_before_after(facts: Sequence[Facts], console: Console) -> None:
+def print_before_after(facts: Sequence[Facts], console: Console, *, is_comparison: bool = False) -> None:
     """Prints the table: fitted to a terminal; elsewhere in full width as plain aligned text."""
     if console.is_terminal:
-        console.print(before_after_table(facts))
+        console.print(before_after_table(facts, is_comparison=is_comparison))
     else:
-        console.file.write(plain_table(facts))
+        console.file.write(plain_table(facts, is_comparison=is_comparison))
 
 
-def plain_table(facts: Sequence[Facts]) -> str:
+def plain_table(facts: Sequence[Facts], *, is_comparison: bool = False) -> str:
     """The same as aligned text without colours or wrapping, ending in a newline."""
-    rows = _oriented(before_after(facts))
+    rows = _oriented(before_after(facts, is_comparison=is_comparison))
     texts = [[_marked(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = [
@@ -235,11 +266,15 @@ def _markdown_row(texts: Sequence[str]) -> str:
 
 
 def json_rows(facts: Sequence[Facts]) -> list[dict[str, Any]]:
-    """Per model its facts without layers and generations; `worse` names the columns that got worse."""
-    content = before_after(facts)
+    """Per model its facts without layers and generations.
+
+    `worse` names the columns that got worse, `pareto` is whether no other model is both smaller and better, and
+    `fronts` names all quantities of which that is so.
+    """
+    content = before_after(facts, is_comparison=True)
     rows = []
-    for one, cells in zip(facts, content.rows, strict=True):
+    for one, cells, on in zip(facts, content.rows, fronts_of(facts), strict=True):
         row = {key: value for key, value in asdict(one).items() if key not in ("layers", "generations")}
         worse = [column for column, cell in zip(content.columns, cells, strict=True) if cell.worse]
-        rows.append({**row, "worse": worse})
+        rows.append({**row, "worse": worse, "pareto": SIZE.name in on, "fronts": list(on)})
     return rows

@@ -196,3 +196,17 @@ def test_a_factor_that_cannot_be_had_names_the_layer(tiny: Path, monkeypatch: py
 def test_blocks_hold_whole_groups() -> None:
     with pytest.raises(ValidationError, match="not divisible by the groups"):
         SparseGPT(pattern="2:4", block_size=30)
+
+
+@pytest.mark.parametrize("columns", [slice(0, 8), slice(4, 12), slice(8, 16)], ids=["first", "middle", "last"])
+def test_the_total_is_exact_wherever_an_earlier_mask_lies(columns: slice) -> None:
+    weight_OI, hessian_II = layer_and_hessian(6, 16)
+    already_OI = torch.ones_like(weight_OI).bool()
+    already_OI[:, columns] = False
+
+    _, mask_OI = sparsegpt_prune(
+        weight_OI, inverse_factor(hessian_II, 0.01), Target(sparsity=0.6), block_size=4, already_OI=already_OI
+    )
+
+    assert int((~mask_OI).sum()) == int(0.6 * 6 * 16)
+    assert not (mask_OI & ~already_OI).any()

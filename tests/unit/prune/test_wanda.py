@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from overhaul.errors import UserError
 from overhaul.layers.masked import MaskedLinear
+from overhaul.prune.magnitude import Magnitude
 from overhaul.prune.wanda import Wanda, wanda_score
 from overhaul.sparsity import keep_mask
 from overhaul.walk import walk
@@ -74,3 +75,16 @@ def test_data_is_needed_and_nothing_changes_without(tiny: Path) -> None:
     with pytest.raises(UserError, match="needs calibration data"):
         Wanda().apply(model, None)
     assert not any(isinstance(module, MaskedLinear) for module in model.modules())
+
+
+def test_after_a_mask_of_whole_layers_every_layer_loses_exactly_what_was_asked(tiny: Path) -> None:
+    model = Magnitude(sparsity=0.3, scope="layer").apply(load(tiny), None)
+    before = {name: layer.mask for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
+
+    Wanda(sparsity=0.5).apply(model, CALIB)
+
+    for name, mask_OI in before.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, MaskedLinear)
+        assert layer.num_pruned == mask_OI.numel() // 2
+        assert not (layer.mask & ~mask_OI).any()

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from overhaul.report.sentences import limits, step_sentence, verdict
+from overhaul.report.sentences import comparison_sentence, limits, measured_sentence, step_sentence, verdict
+from overhaul.table import Row
 
 from .examples import full_report, perplexity, three_facts
 
@@ -63,3 +64,32 @@ def test_a_step_names_the_settings_that_were_chosen() -> None:
 
     assert step_sentence(prune) == "prune wanda with samples 32, on 16,384 tokens of austen, in 21 s."
     assert step_sentence(replace(perp, non_default=(), data=None, seconds=None)) == "adapt perp."
+
+
+def test_a_comparison_names_the_best_at_half_the_bytes() -> None:
+    dense, pruned, won_back = three_facts()
+    large, small = (replace(won_back, label=name, bytes=size) for name, size in (("large", 130_000_000), ("small", 9)))
+    worse = replace(small, perplexity=perplexity("m", 60.0))
+
+    assert comparison_sentence((dense, pruned, worse, large)) == (
+        "At most half the bytes of dense: large is best, perplexity 49.10 against 28.05, with 48% of the bytes."
+    )
+
+
+def test_a_comparison_without_a_half_names_the_smallest() -> None:
+    dense, pruned, won_back = three_facts()
+
+    assert comparison_sentence((dense, pruned, replace(won_back, bytes=200_000_000))) == (
+        "No model has half the bytes of dense: won back is smallest, "
+        "perplexity 49.10 against 28.05, with 74% of the bytes."
+    )
+    assert "without quality or size" in comparison_sentence((replace(dense, perplexity=None), pruned))
+
+
+def test_a_measure_says_its_range() -> None:
+    def row(model: str, value: float) -> Row:
+        return Row(model=model, metric="accuracy/boolq", value=value, low=value, high=value, count=9)
+
+    assert measured_sentence([row("a", 0.5)]) == "Accuracy/boolq of a is 0.5000."
+    assert measured_sentence([row("a", 0.5), row("b", 0.25)]) == "Accuracy/boolq runs from 0.2500 (b) to 0.5000 (a)."
+    assert measured_sentence([row("a", 0.5), row("b", 0.5)]) == "Accuracy/boolq of every model is 0.5000."

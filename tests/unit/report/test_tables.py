@@ -35,7 +35,8 @@ def test_the_table_holds_the_facts() -> None:
         "non-zero (all)": "60.5%",
         "parameters": "134.5 M",
         "size": "269 MB",
-        "tokens/s": "3,405",
+        "prefill tokens/s": "3,405",
+        "decode tokens/s": "31.4",
         "peak memory": "2.46 GB",
         "time": "2 min 10 s",
         "trained": "1.82%",
@@ -57,7 +58,7 @@ def test_costs_of_a_step_are_never_worse_but_slower_and_larger_are() -> None:
 
     (_, row) = json_rows((replace(dense, seconds=1.0), dear))
 
-    assert row["worse"] == ["size", "tokens/s"]
+    assert row["worse"] == ["size", "prefill tokens/s"]
 
 
 def test_other_metrics_get_columns_and_an_unknown_direction_is_not_judged() -> None:
@@ -130,3 +131,29 @@ def test_json_rows_are_plain_and_complete() -> None:
     assert rows[2]["perplexity"]["value"] == 49.1
     assert rows[0]["seconds"] is None
     assert "layers" not in rows[1]
+
+
+def test_a_comparison_says_on_which_fronts_a_model_is_and_not_what_its_last_step_cost() -> None:
+    content = before_after(three_facts(), is_comparison=True)
+
+    assert content.columns[-1] == "on the front"
+    assert [str(row[-1]) for row in content.rows] == ["size, prefill, decode", "-", "decode"]
+    assert {"peak memory", "time", "trained"}.isdisjoint(content.columns)
+
+
+def test_json_tells_the_front_of_size_from_the_others() -> None:
+    rows = json_rows(three_facts())
+
+    assert [row["pareto"] for row in rows] == [True, False, False]
+    assert rows[2]["fronts"] == ["decode"]
+
+
+def test_perplexities_over_other_tokens_are_not_judged_and_bits_per_byte_are() -> None:
+    def bits(value: float) -> tuple[Row, ...]:
+        return (Row(model="m", metric="bits per byte", value=value, low=value - 0.1, high=value + 0.1, count=9),)
+
+    dense, pruned, _ = three_facts()
+    facts = (replace(dense, tokenizer="a", metrics=bits(1.0)), replace(pruned, tokenizer="b", metrics=bits(1.3)))
+
+    assert json_rows(facts)[1]["worse"] == ["bits per byte"]
+    assert json_rows((facts[0], replace(facts[1], tokenizer="a")))[1]["worse"] == ["perplexity", "bits per byte"]

@@ -1,0 +1,256 @@
+"""Several models side by side: found in folders, measured on one held-out text, compared with the first.
+
+overhaul compare smollm2-135m runs/            # every model directory below runs/, against the named one
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from overhaul import artifact as artifacts
+from overhaul import machine, pretrained
+from overhaul.delta import Change
+from overhaul.errors import UserError
+from overhaul.journal import TableNote
+from overhaul.judge import Judge
+from overhaul.layers import LinearLike, Packed
+from overhaul.lineage import LineageStep, Parent
+from overhaul.options import Options
+from overhaul.report.facts import Facts, Report
+
+_MARKS = ("config.json", "adapter_config.json")
+"""Either of them makes a directory a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        report: facts of every model, the reference first.
+        changes: for every model but the reference, which tensors differ from the reference's.
+    """
+
+    report: Report
+    changes: tuple[Mapping[str, Any], ...]
+
+
+def models_of(refs: Sequence[str]) -> list[str]:
+    """The models that are meant, each once: a folder stands for every model directory below it.
+
+    The first is the reference. Where a folder is named first, it is the model that most of them were made from, as
+    far as it is still there as it was.
+
+    Raises:
+        UserError: a folder holds no model, or there are fewer than two in all.
+    """
+    found: dict[Path, str] = {}
+    for ref in refs:
+        if _is_folder(ref):
+            for path in _models_below(Path(ref).expanduser()):
+                found.setdefault(path.resolve(), str(path))
+        else:
+            found.setdefault(pretrained.resolve(ref).resolve(), ref)
+    if refs and _is_folder(refs[0]) and (origin := _origin(found)):
+        path, name = origin
+        found = {path: found.pop(path, name), **found}
+    if len(found) < 2:
+        raise UserError(
+            f"compare needs at least two models; got {', '.join(found.values()) or 'none'}",
+            hint="overhaul compare smollm2-135m DIR",
+        )
+    return list(found.values())
+
+
+def _is_folder(ref: str) -> bool:
+    """Whether it is a directory that is no model itself."""
+    path = Path(ref).expanduser()
+    return ref not in pretrained.NAMED and path.is_dir() and not _is_model(path)
+
+
+def _is_model(path: Path) -> bool:
+    return any((path / name).is_file() for name in _MARKS)
+
+
+def _models_below(folder: Path) -> list[Path]:
+    """The model directories below a folder, in natural order: not those in hidden folders or inside a model.
+
+    Raises:
+        UserError: there are none.
+    """
+    found, seen = [], set[Path]()
+
+    def look(at: Path) -> None:
+        for entry in sorted(at.iterdir(), key=_natural):
+            # What is hidden is unfinished or somebody else's; a link may lead back to a folder above.
+            if not entry.is_dir() or entry.name.startswith(".") or entry.resolve() in seen:
+                continue
+            seen.add(entry.resolve())
+            if _is_model(entry):
+                found.append(entry)
+            else:
+                look(entry)
+
+    look(folder)
+    if not found:
+        raise UserError(
+            f"{folder} is no model, and no directory below it is one",
+            allowed=f"a model directory (it holds {' or '.join(_MARKS)}), or a folder of such directories",
+        )
+    return found
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sorts `run-9` before `run-10`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def _origin(models: Iterable[Path]) -> tuple[Path, str] | None:
+    """Directory and name of the model that most chains began with; None where it is gone or was changed."""
+    begun: Counter[Parent] = Counter()
+    for path in models:
+        record = artifacts.read_record(path) if (path / artifacts.RECORD).is_file() else {}
+        if lineage := record.get("lineage"):
+            begun[Parent(**lineage[0]["parents"][0])] += 1
+    for parent, _ in begun.most_common():
+        if path := artifacts.unchanged(parent):
+            return path.resolve(), parent.path
+    return None
+
+
+def compare(refs: Sequence[str], options: Options) -> Comparison:
+    """Measures models on one held-out text, and says which tensors differ from the reference's.
+
+    Perplexity and texts come from a directory's record where it holds them for the same text; speeds are measured
+    now, for all models alike.
+
+    Args:
+        refs: as `models_of` returns them, the reference first.
+        options: which text, and how much of it.
+    """
+    device = machine.pick_device(options.device)
+    dtype = machine.compute_dtype(options.dtype, device)
+    facts: list[Facts] = []
+    judges: list[Judge] = []
+    changes: list[dict[str, Any]] = []
+    lineages: list[tuple[LineageStep, ...]] = []
+    reference: dict[str, Tensor] = {}
+    for ref, label in zip(refs, labels_of(refs), strict=True):
+        made = artifacts.load(ref, device=device, dtype=machine.weights_dtype(dtype))
+        judge = Judge.of(options, None, made.processor, dtype)
+        known = judge.timed(judge.of_directory(made), made.model)
+        size = artifacts.size_on_disk(made.path)
+        facts.append(replace(known, label=label, path=ref, bytes=size, tokenizer=judge.tokenizer))
+        judges.append(judge)
+        lineages.append(made.lineage)
+        if reference:
+            changes.append({"model": ref, **difference(reference, made.model)})
+        else:
+            reference = dict(dense_tensors(made.model))
+    warnings: tuple[str, ...] = ()
+    if len({judge.tokenizer for judge in judges}) > 1:
+        facts = [judge.with_bits_per_byte(one) for judge, one in zip(judges, facts, strict=True)]
+        warnings = (_other_tokens(facts),)
+    report = Report(
+        title=f"{len(facts) - 1} model{'s' if len(facts) > 2 else ''} compared with {facts[0].label}",
+        facts=tuple(facts),
+        is_comparison=True,
+        tables=_chains(facts, lineages),
+        environment={**machine.versions(), "hardware": machine.hardware(device)},
+        warnings=warnings,
+    )
+    return Comparison(report, tuple(changes))
+
+
+def labels_of(refs: Sequence[str]) -> list[str]:
+    """The last part of each path, or as much of it as tells two of them apart."""
+    most = max(len(Path(ref).parts) for ref in refs)
+    shortened = [["/".join(Path(ref).parts[-count:]) for ref in refs] for count in range(1, most + 1)]
+    return next((labels for labels in shortened if len(set(labels)) == len(set(refs))), list(refs))
+
+
+def _other_tokens(facts: Sequence[Facts]) -> str:
+    others = [one.label for one in facts if one.tokenizer != facts[0].tokenizer]
+    return (
+        f"Perplexity is per token, and {', '.join(others)} cut{'s' if len(others) == 1 else ''} the text into other "
+        f"tokens than {facts[0].label}: perplexities do not compare there, bits per byte do."
+    )
+
+
+def _chains(facts: Sequence[Facts], lineages: Sequence[Sequence[LineageStep]]) -> tuple[TableNote, ...]:
+    """How each model was made; nothing where no record says so."""
+    if not any(lineages):
+        return ()
+    steps = [" → ".join(f"{step.verb} {step.method}" for step in lineage) or "as it came" for lineage in lineages]
+    rows = tuple((one.label, made, one.path) for one, made in zip(facts, steps, strict=True))
+    return (TableNote(title="How each model was made", columns=("model", "steps", "directory"), rows=rows),)
+
+
+@runtime_checkable
+class _Dense(Protocol):
+    """A packed module that can give its weight back in floating point."""
+
+    def dense(self) -> Tensor:
+        """The dequantized weight."""
+        ...
+
+
+def dense_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under the name and in the form it has in a dense model: packed weights are dequantized.
+
+    Packed modules without a dense form keep their tensors as they lie on disk.
+    """
+    unpacked = {name: module for name, module in model.named_modules() if _has_dense_form(module)}
+    for name, module in unpacked.items():
+        assert isinstance(module, _Dense)
+        yield f"{name}.weight", module.dense().detach()
+        if isinstance(module, LinearLike) and module.bias is not None:
+            yield f"{name}.bias", module.bias.detach()
+    for name, tensor in model.state_dict().items():
+        if not any(name.startswith(f"{inside}.") for inside in unpacked):
+            yield name, tensor
+
+
+def _has_dense_form(module: nn.Module) -> bool:
+    return isinstance(module, Packed) and isinstance(module, _Dense)
+
+
+def difference(reference: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
+    """How many tensors differ from the reference's, and the five with the largest relative change.
+
+    Args:
+        reference: the first model's `dense_tensors`.
+        model: the other one.
+
+    Returns:
+        `tensors` of the model; `changed_tensors` of those that both have in one shape; `other_tensors` that one of
+        them lacks or has in another shape; `change_bytes` that the changes take; `most_changed` as text.
+    """
+    sizes: dict[str, float] = {}
+    names: set[str] = set()
+    num_common = change_bytes = 0
+    for name, tensor in dense_tensors(model):
+        names.add(name)
+        before = reference.get(name)
+        if before is None or before.shape != tensor.shape:
+            continue
+        num_common += 1
+        change = Change.of(tensor.float() - before.float())
+        if change.values.any():
+            sizes[name] = float(change.values.norm() / before.float().norm().clamp_min(1e-30))
+            change_bytes += change.bytes
+    most = sorted(sizes, key=lambda name: sizes[name], reverse=True)[:5]
+    return {
+        "tensors": len(names),
+        "changed_tensors": len(sizes),
+        "other_tensors": len(names | reference.keys()) - num_common,
+        "change_bytes": change_bytes,
+        "most_changed": [f"{name} ({sizes[name]:.2g})" for name in most],
+    }

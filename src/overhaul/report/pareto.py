@@ -1,0 +1,78 @@
+"""Which models are worth having: those that no other beats in both quality and what quality is paid with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from overhaul.report.facts import Facts, quality
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trade:
+    """A quantity that is traded for quality.
+
+    Attributes:
+        name: in tables and JSON.
+        label: of its axis.
+        value: None is "not measured".
+        is_cost: whether less of it is better.
+        better: what a model with a better value is.
+    """
+
+    name: str
+    label: str
+    value: Callable[[Facts], float | None]
+    is_cost: bool
+    better: str
+
+
+SIZE = Trade(name="size", label="weights on disk", value=lambda one: one.bytes, is_cost=True, better="smaller")
+TRADES = (
+    SIZE,
+    Trade(
+        name="prefill",
+        label="prefill tokens/s",
+        value=lambda one: one.tokens_per_second,
+        is_cost=False,
+        better="faster in prefill",
+    ),
+    Trade(
+        name="decode",
+        label="decode tokens/s",
+        value=lambda one: one.decode_tokens_per_second,
+        is_cost=False,
+        better="faster in decoding",
+    ),
+)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """For each point whether no other is at most as large in both coordinates and smaller in one.
+
+    Points that are equal do not beat each other.
+    """
+    return [not any(_beats(other, point) for other in points) for point in points]
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] <= other[0] and one[1] <= other[1] and one != other
+
+
+def on_front(facts: Sequence[Facts], trade: Trade) -> list[bool]:
+    """For each model whether no other is as good or better in both quality and the trade; never where unmeasured."""
+    points = {index: point for index, one in enumerate(facts) if (point := _point(one, trade))}
+    best = dict(zip(points, front(list(points.values())), strict=True))
+    return [best.get(index, False) for index in range(len(facts))]
+
+
+def _point(facts: Facts, trade: Trade) -> tuple[float, float] | None:
+    """Both coordinates as costs."""
+    row, value = quality(facts), trade.value(facts)
+    return None if row is None or value is None else (value if trade.is_cost else -value, row.value)
+
+
+def fronts_of(facts: Sequence[Facts]) -> list[tuple[str, ...]]:
+    """For each model the names of the trades on whose front it is."""
+    on = {trade.name: on_front(facts, trade) for trade in TRADES}
+    return [tuple(name for name, best in on.items() if best[index]) for index in range(len(facts))]

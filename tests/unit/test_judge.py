@@ -1,0 +1,64 @@
+"""The judge: what it measures, and that records of earlier versions can be read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from overhaul import artifact
+from overhaul.artifact import Artifact
+from overhaul.judge import Judge, read_facts
+from overhaul.options import Options
+from overhaul.report.facts import Facts
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path) -> Artifact:
+    return artifact.load(tiny)
+
+
+@pytest.fixture(scope="module")
+def judge(made: Artifact) -> Judge:
+    return Judge.of(Options(evaluate_windows=2, evaluate_seq_len=32), None, made.processor, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def facts(judge: Judge, made: Artifact) -> Facts:
+    return judge.of_directory(made)
+
+
+def test_both_speeds_are_measured(facts: Facts):
+    assert facts.tokens_per_second
+    assert facts.decode_tokens_per_second
+    assert facts.tokens_per_second > facts.decode_tokens_per_second > 0
+
+
+def test_speeds_are_measured_anew_and_nothing_else(judge: Judge, made: Artifact, facts: Facts):
+    stored = replace(facts, tokens_per_second=1.0, decode_tokens_per_second=None)
+
+    timed = judge.timed(stored, made.model)
+
+    assert timed.tokens_per_second != 1.0
+    assert timed.decode_tokens_per_second is not None
+    assert replace(timed, tokens_per_second=1.0, decode_tokens_per_second=None) == stored
+
+
+def test_facts_are_read_as_they_were_written(facts: Facts):
+    assert read_facts(asdict(facts)) == facts
+
+
+def test_facts_of_an_earlier_version_lack_what_was_not_measured_then(facts: Facts):
+    stored = asdict(facts)
+    del stored["decode_tokens_per_second"], stored["tokenizer"]
+
+    assert read_facts(stored) == replace(facts, decode_tokens_per_second=None, tokenizer="")
+
+
+def test_models_of_other_tokenizers_have_another_hash(judge: Judge, made: Artifact):
+    other = replace(judge, windows=judge.windows + 1 if judge.windows is not None else None)
+
+    assert other.tokenizer != judge.tokenizer
+    assert Judge.of(Options(evaluate="none"), None, made.processor, torch.float32).tokenizer == ""
