@@ -89,6 +89,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     _refuse_packed(method, parent)
     _refuse_adapter_of_adapter(method, parent)
     _refuse_long_windows(method, parent)
+    method.check(parent.model)
     data = (
         Data(corpus, parent.processor, options.seed, dense_tensors=artifacts.dense_ancestor(parent))
         if corpus and needs_data

@@ -51,6 +51,13 @@ class Method(Settings, ABC):
         """The models it reads beside the one it changes, as the user named them; they go into the lineage."""
         return ()
 
+    def check(self, model: nn.Module) -> None:  # noqa: B027 - most methods fit every model
+        """Raises `UserError` for a model that it cannot change, before anything is measured.
+
+        Args:
+            model: as it was read; it must be left as it is.
+        """
+
     @classmethod
     def summary(cls) -> str:
         """The first line of the class's docstring."""

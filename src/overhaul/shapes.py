@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from overhaul.errors import UserError
+
 Axis = Literal["hidden", "ffn", "query", "key"]
 """What a dimension of a parameter runs along: channels of the residual stream, neurons, entries of heads, of groups."""
 
@@ -177,6 +179,26 @@ def spread(shapes: Sequence[Shape], source: Shape, count: int) -> list[Shape]:
         apart = [min(known, math.dist(point, points[chosen[-1]])) for known, point in zip(apart, points, strict=True)]
         chosen.append(max(range(len(shapes)), key=lambda at: apart[at]))
     return [shapes[at] for at in chosen]
+
+
+def shapes_for(grid: Grid, budget: int, tolerance: float, count: int) -> list[Shape]:
+    """`count` shapes of `budget` parameters, give or take a share `tolerance`.
+
+    Raises:
+        UserError: the budget is not below what the model has, or no shape comes near enough; the nearest are listed.
+    """
+    source = grid.architecture.parameters(grid.source)
+    if budget >= source:
+        raise UserError(f"{budget:,} parameters are not fewer than the {source:,} of the model", hint="--share 0.6")
+    found = grid.within(budget, tolerance)
+    if not found:
+        nearest = grid.nearest(budget)
+        raise UserError(
+            f"no shape on the grid has {budget:,} parameters, give or take {tolerance:.0%}",
+            allowed="the nearest: " + "; ".join(f"{grid.architecture.parameters(s):,} ({s})" for s in nearest),
+            hint=f"--parameters {grid.architecture.parameters(nearest[0])}, a larger --tolerance or a smaller --multiple",
+        )
+    return spread(found, grid.source, count)
 
 
 def _shares(shape: Shape, source: Shape) -> tuple[float, float, float, float]:
