@@ -153,7 +153,7 @@ def test_a_student_comes_closer_and_the_map_is_not_left_in_it(narrow: Any, teach
 
 
 def test_hidden_states_come_closer_too(narrow: Any, teacher: Any, data: Data):
-    longer = SHORT.model_copy(update={"steps": 12})
+    longer = SHORT.model_copy(update={"steps": 30, "lr": 1e-2})
     plan = distillation_plan(narrow, teacher, data, longer, pairs=((0, 0), (1, 1)))
 
     history = train(replace(plan, objective=HiddenStates(teacher, ((0, 0), (1, 1)))), longer, quiet=True)
