@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 

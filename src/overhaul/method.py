@@ -51,7 +51,7 @@ class Method(Settings, ABC):
         """The models it reads beside the one it changes, as the user named them; they go into the lineage."""
         return ()
 
-    def check(self, model: nn.Module) -> None:  # noqa: B027 - most methods fit every model
+    def check(self, model: nn.Module) -> None:
         """Raises `UserError` for a model that it cannot change, before anything is measured.
 
         Args:

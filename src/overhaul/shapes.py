@@ -196,7 +196,7 @@ def shapes_for(grid: Grid, budget: int, tolerance: float, count: int) -> list[Sh
         raise UserError(
             f"no shape on the grid has {budget:,} parameters, give or take {tolerance:.0%}",
             allowed="the nearest: " + "; ".join(f"{grid.architecture.parameters(s):,} ({s})" for s in nearest),
-            hint=f"--parameters {grid.architecture.parameters(nearest[0])}, a larger --tolerance or a smaller --multiple",
+            hint=f"--parameters {grid.architecture.parameters(nearest[0])}, or a larger --tolerance",
         )
     return spread(found, grid.source, count)
 

@@ -260,11 +260,11 @@ def test_scores_put_together_in_another_way_are_refused(directory: Path):
     assert "--over-batch l2" in refused.value.hint
 
 
-def test_a_directory_without_scores_and_a_damaged_file_are_refused(directory: Path, tmp_path: Path):
+def test_a_directory_without_scores_and_a_damaged_file_are_refused(directory: Path):
+    path = directory / artifact.IMPORTANCE
+    path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="damaged"):
-        path = directory / artifact.IMPORTANCE
-        path.write_bytes(path.read_bytes()[:100])
         importance.read(directory, weights_sha256="abc", **HOW)
-    (directory / artifact.IMPORTANCE).unlink()
+    path.unlink()
     with pytest.raises(UserError, match="holds no importance"):
         importance.read(directory, weights_sha256="abc", **HOW)

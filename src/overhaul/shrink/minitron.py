@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -230,7 +230,7 @@ class Minitron(Pipeline):
         from overhaul import importance, journal, pretrained
         from overhaul.progress import say
 
-        how = {"over_batch": self.over_batch, "over_sequence": self.over_sequence}
+        how: Any = {"over_batch": self.over_batch, "over_sequence": self.over_sequence}
         if self.scores is not None:
             directory = pretrained.resolve(self.scores)
             scores, source = importance.read(directory, weights_sha256=work.weights_sha256, **how)
