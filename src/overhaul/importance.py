@@ -131,7 +131,9 @@ class _Sums:
     """What the hooks of a pass add up."""
 
     def __init__(self, found: decoders.Decoder, over_batch: How, over_sequence: How) -> None:
-        self.found, self.over_batch, self.over_sequence = found, over_batch, over_sequence
+        self.found = found
+        self.over_batch: How = over_batch
+        self.over_sequence: How = over_sequence
         self.real_BT: Tensor | None = None
         self.sums: dict[tuple[str, int], OverWindows] = {}
         self.cosines = torch.zeros(found.shape.layers, dtype=torch.float64)

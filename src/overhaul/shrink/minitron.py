@@ -55,8 +55,7 @@ class Minitron(Pipeline):
     over_sequence: How = Field("mean", description="How the activations of a window's tokens are put together.")
     depth: Literal["block", "perplexity", "contiguous"] = Field(
         "block",
-        description="Which layers go: those that change their input least, those without which perplexity rises least, "
-        "or the one range of them without which it does.",
+        description="Layers to cut: those that change their input least, or that perplexity needs least, or one range.",
     )
     head_residual: bool = Field(False, description="Kept query heads take over from the removed ones of their group.")
     scores: str | None = Field(
@@ -132,14 +131,14 @@ class Minitron(Pipeline):
         """The shape of the size that has the least loss after a short distillation, with that training."""
         from overhaul import candidates
 
-        short = candidates.ShortDistillation(
-            teacher=model,
-            steps=self.search_steps,
-            batch_size=self.search_batch_size,
-            seq_len=self.search_seq_len,
-            lr=self.search_lr,
-            save_every=0,
-        )
+        settings = {
+            "teacher": model,
+            "steps": self.search_steps,
+            "batch_size": self.search_batch_size,
+            "seq_len": self.search_seq_len,
+            "lr": self.search_lr,
+        }
+        short = candidates.ShortDistillation.model_validate(settings)
         windows_NT = self._windows(work)
         best, tried = candidates.try_each(self._shapes(found), make, work, short, found.architecture, windows_NT)
         candidates.note(tried, self.search_steps)
