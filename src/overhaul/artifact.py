@@ -250,9 +250,11 @@ def unchanged(parent: Parent) -> Path | None:
 def dense_ancestor(made: Artifact) -> Callable[[str], dict[str, Tensor]] | None:
     """Reads tensors of the newest ancestor without masks: `read("model.layers.0.")` -> tensors without that prefix.
 
-    None when the lineage names no such directory, or it is gone or was changed since.
+    None when the lineage names no such directory of the same shape, or it is gone or was changed since.
     """
     for step in reversed(made.lineage):
+        if step.verb == "shrink":  # what it was cut from has other shapes
+            return None
         for parent in step.parents:
             path = unchanged(parent)
             files = weight_files(path) if path is not None else []

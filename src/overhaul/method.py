@@ -55,7 +55,7 @@ class Method(Settings, ABC):
         """Raises `UserError` for what model and data show before anything is measured or changed.
 
         Args:
-            model: the model that would be changed, as it was read.
+            model: the model that would be changed, as it was read; it must be left as it is.
             data: what would be read; None for a method that reads no data.
         """
 

@@ -23,7 +23,9 @@ Make = Callable[..., Path]
 Run = Callable[..., Path]
 
 # What a method needs beside the tiny form of its shape, and which parent it is for.
-EXTRA: dict[str, list[str]] = {}
+EXTRA: dict[str, list[str]] = {
+    "minitron": ["--layers", "1", "--hidden", "48", "--ffn", "64", "--kv-groups", "1", "--heads", "2"],
+}
 NEEDS_A_PRUNED_PARENT = {"perp"}
 CHANGES = (Transform, Training, Pipeline)
 QUICK = ["--evaluate", "none", "--dtype", "fp32"]

@@ -133,6 +133,19 @@ def test_an_adapter_can_teach(tiny: Path, tmp_path: Path):
     assert points(tmp_path / "out")[0]["loss"] > 0
 
 
+def test_a_teacher_is_not_taken_for_the_dense_self_of_a_student(tiny: Path, deep: Path, tmp_path: Path):
+    assert overhaul("prune", "magnitude", tiny, "-o", tmp_path / "half", "--evaluate", "none").code == 0
+    assert distill(tmp_path / "half", deep, tmp_path / "out").code == 0
+
+    read = artifact.dense_ancestor(artifact.load(tmp_path / "out"))
+
+    assert read is not None
+    norm = read("model.norm.")["weight"]
+    assert torch.equal(norm, load_file(tiny / "model.safetensors")["model.norm.weight"])
+    zeros = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"] == 0
+    assert int(zeros.sum()) == zeros.numel() // 2
+
+
 # Mistakes.
 
 
