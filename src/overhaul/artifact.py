@@ -255,7 +255,8 @@ def dense_ancestor(made: Artifact) -> Callable[[str], dict[str, Tensor]] | None:
     for step in reversed(made.lineage):
         if step.verb == "shrink":  # what it was cut from has other shapes
             return None
-        for parent in step.parents:
+        # The first parent is what was changed; the others, such as a teacher, were read beside it.
+        for parent in step.parents[:1]:
             path = unchanged(parent)
             files = weight_files(path) if path is not None else []
             stock = all(file.suffix == ".safetensors" and file.name != "adapter_model.safetensors" for file in files)
