@@ -33,6 +33,7 @@ VERBS = {
     "prune": "Set weights to exactly zero.",
     "shrink": "Make a model really smaller: fewer layers, heads, neurons, channels.",
     "adapt": "Train a model, or a small part of it, on text.",
+    "distill": "Train a model to predict what another one predicts.",
     "measure": "Numbers with intervals.",
 }
 
@@ -71,6 +72,13 @@ ENTRIES = (
     Entry("adapt", "full", "adapt.full:Full", "Train every parameter; pruned weights stay zero."),
     Entry("adapt", "lora", "adapt.lora:LoRA", "Train low-rank increments of the linear layers."),
     Entry("adapt", "perp", "adapt.perp:Perp", "Win back a pruned model by training a small part of it.", 1),
+    Entry(
+        "distill",
+        "kd",
+        "distill.kd:KnowledgeDistillation",
+        "Learn what a larger model predicts, word by word, instead of which word came next.",
+        2,
+    ),
     Entry(
         "measure",
         "perplexity",

@@ -16,11 +16,20 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from overhaul.divergence import Direction, Teacher, TeacherLinear, TeacherLogits, linear_divergence, logits_divergence
+from overhaul.divergence import (
+    Direction,
+    Teacher,
+    TeacherLinear,
+    TeacherLogits,
+    TopWords,
+    linear_divergence,
+    logits_divergence,
+)
 from overhaul.interop import hf
 from overhaul.objective import Balanced, Batch, CrossEntropy, Forward, Objective, Term, predicting
 from overhaul.optim.adamw import adamw
-from overhaul.stream import IGNORED, Stream
+from overhaul.stream import IGNORED, Map
+from overhaul.teacher_cache import TeacherCache
 from overhaul.train import Plan, schedule
 from overhaul.watch import KeepZeros
 
@@ -53,14 +62,17 @@ class Distill(_Shared, Term):
     """The divergence from a teacher's predictions, in nats, without ever holding all logits of either model.
 
     Args:
-        teacher: a frozen model with the student's vocabulary.
+        teacher: a frozen model with the student's vocabulary, or the cache that has put its likeliest words into the
+            micro-batches.
         temperature: both models' logits are divided by it.
         direction: `forward` is KL(teacher || student), `reverse` KL(student || teacher).
     """
 
     name = "kl"
 
-    def __init__(self, teacher: nn.Module, *, temperature: float = 1.0, direction: Direction = "forward") -> None:
+    def __init__(
+        self, teacher: nn.Module | TeacherCache, *, temperature: float = 1.0, direction: Direction = "forward"
+    ) -> None:
         self.teacher, self.temperature, self.direction = teacher, temperature, direction
 
     def total(self, forward: Forward, batch: Batch) -> Tensor:
@@ -74,6 +86,9 @@ class Distill(_Shared, Term):
         return linear_divergence(hidden_ND, head.weight, target, head.bias, **how)
 
     def _target(self, forward: Forward, batch: Batch, kept_N: Tensor) -> Teacher:
+        if isinstance(self.teacher, TeacherCache):
+            words = self.teacher.words(batch)
+            return TopWords(*(of_N[kept_N] for of_N in words[:-1]), num_words=words.num_words)
         made, head = forward.of(self.teacher).outputs(), hf.head(self.teacher)
         if head is None:
             return TeacherLogits(_rows(made.logits, kept_N))
@@ -116,7 +131,7 @@ def _rows(values_BTX: Tensor | None, kept_N: Tensor) -> Tensor:
 
 def distillation_plan(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | TeacherCache,
     data: Data,
     settings: Training,
     *,
@@ -130,7 +145,8 @@ def distillation_plan(
 
     Args:
         student: changed in place; masks of a pruned one are kept.
-        teacher: any model with the same vocabulary; it is frozen and put into evaluation mode.
+        teacher: any model with the same vocabulary, which is frozen and put into evaluation mode; or a cache of its
+            likeliest words, which cannot go with `pairs`.
         data: the text, as the student's tokenizer sees it.
         settings: how long, how fast.
         temperature: both models' logits are divided by it.
@@ -139,20 +155,18 @@ def distillation_plan(
         pairs: hidden states to compare, see `pairs_by_depth`.
         floor: share of the peak rate at which the decay ends.
     """
-    teacher.requires_grad_(False).eval()
     student.requires_grad_(True)
-    kl, stream = Distill(teacher, temperature=temperature, direction=direction), data.training(settings)
+    stream = data.training(settings)
+    kl = Distill(teacher, temperature=temperature, direction=direction)
     objective: Objective = kl
-    if pairs:
-        objective = Balanced(kl, HiddenStates(teacher, pairs))
-        windows_BT = data.windows("train", seq_len=settings.seq_len, limit=_MAP_WINDOWS)
-        student.add_module(_MAP, state_map(student, teacher, windows_BT, pairs))
-    return _plan(student, objective, stream, settings, ce_weight=ce_weight, floor=floor)
-
-
-def _plan(
-    student: nn.Module, objective: Objective, stream: Stream, settings: Training, *, ce_weight: float, floor: float
-) -> Plan:
+    if isinstance(teacher, TeacherCache):
+        stream = Map(stream, teacher.with_words, name=f"with the teacher's {teacher.top_k} likeliest words")
+    else:
+        teacher.requires_grad_(False).eval()
+        if pairs:
+            objective = Balanced(kl, HiddenStates(teacher, pairs))
+            windows_BT = data.windows("train", seq_len=settings.seq_len, limit=_MAP_WINDOWS)
+            student.add_module(_MAP, state_map(student, teacher, windows_BT, pairs))
     return Plan(
         model=student,
         objective=objective + ce_weight * CrossEntropy() if ce_weight else objective,

@@ -89,12 +89,12 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     _refuse_packed(method, parent)
     _refuse_adapter_of_adapter(method, parent)
     _refuse_long_windows(method, parent)
-    method.check(parent.model)
     data = (
         Data(corpus, parent.processor, options.seed, dense_tensors=artifacts.dense_ancestor(parent))
         if corpus and needs_data
         else None
     )
+    method.check(parent.model, data)
     artifacts.refuse_full_disk(out, 2 * sum(p.numel() * parent.dtype.itemsize for p in parent.model.parameters()))
     if options.dry_run:
         say_plan(step, parent, data, out, longest=_longest(parent.model), dtype=dtype)

@@ -50,6 +50,11 @@ def tiny_form(entry: Entry, **changed: object) -> list[str]:
     return [*flags, *EXTRA.get(entry.name, [])]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _teacher(make_tiny: Make) -> None:
+    EXTRA["kd"] = ["--teacher", str(make_tiny(tie=False, bias=True))]
+
+
 @pytest.fixture(scope="session")
 def pruned(make_tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """`pruned(dtype=...)` -> the tiny model with half of its weights removed."""
@@ -145,7 +150,7 @@ def _to_yaml(step: recipe.Step) -> str:
 @pytest.mark.parametrize("entry", of(object))
 def test_an_unknown_flag_gets_a_suggestion(entry: Entry, tiny: Path, tmp_path: Path):
     out = [] if issubclass(entry.load(), Measure) else ["-o", tmp_path / "out"]
-    done = overhaul(entry.verb, entry.name, tiny, *out, "--sead", "1")
+    done = overhaul(entry.verb, entry.name, tiny, *out, *EXTRA.get(entry.name, []), "--sead", "1")
 
     assert done.code == 2
     assert "Perhaps you meant: --seed" in done.told.replace("-" * 10, "").replace("- ", ""), done.err

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from overhaul.data import Data
     from overhaul.importance import Scores, Source
     from overhaul.interop.decoder import Decoder
     from overhaul.workspace import Workspace
@@ -97,7 +98,7 @@ class Minitron(Pipeline):
         """The directory whose scores are read."""
         return () if self.scores is None else (self.scores,)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, data: Data | None) -> None:
         """Refuses a shape or a size that the model cannot be cut to."""
         from overhaul.interop import decoder
 
