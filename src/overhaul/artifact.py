@@ -77,16 +77,15 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
         UserError: no such model, no config, a damaged file, a format of quantized weights that is not known here,
             or weights that are not finite.
     """
-    path = pretrained.resolve(str(ref))
-    adapter = path if (path / "adapter_config.json").is_file() else None
-    base = pretrained.resolve(_base_of(path)) if adapter else path
+    path, base = directories(ref)
+    adapter = path if base != path else None
     config = _read_json(base / "config.json")
     packing = config.get("quantization_config")
     if packing is not None:
         packed.check(packing, str(ref))
     check_weights(base)
     model: Any = packed.read(base, packing, dtype, str(ref)) if packing else _read_model(base, dtype, str(ref))
-    tokenizer = _read_tokenizer(path if (path / "tokenizer_config.json").is_file() else base, str(ref))
+    tokenizer = read_tokenizer(ref)
     stored = _read_json(path / RECORD) if (path / RECORD).is_file() else {}
     model.eval()
     refuse_non_finite(model, str(ref))
@@ -110,6 +109,7 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
 
 def _read_model(path: Path, dtype: torch.dtype | None, ref: str) -> Any:
     """The model, every tensor of which is in the files: transformers alone would fill a gap with random numbers."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -118,7 +118,7 @@ def _read_model(path: Path, dtype: torch.dtype | None, ref: str) -> Any:
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **how)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise UserError(f"{ref} cannot be read as a causal language model: {error}") from error
     model, found = loaded
     for name, there, wanted in sorted(found["mismatched_keys"]):
@@ -135,9 +135,31 @@ def _read_model(path: Path, dtype: torch.dtype | None, ref: str) -> Any:
     return model
 
 
-def _read_tokenizer(path: Path, ref: str) -> Any:
+def directories(ref: str | Path) -> tuple[Path, Path]:
+    """The directory that `ref` means, and the one with the whole model: another one where the first is an adapter."""
+    path = pretrained.resolve(str(ref))
+    is_adapter = (path / "adapter_config.json").is_file()
+    return path, pretrained.resolve(_base_of(path)) if is_adapter else path
+
+
+def read_config(ref: str | Path) -> Any:
+    """The transformers configuration of a model, without its weights; `UserError` where there is none."""
+    from transformers import AutoConfig
+
+    _, base = directories(ref)
+    _read_json(base / "config.json")
+    try:
+        return AutoConfig.from_pretrained(base, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{ref} has a configuration that cannot be read: {error}") from error
+
+
+def read_tokenizer(ref: str | Path) -> Any:
+    """The tokenizer of a model, without its weights; `UserError` where there is none that can be read."""
     from transformers import AutoTokenizer
 
+    own, base = directories(ref)
+    path = own if (own / "tokenizer_config.json").is_file() else base
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
@@ -229,10 +251,13 @@ def unchanged(parent: Parent) -> Path | None:
 def dense_ancestor(made: Artifact) -> Callable[[str], dict[str, Tensor]] | None:
     """Reads tensors of the newest ancestor without masks: `read("model.layers.0.")` -> tensors without that prefix.
 
-    None when the lineage names no such directory, or it is gone or was changed since.
+    None when the lineage names no such directory of the same shape, or it is gone or was changed since.
     """
     for step in reversed(made.lineage):
-        for parent in step.parents:
+        if step.verb == "shrink":  # what it was cut from has other shapes
+            return None
+        # The first parent is what was changed; the others, such as a teacher, were read beside it.
+        for parent in step.parents[:1]:
             path = unchanged(parent)
             files = weight_files(path) if path is not None else []
             stock = all(file.suffix == ".safetensors" and file.name != "adapter_model.safetensors" for file in files)

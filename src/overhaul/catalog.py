@@ -31,7 +31,9 @@ class Entry:
 
 VERBS = {
     "prune": "Set weights to exactly zero.",
+    "shrink": "Make a model really smaller: fewer layers, heads, neurons, channels.",
     "adapt": "Train a model, or a small part of it, on text.",
+    "distill": "Train a model to predict what another one predicts.",
     "measure": "Numbers with intervals.",
 }
 
@@ -60,9 +62,23 @@ ENTRIES = (
         "prune.sparsegpt:SparseGPT",
         "Remove weights by second-order saliency and correct those that stay: better than Wanda, and slower.",
     ),
+    Entry(
+        "shrink",
+        "minitron",
+        "shrink.minitron:Minitron",
+        "Cut layers, heads, neurons and channels out of a model, to a shape or to a size; the result is a stock model.",
+        2,
+    ),
     Entry("adapt", "full", "adapt.full:Full", "Train every parameter; pruned weights stay zero."),
     Entry("adapt", "lora", "adapt.lora:LoRA", "Train low-rank increments of the linear layers."),
     Entry("adapt", "perp", "adapt.perp:Perp", "Win back a pruned model by training a small part of it.", 1),
+    Entry(
+        "distill",
+        "kd",
+        "distill.kd:KnowledgeDistillation",
+        "Learn what a larger model predicts, word by word, instead of which word came next.",
+        2,
+    ),
     Entry(
         "measure",
         "perplexity",

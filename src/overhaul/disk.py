@@ -29,21 +29,32 @@ def aside(target: Path) -> Iterator[Path]:
         UserError: the disk is full or cannot be written; the partial output is gone.
     """
     partial = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-        yield partial
-        _open_to_others(partial)
+    with refusals(target):
         try:
-            partial.rename(target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            finished, partial = partial, None
-            raise UserError(
-                f"{target} was filled by something else meanwhile; the finished result is in {finished}",
-                hint=f"mv {finished} ELSEWHERE",
-            ) from error
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+            yield partial
+            _open_to_others(partial)
+            try:
+                partial.rename(target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                finished, partial = partial, None
+                raise UserError(
+                    f"{target} was filled by something else meanwhile; the finished result is in {finished}",
+                    hint=f"mv {finished} ELSEWHERE",
+                ) from error
+        finally:
+            if partial is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def refusals(target: Path) -> Iterator[None]:
+    """Inside, a disk that is full or cannot be written raises `UserError` about `target`."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         number = _number(error)
         if number in _FULL:
@@ -55,9 +66,6 @@ def aside(target: Path) -> Iterator[Path]:
                 f"{target} cannot be written: {os.strerror(number)}", hint="a directory of your own"
             ) from error
         raise
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _open_to_others(directory: Path) -> None:

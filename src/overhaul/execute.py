@@ -94,6 +94,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
         if corpus and needs_data
         else None
     )
+    method.check(parent.model, data)
     artifacts.refuse_full_disk(out, 2 * sum(p.numel() * parent.dtype.itemsize for p in parent.model.parameters()))
     if options.dry_run:
         say_plan(step, parent, data, out, longest=_longest(parent.model), dtype=dtype)

@@ -51,6 +51,14 @@ class Method(Settings, ABC):
         """The models it reads beside the one it changes, as the user named them; they go into the lineage."""
         return ()
 
+    def check(self, model: nn.Module, data: Data | None) -> None:
+        """Raises `UserError` for what model and data show before anything is measured or changed.
+
+        Args:
+            model: the model that would be changed, as it was read; it must be left as it is.
+            data: what would be read; None for a method that reads no data.
+        """
+
     @classmethod
     def summary(cls) -> str:
         """The first line of the class's docstring."""

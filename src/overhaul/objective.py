@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from overhaul.cross_entropy import linear_cross_entropy
+from overhaul.cross_entropy import linear_cross_entropy, logits_cross_entropy
 from overhaul.interop import hf
+from overhaul.interop.fused import fused
 from overhaul.stream import IGNORED
 
 Batch = Mapping[str, Tensor]
@@ -40,20 +41,40 @@ class Forward:
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         self.model, self.batch = model, batch
-        self._hidden: Tensor | None = None
+        self._keeps_states = False
+        self._outputs: hf.Outputs | None = None
+        self._references: dict[nn.Module, Forward] = {}
+
+    def keep_states(self) -> None:
+        """Says, before the pass, that hidden states between the blocks will be looked at."""
+        self._keeps_states = True
+
+    def outputs(self) -> hf.Outputs:
+        """Last hidden states, or logits where the model's are more than a linear map of these."""
+        if self._outputs is None:
+            self._outputs = hf.outputs(self.model, self.batch, states=self._keeps_states)
+        return self._outputs
 
     def hidden(self) -> Tensor:
         """Last hidden states `(B, T, D)`, before the output embedding."""
-        if self._hidden is None:
-            self._hidden = hf.hidden_states(self.model, self.batch)
-        return self._hidden
+        hidden_BTD = self.outputs().hidden
+        assert hidden_BTD is not None, "a model whose logits are more than a linear map gives logits only"
+        return hidden_BTD
+
+    def states(self) -> tuple[Tensor, ...]:
+        """The embedding's output and every block's `(B, T, D)`; `keep_states` must have been called before the pass."""
+        states = self.outputs().states
+        assert states is not None, "keep_states() comes before the pass"
+        return states
 
     def of(self, reference: nn.Module) -> Forward:
-        """The same micro-batch through a frozen model, without gradients."""
-        with torch.no_grad():
-            forward = Forward(reference, self.batch)
-            forward.hidden()
-        return forward
+        """The same micro-batch through a frozen model, without gradients, once however many terms ask for it."""
+        if reference not in self._references:
+            forward = self._references[reference] = Forward(reference, self.batch)
+            forward._keeps_states = self._keeps_states
+            with torch.no_grad(), fused(reference):
+                forward.outputs()
+        return self._references[reference]
 
 
 class Objective(ABC):
@@ -61,10 +82,19 @@ class Objective(ABC):
 
     @abstractmethod
     def parts(self) -> tuple[tuple[float, Term], ...]:
-        """The terms with their weights."""
+        """The terms with their weights, as they are in this step."""
+
+    def stepped(self, means: Mapping[str, float]) -> None:  # noqa: B027 - most objectives keep nothing
+        """Takes note of a finished step, or of the last one before a run that is resumed.
+
+        Args:
+            means: by term, its total over its count in the whole step, all micro-batches and processes together.
+        """
 
     def __call__(self, forward: Forward, batch: Batch) -> Terms:
         """The terms of one micro-batch, by name."""
+        if any(term.reads_states for _, term in self.parts()):
+            forward.keep_states()
         return {
             name: Mean(term.total(forward, batch), term.count(batch), weight)
             for name, (weight, term) in self.named().items()
@@ -83,26 +113,51 @@ class Objective(ABC):
         return named
 
     def __add__(self, other: Objective) -> Objective:
-        return Weighted(self.parts() + other.parts())
+        return Weighted(((1.0, self), (1.0, other)))
 
     def __rmul__(self, weight: float) -> Objective:
-        return Weighted(tuple((weight * own, term) for own, term in self.parts()))
+        return Weighted(((weight, self),))
 
 
 class Weighted(Objective):
-    """A weighted sum of terms."""
+    """A weighted sum of objectives."""
 
-    def __init__(self, parts: tuple[tuple[float, Term], ...]) -> None:
-        self._parts = parts
+    def __init__(self, summands: tuple[tuple[float, Objective], ...]) -> None:
+        self._summands = summands
 
     def parts(self) -> tuple[tuple[float, Term], ...]:
-        return self._parts
+        return tuple((weight * own, term) for weight, inner in self._summands for own, term in inner.parts())
+
+    def stepped(self, means: Mapping[str, float]) -> None:
+        for _, inner in self._summands:
+            inner.stepped(means)
+
+
+class Balanced(Objective):
+    """`main + alpha * other` with alpha = main / other, so that both count alike, whatever units they come in.
+
+    Alpha is that of the step before: a step's own is known only when its last micro-batch, on the last process, is
+    done. The first step, which has none before it, is on `main` alone.
+    """
+
+    def __init__(self, main: Term, other: Term) -> None:
+        self.main, self.other = main, other
+        self.alpha = 0.0
+
+    def parts(self) -> tuple[tuple[float, Term], ...]:
+        return ((1.0, self.main), (self.alpha, self.other))
+
+    def stepped(self, means: Mapping[str, float]) -> None:
+        other = means[self.other.name]
+        self.alpha = means[self.main.name] / other if other > 0 else 0.0
 
 
 class Term(Objective):
     """One quantity under one name, with weight 1."""
 
     name: str
+    reads_states: bool = False
+    """Whether it looks at hidden states between the blocks."""
 
     def parts(self) -> tuple[tuple[float, Term], ...]:
         return ((1.0, self),)
@@ -122,16 +177,16 @@ class CrossEntropy(Term):
     name = "cross_entropy"
 
     def total(self, forward: Forward, batch: Batch) -> Tensor:
-        head = hf.head(forward.model)
+        labels_N, head = batch["labels"][:, 1:].reshape(-1), hf.head(forward.model)
         if head is None:
-            return hf.unchunked_cross_entropy(forward.model, batch)
-        hidden_BTD = forward.hidden()[:, :-1]
-        return linear_cross_entropy(
-            hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-            head.weight,
-            batch["labels"][:, 1:].reshape(-1),
-            head.bias,
-        )
+            return logits_cross_entropy(predicting(forward.outputs().logits), labels_N)
+        return linear_cross_entropy(predicting(forward.outputs().hidden), head.weight, labels_N, head.bias)
+
+
+def predicting(values_BTX: Tensor | None) -> Tensor:
+    """`(N, X)` values at the places that predict a token, as `batch["labels"][:, 1:]` has them in order."""
+    assert values_BTX is not None
+    return values_BTX[:, :-1].reshape(-1, values_BTX.shape[-1])
 
 
 def weighted_mean(terms: Mapping[str, Mean], counts: Mapping[str, int]) -> Tensor:

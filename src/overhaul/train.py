@@ -35,6 +35,9 @@ Schedule = Callable[[float], float]
 
 FREE_ON_RESUME = ("save_every", "keep", "eval_every")
 
+_TERM = "loss/"
+"""In a point of the history, what the mean of a term is called begins so."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -86,14 +89,15 @@ class History:
         )
 
 
-def schedule(name: str, warmup: float) -> Schedule:
-    """A linear warm-up over the first `warmup` share of the run, then `linear`, `cosine` or `constant` decay to 0."""
+def schedule(name: str, warmup: float, floor: float = 0.0) -> Schedule:
+    """A linear warm-up over the first `warmup` share of the run, then linear or cosine decay to `floor`, or none."""
 
     def factor(share: float) -> float:
         if share < warmup:
             return share / warmup
         left = (1 - share) / (1 - warmup) if warmup < 1 else 1.0
-        return {"linear": left, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))), "constant": 1.0}[name]
+        decayed = {"linear": left, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))), "constant": 1.0}[name]
+        return floor + (1 - floor) * decayed
 
     return factor
 
@@ -234,11 +238,12 @@ class _Run:
         self.history.tokens += sum(_num_tokens(batch) for batch in drawn)
         means = {name: float(total) / max(counts[name], 1) for name, total in totals.items()}
         weights = {name: weight for name, (weight, _) in self.plan.objective.named().items()}
+        self.plan.objective.stepped(means)
         return {
             "step": step,
             "tokens": self.history.tokens,
             "loss": sum(weights[name] * mean for name, mean in means.items()),
-            **{f"loss/{name}": mean for name, mean in means.items()},
+            **{f"{_TERM}{name}": mean for name, mean in means.items()},
             "lr": self.peak_rates[0] * factor,
             "grad_norm": float(norm),
         }
@@ -315,6 +320,8 @@ class _Run:
             watcher.load_state_dict(saved)
         machine.set_rng_state(state["random"])
         self.history = state["history"]
+        last = self.history.points[-1]
+        self.plan.objective.stepped({key[len(_TERM) :]: mean for key, mean in last.items() if key.startswith(_TERM)})
         return newest.step
 
 

@@ -23,7 +23,9 @@ Make = Callable[..., Path]
 Run = Callable[..., Path]
 
 # What a method needs beside the tiny form of its shape, and which parent it is for.
-EXTRA: dict[str, list[str]] = {}
+EXTRA: dict[str, list[str]] = {
+    "minitron": ["--layers", "1", "--hidden", "48", "--ffn", "64", "--kv-groups", "1", "--heads", "2"],
+}
 NEEDS_A_PRUNED_PARENT = {"perp"}
 CHANGES = (Transform, Training, Pipeline)
 QUICK = ["--evaluate", "none", "--dtype", "fp32"]
@@ -46,6 +48,11 @@ def tiny_form(entry: Entry, **changed: object) -> list[str]:
     fields |= changed
     flags = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     return [*flags, *EXTRA.get(entry.name, [])]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _teacher(make_tiny: Make) -> None:
+    EXTRA["kd"] = ["--teacher", str(make_tiny(tie=False, bias=True))]
 
 
 @pytest.fixture(scope="session")
@@ -143,7 +150,7 @@ def _to_yaml(step: recipe.Step) -> str:
 @pytest.mark.parametrize("entry", of(object))
 def test_an_unknown_flag_gets_a_suggestion(entry: Entry, tiny: Path, tmp_path: Path):
     out = [] if issubclass(entry.load(), Measure) else ["-o", tmp_path / "out"]
-    done = overhaul(entry.verb, entry.name, tiny, *out, "--sead", "1")
+    done = overhaul(entry.verb, entry.name, tiny, *out, *EXTRA.get(entry.name, []), "--sead", "1")
 
     assert done.code == 2
     assert "Perhaps you meant: --seed" in done.told.replace("-" * 10, "").replace("- ", ""), done.err

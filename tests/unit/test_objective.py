@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from overhaul.objective import Batch, CrossEntropy, Forward, Mean, Objective, Term, weighted_mean
+from overhaul.objective import Balanced, Batch, CrossEntropy, Forward, Mean, Objective, Term, weighted_mean
 from overhaul.stream import IGNORED
 
 
@@ -78,6 +78,18 @@ def test_nothing_counted_is_a_loss_of_zero():
     assert value(Entries(), {"x": torch.zeros(0, 3)}) == 0.0
 
 
+def test_balanced_terms_count_alike_from_the_second_step_on():
+    objective = 2.0 * Balanced(Entries(), Rows())
+
+    assert value(objective, BATCH) == 2 * 3.5
+
+    objective.stepped({"entries": 6.0, "rows": 4.0})
+    assert {name: weight for name, (weight, _) in objective.named().items()} == {"entries": 2.0, "rows": 3.0}
+
+    objective.stepped({"entries": 6.0, "rows": 0.0})
+    assert value(objective, BATCH) == 2 * 3.5
+
+
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny)
@@ -115,4 +127,22 @@ def test_a_reference_model_runs_without_gradients(model: Any, batch: dict[str, T
 
     assert forward.hidden().requires_grad
     assert not forward.of(model).hidden().requires_grad
+    assert forward.of(model) is forward.of(model)
     torch.testing.assert_close(forward.of(model).hidden(), forward.hidden())
+
+
+def test_states_between_the_blocks_come_from_the_same_pass(model: Any, batch: dict[str, Tensor]):
+    forward = Forward(model, batch)
+    forward.keep_states()
+
+    embedded, between, last = forward.states()
+
+    assert last is forward.hidden()
+    torch.testing.assert_close(embedded, model.model.embed_tokens(batch["input_ids"]))
+    torch.testing.assert_close(model.model.norm(model.model.layers[1](between, **_positions(model, between))), last)
+    assert [state.requires_grad for state in forward.of(model).states()] == [False] * 3
+
+
+def _positions(model: Any, hidden_BTD: Tensor) -> dict[str, Any]:
+    places_1T = torch.arange(hidden_BTD.shape[1])[None]
+    return {"position_embeddings": model.model.rotary_emb(hidden_BTD, position_ids=places_1T)}

@@ -101,6 +101,14 @@ def test_schedules(name: str, warmup: float, expected: dict[float, float]):
     assert {share: factor(share) for share in expected} == pytest.approx(expected)
 
 
+def test_a_schedule_that_ends_above_nothing():
+    factor = schedule("cosine", 0.2, 0.1)
+
+    assert {share: factor(share) for share in (0.1, 0.2, 0.6, 1.0)} == pytest.approx(
+        {0.1: 0.5, 0.2: 1, 0.6: 0.55, 1.0: 0.1}
+    )
+
+
 def test_the_rate_follows_the_schedule_in_the_middle_of_each_step():
     plan = descent([1.0], schedule=schedule("linear", 0.0))
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from overhaul.layers import LinearLike
 
@@ -30,29 +29,68 @@ def body(model: nn.Module) -> nn.Module:
     return inner.base_model
 
 
+class Outputs(NamedTuple):
+    """What one pass through a model gives.
+
+    Attributes:
+        hidden: last hidden states `(B, T, D)`; None where the model's own logits are there instead.
+        logits: `(B, T, V)`, of models whose logits are more than a linear map of the hidden states.
+        states: the embedding's output and that of every block, `(B, T, D)` each, where they were asked for; the last
+            of them has passed the final norm.
+    """
+
+    hidden: Tensor | None
+    logits: Tensor | None
+    states: tuple[Tensor, ...] | None
+
+
 def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Last hidden states `(B, T, D)` of a causal language model."""
-    mask = batch.get("attention_mask")
-    inputs = {"input_ids": batch["input_ids"], **({} if mask is None else {"attention_mask": mask})}
-    return body(model)(**inputs, use_cache=False).last_hidden_state
+    return body(model)(**_inputs(batch), use_cache=False).last_hidden_state
+
+
+def outputs(model: nn.Module, batch: Mapping[str, Tensor], *, states: bool = False) -> Outputs:
+    """One pass through a causal language model: hidden states, or logits where these do not say all."""
+    runs: Any = body(model) if has_linear_head(model) else model
+    more = {"output_hidden_states": True} if states else {}
+    made = runs(**_inputs(batch), use_cache=False, **more)
+    kept = made.hidden_states if states else None
+    return Outputs(None, made.logits, kept) if runs is model else Outputs(made.last_hidden_state, None, kept)
+
+
+def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+
+
+def depth(config: Any) -> int:
+    """How many blocks a model of this configuration has."""
+    return config.get_text_config().num_hidden_layers
+
+
+def width(config: Any) -> int:
+    """How wide the hidden states of a model of this configuration are."""
+    return config.get_text_config().hidden_size
+
+
+def num_words(config: Any) -> int:
+    """How many rows the output embedding of a model of this configuration has; the tokenizer may have fewer words."""
+    return config.get_text_config().vocab_size
+
+
+def has_linear_head(model: nn.Module) -> bool:
+    """Whether the logits are a linear map of the last hidden states."""
+    outer: Any = model
+    if any(getattr(outer.config, name, None) not in (None, 1, 1.0) for name in _LOGIT_CHANGES):
+        return False
+    if hasattr(outer, "head"):  # ModernBERT's decoders have a layer between the body and the output embedding
+        return False
+    return isinstance(outer.get_output_embeddings(), nn.Linear | LinearLike)
 
 
 def head(model: nn.Module) -> Head | None:
     """The output embedding's effective weight, or None when the logits are more than a linear map."""
+    if not has_linear_head(model):
+        return None
     outer: Any = model
-    if any(getattr(outer.config, name, None) not in (None, 1, 1.0) for name in _LOGIT_CHANGES):
-        return None
-    if hasattr(outer, "head"):  # ModernBERT's decoders have a layer between the body and the output embedding
-        return None
     layer = outer.get_output_embeddings()
-    if isinstance(layer, LinearLike):
-        return Head(layer.dense(), layer.bias)
-    return Head(layer.weight, layer.bias) if isinstance(layer, nn.Linear) else None
-
-
-def unchunked_cross_entropy(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Summed next-token cross-entropy through the model's own logits."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits_BTV = model(**inputs, use_cache=False).logits[:, :-1].float()
-    labels_N = batch["labels"][:, 1:].reshape(-1)
-    return F.cross_entropy(logits_BTV.reshape(-1, logits_BTV.shape[-1]), labels_N, reduction="sum")
+    return Head(layer.dense() if isinstance(layer, LinearLike) else layer.weight, layer.bias)

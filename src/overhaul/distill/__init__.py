@@ -1,0 +1,1 @@
+"""Methods that train a model to predict what another one predicts."""

@@ -1,0 +1,1 @@
+"""Methods that make a model really smaller: fewer layers, heads, neurons, channels."""
