@@ -31,6 +31,7 @@ class Entry:
 
 VERBS = {
     "prune": "Set weights to exactly zero.",
+    "quantize": "Store weights as integers.",
     "adapt": "Train a model, or a small part of it, on text.",
     "measure": "Numbers with intervals.",
 }
@@ -59,6 +60,13 @@ ENTRIES = (
         "sparsegpt",
         "prune.sparsegpt:SparseGPT",
         "Remove weights by second-order saliency and correct those that stay: better than Wanda, and slower.",
+    ),
+    Entry(
+        "quantize",
+        "int8",
+        "quantize.int8:Int8",
+        "Store the linear layers as int8 and multiply in int8, outlier columns in 16 bit: half the memory, no training.",
+        5,
     ),
     Entry("adapt", "full", "adapt.full:Full", "Train every parameter; pruned weights stay zero."),
     Entry("adapt", "lora", "adapt.lora:LoRA", "Train low-rank increments of the linear layers."),
