@@ -93,9 +93,10 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
     if (base / MASKS).is_file():
         apply_masks(model, base / MASKS)
     if adapter:
-        from overhaul.interop.peft import merge_adapter
+        from overhaul.interop.peft import attach_adapter, merge_adapter
 
-        merge_adapter(model, adapter)
+        (attach_adapter if packing else merge_adapter)(model, adapter)
+        model.eval()
     return Artifact(
         model=model.to(device),
         processor=tokenizer,
