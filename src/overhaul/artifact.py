@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -84,6 +85,8 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
     if packing is not None:
         packed.check(packing, str(ref))
     check_weights(base)
+    if packing is None:
+        packed.refuse_unmarked(base, str(ref))
     model: Any = packed.read(base, packing, dtype, str(ref)) if packing else _read_model(base, dtype, str(ref))
     tokenizer = read_tokenizer(ref)
     stored = _read_json(path / RECORD) if (path / RECORD).is_file() else {}
@@ -92,9 +95,10 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
     if (base / MASKS).is_file():
         apply_masks(model, base / MASKS)
     if adapter:
-        from overhaul.interop.peft import merge_adapter
+        from overhaul.interop.peft import attach_adapter, merge_adapter
 
-        merge_adapter(model, adapter)
+        (attach_adapter if packing else merge_adapter)(model, adapter)
+        model.eval()
     return Artifact(
         model=model.to(device),
         processor=tokenizer,
@@ -210,20 +214,21 @@ def check_weights(path: Path) -> None:
 
 
 def _dtype_on_disk(path: Path) -> torch.dtype | None:
-    """The dtype of the largest tensor of the first weight file."""
+    """The dtype of the largest tensor of the first weight file that holds numbers, not packed integers."""
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     for file in weight_files(path)[:1]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118 - not a dict
-                largest = max(slices, key=lambda s: int(np.prod(s.get_shape())))
-                return names.get(largest.get_dtype())
+                numbers = [s for s in slices if s.get_dtype() in names]
+                largest = max(numbers, key=lambda s: int(np.prod(s.get_shape())), default=None)
+                return names[largest.get_dtype()] if largest else None
     return None
 
 
 def refuse_non_finite(model: nn.Module, ref: str) -> None:
     """Raises `UserError` naming the first tensor with NaN or infinite values."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in itertools.chain(model.named_parameters(), model.named_buffers()):
         # The sum of a tensor is finite only if all of it is, and needs no second tensor of its size.
         if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)) and not parameter.isfinite().all():
             bad = int((~parameter.isfinite()).sum())

@@ -32,6 +32,7 @@ class Entry:
 VERBS = {
     "prune": "Set weights to exactly zero.",
     "shrink": "Make a model really smaller: fewer layers, heads, neurons, channels.",
+    "quantize": "Store weights as integers.",
     "adapt": "Train a model, or a small part of it, on text.",
     "distill": "Train a model to predict what another one predicts.",
     "measure": "Numbers with intervals.",
@@ -69,6 +70,13 @@ ENTRIES = (
         "Cut layers, heads, neurons and channels out of a model, to a shape or to a size; the result is a stock model.",
         2,
     ),
+    Entry(
+        "quantize",
+        "int8",
+        "quantize.int8:Int8",
+        "Store the linear layers as int8 and multiply in int8, outlier columns in 16 bit: half the memory, no training.",
+        5,
+    ),
     Entry("adapt", "full", "adapt.full:Full", "Train every parameter; pruned weights stay zero."),
     Entry("adapt", "lora", "adapt.lora:LoRA", "Train low-rank increments of the linear layers."),
     Entry("adapt", "perp", "adapt.perp:Perp", "Win back a pruned model by training a small part of it.", 1),
@@ -90,6 +98,13 @@ ENTRIES = (
         "choice",
         "measure.choice:Choice",
         "Accuracy on multiple-choice questions, with a 95% interval.",
+    ),
+    Entry(
+        "measure",
+        "outliers",
+        "measure.outliers:MeasureOutliers",
+        "Dimensions of the hidden states with large values in many layers, and what is lost without them.",
+        5,
     ),
 )
 

@@ -2,9 +2,10 @@
 
 `config.json` says under `quantization_config` which format it is. Each format is a module with three functions:
 
-    refuse(settings)           raises `UserError` for variants that this project does not read
-    layers(model, settings)    replaces modules of an uninitialised model by packed ones, in place
-    settings(model)            what `quantization_config` says of a model with packed layers
+    refuse(settings)                   raises `UserError` for variants that this project does not read
+    layers(model, settings, shapes)    replaces modules of an uninitialised model by packed ones, in place; the shapes
+                                       are those of the tensors in the files, by name
+    settings(model)                    what `quantization_config` says of a model with packed layers
 """
 
 from __future__ import annotations
@@ -21,8 +22,15 @@ from torch import Tensor, nn
 from overhaul.errors import UserError
 from overhaul.layers import Packed
 
-FORMATS: dict[str, str] = {}
+FORMATS = {
+    "bitsandbytes": "overhaul.interop.bitsandbytes",
+    "overhaul-int8": "overhaul.interop.bitsandbytes",
+}
 """`quant_method` -> the module that knows the format."""
+
+
+SHARD = "5GB"
+"""Largest weight file."""
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -40,6 +48,18 @@ def check(settings: Mapping[str, Any], ref: str) -> None:
             hint="the model it was quantized from",
         )
     import_module(FORMATS[how]).refuse(settings)
+
+
+def refuse_unmarked(path: Path, ref: str) -> None:
+    """Raises `UserError` for packed weights of which `config.json` says nothing: as numbers they would be nonsense."""
+    for file in sorted(path.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found = next((name for name in opened.keys() if name.endswith(".SCB")), None)  # noqa: SIM118 - not a dict
+        if found:
+            raise UserError(
+                f"{ref} holds int8 weights ({found}), and its config.json has no quantization_config",
+                hint="the config.json that was written with the weights",
+            )
 
 
 def read(path: Path, settings: Mapping[str, Any], dtype: torch.dtype | None, ref: str) -> nn.Module:
@@ -62,8 +82,10 @@ def read(path: Path, settings: Mapping[str, Any], dtype: torch.dtype | None, ref
     del config.quantization_config  # transformers would look for its own quantizer
     with no_init_weights():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
-    import_module(FORMATS[str(settings["quant_method"])]).layers(model, settings)
-    _load(model, _tensors(path), ref)
+    tensors = _tensors(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    import_module(FORMATS[str(settings["quant_method"])]).layers(model, settings, shapes)
+    _load(model, tensors, ref)
     model.tie_weights()
     model.config.quantization_config = stored
     return model.eval()
@@ -79,7 +101,7 @@ def write(model: nn.Module, directory: Path) -> None:
     tied = {name for name in getattr(inner, "all_tied_weights_keys", None) or {} if config.tie_word_embeddings}
     tensors = {name: tensor.contiguous() for name, tensor in state.items() if name not in tied}
     _save_shards(tensors, directory)
-    config.architectures = [type(model).__name__]
+    config.architectures, config.dtype = [type(model).__name__], inner.dtype
     config.save_pretrained(directory)
     generation.save_pretrained(directory)
 
@@ -87,7 +109,7 @@ def write(model: nn.Module, directory: Path) -> None:
 def _save_shards(tensors: Mapping[str, Tensor], directory: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
-    save_torch_state_dict(dict(tensors), directory, max_shard_size="5GB", metadata={"format": "pt"})
+    save_torch_state_dict(dict(tensors), directory, max_shard_size=SHARD, metadata={"format": "pt"})
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -112,6 +134,11 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], ref: str) -> None:
             raise UserError(
                 f"{ref}: tensor {name} is {tuple(tensors[name].shape)} in the file and {tuple(wanted.shape)} by "
                 "config.json",
+                hint="a sound copy of the model",
+            )
+        if tensors[name].is_floating_point() != wanted.is_floating_point():
+            raise UserError(
+                f"{ref}: tensor {name} is {tensors[name].dtype} in the file and {wanted.dtype} by config.json",
                 hint="a sound copy of the model",
             )
         if wanted.is_floating_point():

@@ -1,0 +1,1 @@
+"""Methods that store weights as integers."""
