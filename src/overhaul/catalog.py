@@ -31,6 +31,7 @@ class Entry:
 
 VERBS = {
     "prune": "Set weights to exactly zero.",
+    "quantize": "Store weights, or compute, in fewer bits.",
     "adapt": "Train a model, or a small part of it, on text.",
     "measure": "Numbers with intervals.",
 }
@@ -59,6 +60,13 @@ ENTRIES = (
         "sparsegpt",
         "prune.sparsegpt:SparseGPT",
         "Remove weights by second-order saliency and correct those that stay: better than Wanda, and slower.",
+    ),
+    Entry(
+        "quantize",
+        "bct",
+        "quantize.bct:Bct",
+        "Store and compute everything in 8 or 4 bits with one scale per small block; needs no data.",
+        8,
     ),
     Entry("adapt", "full", "adapt.full:Full", "Train every parameter; pruned weights stay zero."),
     Entry("adapt", "lora", "adapt.lora:LoRA", "Train low-rank increments of the linear layers."),

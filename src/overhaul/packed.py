@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from overhaul.errors import UserError
 from overhaul.layers import Packed
 
-FORMATS: dict[str, str] = {}
+FORMATS: dict[str, str] = {"bct": "overhaul.bct.format"}
 """`quant_method` -> the module that knows the format."""
 
 
@@ -64,7 +64,7 @@ def read(path: Path, settings: Mapping[str, Any], dtype: torch.dtype | None, ref
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
     import_module(FORMATS[str(settings["quant_method"])]).layers(model, settings)
     _load(model, _tensors(path), ref)
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)  # what a format keeps in another way is no longer in the mapping
     model.config.quantization_config = stored
     return model.eval()
 

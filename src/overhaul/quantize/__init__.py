@@ -1,0 +1,1 @@
+"""Storing weights, and computing, in fewer bits: one file per method."""
