@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from overhaul.bct import blocks, norm
 from overhaul.bct.blocks import power_of_two, snap
-from overhaul.bct.product import float_product, integer_mixture, integer_product
+from overhaul.bct.product import exact_product, float_product, integer_product
 from overhaul.bct.scheme import Scheme
 from overhaul.bct.softmax import softmax
 from overhaul.bct.tables import FUNCTIONS, table_of
@@ -114,7 +114,9 @@ class BlockAttention(nn.Module):
 
     def _product(self, q: Tensor, k: Tensor) -> Tensor:
         if self._adds_integers:
-            return integer_product(q, k, self.scheme.activation_block, self.scheme.cache_block)
+            return integer_product(
+                q, k, *(min(n, self.width) for n in (self.scheme.activation_block, self.scheme.cache_block))
+            )
         return float_product(q, k)
 
     def _softmax(self, scores: Tensor, keep: Tensor | None) -> Tensor:
@@ -124,9 +126,7 @@ class BlockAttention(nn.Module):
         return hidden.softmax(-1)
 
     def _mixture(self, p: Tensor, v: Tensor) -> Tensor:
-        if self._adds_integers:
-            return integer_mixture(p, v, self.scheme.activation_block, self.scheme.cache_block)
-        return float_product(p, v.transpose(-1, -2))
+        return (exact_product if self._adds_integers else float_product)(p, v.transpose(-1, -2))
 
     @property
     def _adds_integers(self) -> bool:

@@ -59,34 +59,13 @@ def integer_product(
     segments = _segments(x_NK.shape[-1], x_columns, w_columns)
     x_exponent_NX = _exponents(x_NK, x_columns)
     w_exponent_OX = _exponents(w_OK, w_columns, w_shift_OX)
-    x_place, w_place = ([start // columns for start, _ in segments] for columns in (x_columns, w_columns))
-    return _summed_at_one_exponent(x_NK, w_OK, x_exponent_NX[..., x_place], w_exponent_OX[..., w_place], segments)
 
-
-def integer_mixture(p_NK: Tensor, v_KO: Tensor, p_columns: int, v_columns: int) -> Tensor:
-    """p~ v~ with sums at one exponent, where each row of v has shifts of its own: probabilities times values.
-
-    Within a segment of `p_columns` keys the values are first brought to the finest of their exponents, by shifts to
-    the left, which lose nothing; where these are far apart, the sum of a segment is an int64. The unit of a segment is
-    its coarsest product.
-    """
-    segments = _segments(p_NK.shape[-1], p_columns)
-    own_KX = _exponents(v_KO, v_columns)
-    coarsest = [part_KX.amin(-2, keepdim=True) for part_KX in own_KX.split(p_columns, dim=-2)]
-    exponent_SO = torch.cat(coarsest, -2).repeat_interleave(v_columns, -1)[..., : v_KO.shape[-1]]
-    return _summed_at_one_exponent(
-        p_NK, v_KO.transpose(-1, -2), _exponents(p_NK, p_columns), exponent_SO.transpose(-1, -2), segments
-    )
-
-
-def _summed_at_one_exponent(
-    x_NK: Tensor, w_OK: Tensor, x_exponent_NS: Tensor, w_exponent_OS: Tensor, segments: list[tuple[int, int]]
-) -> Tensor:
-    def exponent(segment: int) -> Tensor:
-        return x_exponent_NS[..., :, segment, None] + w_exponent_OS[..., None, :, segment]
+    def exponent(segment: tuple[int, int]) -> Tensor:
+        x_place, w_place = segment[0] // x_columns, segment[0] // w_columns
+        return x_exponent_NX[..., :, x_place, None] + w_exponent_OX[..., None, :, w_place]
 
     # Where everything is zero any exponent will do.
-    smallest_NO = reduce(torch.minimum, map(exponent, range(len(segments)))).clamp_(max=2 * MAX_EXPONENT)
+    smallest_NO = reduce(torch.minimum, map(exponent, segments)).clamp_(max=2 * MAX_EXPONENT)
     up_NO = torch.exp2(smallest_NO.double())
     x_NK, w_KO = x_NK.double(), w_OK.double().transpose(-1, -2)
     total_NO = torch.zeros_like(up_NO)
@@ -94,6 +73,16 @@ def _summed_at_one_exponent(
         # Exact in fp64, so this is the integer sum, shifted right and rounded.
         total_NO += (x_NK[..., start:end] @ w_KO[..., start:end, :]).mul_(up_NO).round_()
     return total_NO.div_(up_NO).float()
+
+
+def exact_product(x_NK: Tensor, w_OK: Tensor) -> Tensor:
+    """x~ w~^T summed without rounding and rounded to fp32 once, whatever the exponents of single elements.
+
+    An integer machine shifts all products to the left, to the finest exponent, and sums in int64. Which exponent that
+    is does not change the sum; so neither do keys that a mask hides, or that come later. Exact in fp64 while the
+    exponents of a sum of K products are no more than 39 - log2(K) apart.
+    """
+    return (x_NK.double() @ w_OK.double().transpose(-1, -2)).float()
 
 
 def _segments(inner: int, *columns: int) -> list[tuple[int, int]]:
