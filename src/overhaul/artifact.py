@@ -188,14 +188,15 @@ def check_weights(path: Path) -> None:
 
 
 def _dtype_on_disk(path: Path) -> torch.dtype | None:
-    """The dtype of the largest tensor of the first weight file."""
+    """The dtype of the largest tensor of the first weight file that holds numbers, not packed integers."""
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     for file in weight_files(path)[:1]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118 - not a dict
-                largest = max(slices, key=lambda s: int(np.prod(s.get_shape())))
-                return names.get(largest.get_dtype())
+                numbers = [s for s in slices if s.get_dtype() in names]
+                largest = max(numbers, key=lambda s: int(np.prod(s.get_shape())), default=None)
+                return names[largest.get_dtype()] if largest else None
     return None
 
 

@@ -63,6 +63,13 @@ ENTRIES = (
     ),
     Entry(
         "quantize",
+        "int8",
+        "quantize.int8:Int8",
+        "Store the linear layers as int8 and multiply in int8, outlier columns in 16 bit: half the memory, no training.",
+        5,
+    ),
+    Entry(
+        "quantize",
         "bct",
         "quantize.bct:Bct",
         "Store and compute everything in 8 or 4 bits with one scale per small block; needs no data.",

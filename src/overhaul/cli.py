@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from overhaul import catalog
 from overhaul.errors import Interrupted, UserError, UserErrors, did_you_mean
-from overhaul.terminal import checked, flags, parse, print_table, quiet_libraries, show_outcome, typed
+from overhaul.terminal import check_page, checked, flags, parse, print_table, quiet_libraries, show_outcome, typed
 
 COMMANDS = {
     "run": "Run the steps of a recipe.",
@@ -173,6 +173,11 @@ def _measure(entry: catalog.Entry, arguments: list[str]) -> None:
                 without=[n for n in Options.model_fields if n not in only or n in method_class.model_fields],
             ),
             (
+                "html",
+                Annotated[Path | None, tyro.conf.arg(help="Write the table and its pictures to this page.")],
+                dataclasses.field(default=None),
+            ),
+            (
                 "json",
                 Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="One JSON object on stdout.")],
                 dataclasses.field(default=False),
@@ -185,10 +190,18 @@ def _measure(entry: catalog.Entry, arguments: list[str]) -> None:
     if not given.model:
         raise UserError(f"{where} needs at least one model", hint=f"overhaul {where} smollm2-135m")
     method, options = checked(method_class, given, where=where), checked(Options, given, where=where)
+    check_page(given.html)
     quiet_libraries()
+    from overhaul import machine
     from overhaul.execute import measure
 
-    print_table(measure(method, given.model, options), as_json=given.json)
+    table = measure(method, given.model, options)
+    if given.html:
+        from overhaul.report.html import html_measured
+
+        environment = {**machine.versions(), "hardware": machine.hardware(machine.pick_device(options.device))}
+        given.html.write_text(html_measured(table, title=where, command=typed(), environment=environment))
+    print_table(table, as_json=given.json)
 
 
 def _collect(errors: list[UserError], make: Callable[[], Any]) -> Any:

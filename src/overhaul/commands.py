@@ -11,7 +11,7 @@ import tyro
 
 from overhaul import catalog
 from overhaul.errors import UserError
-from overhaul.terminal import checked, parse, print_json, quiet_libraries, show_outcome, typed
+from overhaul.terminal import check_page, checked, parse, print_json, quiet_libraries, show_outcome, typed
 
 Flag = tyro.conf.FlagCreatePairsOff
 
@@ -100,18 +100,13 @@ def compare_command(arguments: list[str]) -> None:
             f"compare needs at least two models; got {len(given.model)}",
             hint="overhaul compare smollm2-135m DIR",
         )
+    check_page(given.html)
     quiet_libraries()
     from overhaul.inspect import compare
     from overhaul.options import Options
     from overhaul.report.html import html_report
     from overhaul.report.tables import json_rows, print_before_after
 
-    if given.html and not given.html.absolute().parent.is_dir():
-        raise UserError(
-            f"--html {given.html}: there is no directory {given.html.parent}", hint=f"--html {given.html.name}"
-        )
-    if given.html and given.html.exists():
-        raise UserError(f"--html {given.html} exists", hint="another file; nothing is ever overwritten")
     options = checked(Options, given, where="compare")
     report, changes = compare(given.model, options)
     if given.html:

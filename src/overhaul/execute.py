@@ -74,7 +74,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     artifacts.check_out(out, parent=path, resume=options.resume)
     device = machine.pick_device(options.device)
     dtype = machine.compute_dtype(options.dtype, device)
-    needs_data = not isinstance(method, Transform) or method.needs_data
+    needs_data = not isinstance(method, Transform) or method.reads_data()
     others = _others(method)
     if isinstance(method, Training) and options.data is None:
         raise UserError(

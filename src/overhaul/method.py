@@ -61,7 +61,11 @@ class Transform(Method, ABC):
     """A change without training: prune, quantize, inject, merge, convert."""
 
     needs_data: ClassVar[bool] = False
-    """Whether `apply` reads calibration data; then the class has fields `samples` and `seq_len`."""
+    """Whether `apply` may read calibration data; then the class has fields `samples` and `seq_len`."""
+
+    def reads_data(self) -> bool:
+        """Whether it does so with these settings."""
+        return self.needs_data
 
     @abstractmethod
     def apply(self, model: nn.Module, calib: Stream | None) -> nn.Module:

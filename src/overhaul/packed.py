@@ -2,9 +2,10 @@
 
 `config.json` says under `quantization_config` which format it is. Each format is a module with three functions:
 
-    refuse(settings)           raises `UserError` for variants that this project does not read
-    layers(model, settings)    replaces modules of an uninitialised model by packed ones, in place
-    settings(model)            what `quantization_config` says of a model with packed layers
+    refuse(settings)                   raises `UserError` for variants that this project does not read
+    layers(model, settings, shapes)    replaces modules of an uninitialised model by packed ones, in place; the shapes
+                                       are those of the tensors in the files, by name
+    settings(model)                    what `quantization_config` says of a model with packed layers
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from torch import Tensor, nn
 from overhaul.errors import UserError
 from overhaul.layers import Packed
 
-FORMATS: dict[str, str] = {"bct": "overhaul.bct.format"}
+FORMATS = {
+    "bct": "overhaul.bct.format",
+    "bitsandbytes": "overhaul.interop.bitsandbytes",
+    "overhaul-int8": "overhaul.interop.bitsandbytes",
+}
 """`quant_method` -> the module that knows the format."""
 
 
@@ -62,8 +67,10 @@ def read(path: Path, settings: Mapping[str, Any], dtype: torch.dtype | None, ref
     del config.quantization_config  # transformers would look for its own quantizer
     with no_init_weights():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
-    import_module(FORMATS[str(settings["quant_method"])]).layers(model, settings)
-    _load(model, _tensors(path), ref)
+    tensors = _tensors(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    import_module(FORMATS[str(settings["quant_method"])]).layers(model, settings, shapes)
+    _load(model, tensors, ref)
     model.tie_weights(recompute_mapping=False)  # what a format keeps in another way is no longer in the mapping
     model.config.quantization_config = stored
     return model.eval()
@@ -79,7 +86,7 @@ def write(model: nn.Module, directory: Path) -> None:
     tied = {name for name in getattr(inner, "all_tied_weights_keys", None) or {} if config.tie_word_embeddings}
     tensors = {name: tensor.contiguous() for name, tensor in state.items() if name not in tied}
     _save_shards(tensors, directory)
-    config.architectures = [type(model).__name__]
+    config.architectures, config.dtype = [type(model).__name__], inner.dtype
     config.save_pretrained(directory)
     generation.save_pretrained(directory)
 
@@ -112,6 +119,11 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], ref: str) -> None:
             raise UserError(
                 f"{ref}: tensor {name} is {tuple(tensors[name].shape)} in the file and {tuple(wanted.shape)} by "
                 "config.json",
+                hint="a sound copy of the model",
+            )
+        if tensors[name].is_floating_point() != wanted.is_floating_point():
+            raise UserError(
+                f"{ref}: tensor {name} is {tensors[name].dtype} in the file and {wanted.dtype} by config.json",
                 hint="a sound copy of the model",
             )
         if wanted.is_floating_point():

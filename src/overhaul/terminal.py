@@ -7,9 +7,10 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
-from overhaul.errors import UserErrors, from_pydantic
+from overhaul.errors import UserError, UserErrors, from_pydantic
 
 
 def parse(kind: type[Any], arguments: Sequence[str], *, prog: str, description: str) -> Any:
@@ -52,6 +53,20 @@ def show_outcome(outcome: Any) -> None:
     print_before_after(outcome.facts, Console(highlight=False))
     path = shlex.quote(str(outcome.path))
     print(f"\nwritten: {path}\n  overhaul show {path}\n  overhaul generate {path} --prompt 'The capital of France is'")
+
+
+def check_page(html: Path | None) -> None:
+    """Refuses a page that cannot be written, before anything is measured.
+
+    Raises:
+        UserError: the file exists, or there is no directory for it.
+    """
+    if html is None:
+        return
+    if html.exists():
+        raise UserError(f"--html {html} exists", hint="another file; nothing is ever overwritten")
+    if not html.absolute().parent.is_dir():
+        raise UserError(f"--html {html}: there is no directory {html.parent}", hint=f"--html {html.name}")
 
 
 def quiet_libraries() -> None:

@@ -18,10 +18,11 @@ from overhaul.journal import Notes, TableNote
 from overhaul.judge import Judge
 from overhaul.lineage import LineageStep
 from overhaul.report.card import CardData, Relation, model_card, overhaul_snippet
-from overhaul.report.facts import Curve, Facts, Report, curves_of_history
+from overhaul.report.facts import Facts, Report, curves_of_history
 from overhaul.report.figures import curves_png
 from overhaul.report.html import html_report
 from overhaul.select import has_adapters
+from overhaul.table import Curve
 from overhaul.train import History
 
 

@@ -126,6 +126,20 @@ def test_measure_perplexity_prints_one_object(tiny: Path, half: Path):
     assert overhaul("measure", "perplexity", tiny, *words).out.startswith(f"{tiny}  perplexity ")
 
 
+def test_measure_writes_a_page_and_overwrites_none(tiny: Path, half: Path, tmp_path: Path):
+    words = ("measure", "perplexity", tiny, half, "--data", "sample", "--seq-len", "32", "--windows", "2")
+    done = overhaul(*words, "--html", tmp_path / "page.html")
+
+    assert done.code == 0, done.err
+    page = (tmp_path / "page.html").read_text()
+    assert page.startswith("<!doctype html")
+    assert "Perplexity runs from" in page
+    assert str(half) in page
+    refused(overhaul(*words, "--html", tmp_path / "page.html"), "exists")
+    refused(overhaul(*words, "--html", tmp_path / "nowhere" / "page.html"), "no directory")
+    assert (tmp_path / "page.html").read_text() == page
+
+
 def test_measure_without_a_model():
     assert overhaul("measure", "perplexity").code == 2
 

@@ -43,8 +43,8 @@ def scheme_of(settings: Mapping[str, Any]) -> Scheme:
     return Scheme.model_validate({name: settings[name] for name in Scheme.model_fields if name in settings})
 
 
-def layers(model: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Replaces modules of an uninitialised model by empty ones, in place."""
+def layers(model: nn.Module, settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Replaces modules of an uninitialised model by empty ones, in place; the settings say which."""
     prepare(model, scheme_of(settings), settings["bits"])
 
 

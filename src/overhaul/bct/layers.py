@@ -7,7 +7,7 @@ O outputs, I inputs, V tokens of the vocabulary, D width, Y and X blocks down an
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,13 @@ class BlockMatrix(Packed):
     def stored_bytes(self) -> int:
         """Bytes of integers and scales, which are those on disk."""
         return self.weight.numel() + self.scale.numel() * self.scale.element_size()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BlockMatrix:
+        """What moves and casts a module; float scales are moved only, for a cast would round them again."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.weight.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]} x {self.shape[1]}, {self.bits} bits, blocks of {self.block[0]}x{self.block[1]}"

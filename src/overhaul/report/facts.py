@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from overhaul.journal import TableNote
 from overhaul.lineage import LineageStep
-from overhaul.table import Row
+from overhaul.table import Curve, Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,17 +66,6 @@ class Facts:
     trainable_share: float | None = None
     layers: tuple[LayerFacts, ...] = ()
     generations: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
-    """A line; curves with the same `y_label` are drawn into one chart."""
-
-    name: str
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    x_label: str
-    y_label: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from overhaul.report.facts import Curve, LayerFacts
 from overhaul.report.numbers import as_percent
+from overhaul.table import Curve
 
 MOST_POINTS = 500
 """A line with more points is drawn through the extremes of groups of points; the CSV has them all."""
@@ -136,8 +136,7 @@ def placed(name: str) -> tuple[str, str]:
 
 
 def heat_map(
-    layers: Sequence[LayerFacts],
-    value: Callable[[LayerFacts], float | None],
+    values: Sequence[tuple[str, float | None]],
     text: Callable[[float | None], str],
     *,
     highest: float,
@@ -146,24 +145,22 @@ def heat_map(
     """Blocks from left to right, projections from top to bottom; the darker, the higher.
 
     Args:
-        layers: of one model, in its order.
-        value: what is drawn, from 0 to `highest`; None is drawn as an empty cell.
+        values: (layer, number from 0 to `highest`) in the model's order; None is drawn as an empty cell.
         text: how a value is written, in the tooltips and the scale.
         highest: the value at full strength.
         title: for screen readers.
     """
-    cells = [(*placed(layer.name), layer) for layer in layers]
-    blocks = list(dict.fromkeys(block for block, _, _ in cells))
-    rows = list(dict.fromkeys(row for _, row, _ in cells))
+    cells = [(*placed(name), name, number) for name, number in values]
+    blocks = list(dict.fromkeys(block for block, _, _, _ in cells))
+    rows = list(dict.fromkeys(row for _, row, _, _ in cells))
     left, top, side = 8 + 6.4 * max(map(len, rows)), 4, 18
     step = min(40.0, max(10.0, 560 / len(blocks)))
     right, bottom = left + step * len(blocks), top + side * len(rows)
     marks = [_text(left - 8, top + side * index + 13, row, anchor="end") for index, row in enumerate(rows)]
-    for block, row, layer in cells:
-        number = value(layer)
+    for block, row, name, number in cells:
         x, y = left + step * blocks.index(block), top + side * rows.index(row)
         strength = 0.0 if number is None or not highest else min(max(number / highest, 0.0), 1.0)
-        tip = f"<title>{escape(layer.name)}: {escape(text(number))}</title>"
+        tip = f"<title>{escape(name)}: {escape(text(number))}</title>"
         kind = "cell none" if number is None else "cell"
         marks.append(
             f'<rect class="{kind}" x="{x:.1f}" y="{y}" width="{step - 1.5:.1f}" height="{side - 1.5}" '

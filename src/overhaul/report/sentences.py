@@ -8,6 +8,7 @@ from overhaul.lineage import LineageStep
 from overhaul.report.facts import Facts, Recovery, recovery
 from overhaul.report.numbers import as_count, as_duration, as_interval, as_percent, as_quantity, as_size
 from overhaul.report.tables import before_after
+from overhaul.table import Row
 
 VISIBLY_SPARSE = 0.95
 """Below this share of non-zeros a model is called sparse; trained weights hold a few zeros by chance."""
@@ -24,6 +25,16 @@ def verdict(facts: Sequence[Facts]) -> str:
         clauses = [*_sparsity(last), _change(facts)]
     sentence = " and ".join(clauses)
     return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def measured_sentence(rows: Sequence[Row]) -> str:
+    """The first metric in one sentence: its value for one model, its range for more."""
+    first = [row for row in rows if row.metric == rows[0].metric]
+    low, high = (choose(first, key=lambda row: row.value) for choose in (min, max))
+    name = f"{low.metric[0].upper()}{low.metric[1:]}"
+    if as_quantity(low.value) == as_quantity(high.value):
+        return f"{name} of {low.model if len(first) == 1 else 'every model'} is {as_quantity(low.value)}."
+    return f"{name} runs from {as_quantity(low.value)} ({low.model}) to {as_quantity(high.value)} ({high.model})."
 
 
 def limits(facts: Sequence[Facts]) -> tuple[str, ...]:

@@ -123,3 +123,14 @@ def test_merging_adapters_leaves_stored_layers_alone():
 
     assert not is_adapter(model[0])
     assert isinstance(merge_all(model)[0], BlockLinear)
+
+
+def test_casting_a_model_leaves_scales_as_they_are():
+    layer = stored(linear(), Scheme(mode="w8a32", scale="fp16"))
+    before = layer.scale.clone()
+
+    layer.to(torch.bfloat16)
+
+    assert layer.bias.dtype == torch.bfloat16
+    assert torch.equal(layer.scale, before)
+    assert layer.scale.dtype == torch.float16

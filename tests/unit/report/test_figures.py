@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from overhaul.report.facts import Curve
 from overhaul.report.figures import bar_chart, curves_png, heat_map, line_chart, placed, thinned, ticks
 from overhaul.report.numbers import as_percent
+from overhaul.table import Curve
 
 from .examples import full_report, layers
 
@@ -86,7 +86,9 @@ def test_layers_are_placed_by_block_and_projection(name: str, place: tuple[str, 
 
 
 def test_a_heat_map_has_one_cell_per_layer_at_its_strength() -> None:
-    svg = heat_map(layers(3, 0.5, None), lambda layer: layer.sparsity, as_percent, highest=1.0, title="t")
+    values = [(layer.name, layer.sparsity) for layer in layers(3, 0.5, None)]
+
+    svg = heat_map(values, as_percent, highest=1.0, title="t")
 
     tips = re.findall(r'fill-opacity="0.500"><title>(.*?)</title>', svg)
     assert len(tips) == 3 * 7
@@ -94,7 +96,7 @@ def test_a_heat_map_has_one_cell_per_layer_at_its_strength() -> None:
 
 
 def test_an_unmeasured_layer_is_an_empty_cell() -> None:
-    svg = heat_map(layers(1, None, None), lambda layer: layer.sparsity, as_percent, highest=0.0, title="t")
+    svg = heat_map([(layer.name, None) for layer in layers(1, None, None)], as_percent, highest=0.0, title="t")
 
     assert svg.count('class="cell none"') == 7
 

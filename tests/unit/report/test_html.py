@@ -1,17 +1,15 @@
 """The page parses, loads nothing, runs nothing of the user's, and shows the facts."""
 
-import csv
-import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from urllib.parse import unquote
 
 import pytest
 
 from overhaul.report.facts import Report
-from overhaul.report.html import curve_figure, html_report, layer_figures
+from overhaul.report.html import html_measured, html_report
 from overhaul.report.tables import before_after
+from overhaul.table import Curve, LayerMap, Row, Table
 
 from .examples import PROMPTS, full_report, layers
 
@@ -148,25 +146,33 @@ def test_every_chart_is_named_and_has_a_table() -> None:
     assert len(charts) == sum(tag == "details" for tag, _ in tags)
 
 
-def test_the_csv_of_a_chart_has_all_points_exactly() -> None:
-    loss = full_report().curves[0]
+MEASURED = Table(
+    tuple(
+        Row(model=model, metric=metric, value=value, low=0.9 * value, high=1.1 * value, count=100)
+        for model, value in (("dense", 28.0), ("<small>", 49.0))
+        for metric in ("perplexity", "accuracy/boolq")
+    ),
+    curves=(Curve(name="dense", x=(1.0, 2.0), y=(3.0, 4.0), x_label="layer", y_label="outliers", title="They <rise>"),),
+    maps=(LayerMap(model="dense", quantity="outliers", values=(("layers.0.up", 3.0), ("layers.1.up", None))),),
+)
 
-    figure = curve_figure([loss])
 
-    _, encoded = figure.csv_url.split(",", 1)
-    header, *rows = csv.reader(io.StringIO(unquote(encoded)))
-    assert header == ["step", "loss"]
-    assert [(float(x), float(y)) for x, y in rows] == list(zip(loss.x, loss.y, strict=True))
-    assert len(figure.rows) <= 50
+def test_the_page_of_a_measure_has_a_row_for_each_model_and_its_pictures() -> None:
+    text = html_measured(MEASURED, title="t", command="overhaul measure <x>", environment={"torch": "<2>"})
+
+    page = Page(text)
+    assert page.open == []
+    start = page.texts.index("dense")
+    first, second = ["28.00 [25.20, 30.80]"] * 2, ["49.00 [44.10, 53.90]"] * 2
+    assert page.texts[start : start + 6] == ["dense", *first, "<small>", *second]
+    assert "Perplexity runs from 28.00 (dense) to 49.00 (<small>)." in page.texts
+    assert "They <rise>" in page.texts
+    assert sum(tag == "svg" for tag, _ in page.tags) == 2
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", text) == ["Measured", "Curves", "Layers", "Do it again", "Environment"]
 
 
-def test_the_titles_state_the_findings() -> None:
-    report = full_report(num_blocks=2)
+def test_a_measure_without_pictures_is_a_table() -> None:
+    text = html_measured(Table(MEASURED.rows), title="t", command="c", environment={})
 
-    loss, rate = (curve_figure([curve]).title for curve in report.curves[:2])
-    sparsity, error = (figure.title for figure in layer_figures(report.facts))
-
-    assert re.fullmatch(r"Loss fell from 6\.\d+ to 3\.\d+", loss)
-    assert rate == "Learning rate peaked at 0.0005"
-    assert sparsity == "pruned, won back: sparsity is 50.0% in every layer"
-    assert error.startswith("pruned: error is highest in model.layers.1.mlp.down_proj: 0.19")
+    assert "<svg" not in text
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", text) == ["Measured", "Do it again", "Environment"]

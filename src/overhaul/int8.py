@@ -1,0 +1,175 @@
+"""LLM.int8() (Dettmers et al., 2022) as functions of tensors: integers, their constants, outlier columns.
+
+A number is an integer times a step, and 127 steps are the constant of its row. With absmax the constant is the largest
+magnitude and zero is the integer 0; with a zero point 255 steps are the range and zero is the integer `-zero`. The
+range always holds zero, so that a weight that was pruned is exactly zero afterwards.
+
+    vector    a constant for each token and one for each output     (what LLM.int8() does)
+    row       a constant for each token, one for the whole weight
+    tensor    one constant for all tokens at once, one for the whole weight
+
+Letters of shapes: N tokens, I inputs, O outputs, R rows of either, C columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from overhaul.int8_products import Integers, scaled_product
+
+LARGEST = 127
+LEAST = 1e-35
+"""A row with nothing larger is a row of zeros: 127 over a smaller number is no fp32 number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """Which arithmetic.
+
+    Attributes:
+        threshold: columns of the input with a magnitude from here on are multiplied in 16 bit; 0 for none.
+        granularity: how many numbers share a constant.
+        zero_point: whether the integers reach from the smallest to the largest number, not symmetrically around zero.
+    """
+
+    threshold: float = 6.0
+    granularity: Literal["vector", "row", "tensor"] = "vector"
+    zero_point: bool = False
+
+
+class Scale(NamedTuple):
+    """What an integer q stands for: `(q + zero) * constant / 127`.
+
+    Attributes:
+        constant: (R, 1), or (1, 1) for a whole tensor; c in the paper.
+        zero: whole numbers of that shape; None is 0 throughout.
+    """
+
+    constant: Tensor
+    zero: Tensor | None
+
+    @property
+    def step(self) -> Tensor:
+        """What one more of the integer adds."""
+        return self.constant * (1 / LARGEST)
+
+
+class Rows(NamedTuple):
+    """Activations ready for the product.
+
+    Attributes:
+        integers: (N, I), outlier columns standing for zero.
+        scale: of each token.
+        columns: (C,) int64, the columns that were left out.
+    """
+
+    integers: Integers
+    scale: Scale
+    columns: Tensor
+
+
+def scale_of(x_RI: Tensor, *, whole: bool = False, zero_point: bool = False, below: float = float("inf")) -> Scale:
+    """The scale of each row, or of the `whole` tensor, over the entries whose magnitude is less than `below`."""
+    if below < float("inf"):
+        x_RI = x_RI.masked_fill(x_RI.abs() >= below, 0.0)
+    if not zero_point:
+        largest_R1 = x_RI.abs().amax(1, keepdim=True)
+        return Scale(largest_R1.amax(0, keepdim=True) if whole else largest_R1, None)
+    low_R1, high_R1 = x_RI.amin(1, keepdim=True).clamp_max_(0), x_RI.amax(1, keepdim=True).clamp_min_(0)
+    if whole:
+        low_R1, high_R1 = low_R1.amin(0, keepdim=True), high_R1.amax(0, keepdim=True)
+    constant_R1 = (high_R1 - low_R1) * (LARGEST / 255)
+    # -128 stands for the smallest number.
+    return Scale(constant_R1, (low_R1 * _inverse(constant_R1)).round_() + 128)
+
+
+def integers_of(x_RI: Tensor, scale: Scale) -> Tensor:
+    """round(127 x / c), less the zero point, in fp32; a row of zeros gives zeros."""
+    q_RI = torch.mul(x_RI, _inverse(scale.constant)).round_()
+    return q_RI if scale.zero is None else q_RI.sub_(scale.zero).clamp_(-128, 127)
+
+
+def _inverse(constant_R1: Tensor) -> Tensor:
+    return torch.where(constant_R1 > LEAST, LARGEST / constant_R1, 0.0)
+
+
+def numbers_of(q_RI: Tensor, scale: Scale) -> Tensor:
+    """What the integers stand for, fp32."""
+    q_RI = q_RI.float()
+    return (q_RI if scale.zero is None else q_RI + scale.zero) * scale.step
+
+
+def quantize_weight(weight_OI: Tensor, kind: Kind) -> tuple[Tensor, Scale]:
+    """int8 (O, I) and the scale of each output (O, 1), all of them equal where the weight has one."""
+    weight_OI = weight_OI.detach().float()
+    scale = scale_of(weight_OI, whole=kind.granularity != "vector", zero_point=kind.zero_point)
+    q_OI = integers_of(weight_OI, scale).to(torch.int8)
+    constant_O1, zero_O1 = (None if t is None else t.expand(len(weight_OI), 1).contiguous() for t in scale)
+    assert constant_O1 is not None
+    return q_OI, Scale(constant_O1, zero_O1)
+
+
+def outlier_columns(x_NI: Tensor, threshold: float) -> Tensor:
+    """The columns in which the magnitude of some entry reaches the threshold, in order: (C,) int64."""
+    return (x_NI.abs().amax(0) >= threshold).nonzero().flatten()
+
+
+def quantize_rows(x_NI: Tensor, kind: Kind) -> Rows:
+    """Activations as integers, outlier columns left out.
+
+    A token's constant is taken over its entries below the threshold, those in outlier columns among them, as the
+    authors' code has it; then the columns count as zero.
+    """
+    x_NI = x_NI.float()
+    scale = scale_of(x_NI, whole=kind.granularity == "tensor", zero_point=kind.zero_point)
+    columns_C = torch.empty(0, dtype=torch.int64, device=x_NI.device)
+    if kind.threshold and _reached(x_NI, scale, kind.threshold):
+        columns_C = outlier_columns(x_NI, kind.threshold)
+        scale = _without_outliers(x_NI, scale, kind)
+    q_NI = integers_of(x_NI, scale)
+    if len(columns_C):
+        q_NI[:, columns_C] = 0.0 if scale.zero is None else -scale.zero
+    return Rows(Integers(q_NI), scale, columns_C)
+
+
+def _reached(x_NI: Tensor, scale: Scale, threshold: float) -> bool:
+    """Whether some entry reaches the threshold: with absmax the constants tell without a pass of its own."""
+    largest = x_NI.abs().amax() if scale.zero is not None else scale.constant.amax()
+    return bool(largest >= threshold)
+
+
+def _without_outliers(x_NI: Tensor, scale: Scale, kind: Kind) -> Scale:
+    """The scale over what is below the threshold; with a constant a row, only rows that reach it are read again."""
+    if kind.granularity == "tensor" or scale.zero is not None:
+        whole = kind.granularity == "tensor"
+        return scale_of(x_NI, whole=whole, zero_point=kind.zero_point, below=kind.threshold)
+    rows_R = (scale.constant[:, 0] >= kind.threshold).nonzero().flatten()
+    again = scale_of(x_NI[rows_R], below=kind.threshold)
+    return Scale(scale.constant.index_copy(0, rows_R, again.constant), None)
+
+
+def product(rows: Rows, weight_OI: Tensor, scale: Scale) -> Tensor:
+    """The int8 product, rescaled, fp32 (N, O): outlier columns and bias are not in it."""
+    step_O = scale.step[:, 0]
+    if rows.scale.zero is None or scale.zero is None:
+        return scaled_product(rows.integers, weight_OI, step_O).mul_(rows.scale.step)
+    # (q_x + z_x) (q_w + z_w) = q_x q_w + z_x q_w + q_x z_w + z_x z_w, summed over the inputs: large numbers that cancel.
+    sums_NO = scaled_product(rows.integers, weight_OI, torch.ones_like(step_O)).double()
+    q_N1 = rows.integers.fp32_NI.sum(1, keepdim=True, dtype=torch.float64)
+    q_O = weight_OI.sum(1, dtype=torch.int64).double()
+    z_N1, z_O = rows.scale.zero.double(), scale.zero[:, 0].double()
+    sums_NO += z_N1 * q_O + q_N1 * z_O + weight_OI.shape[1] * z_N1 * z_O
+    return sums_NO.float().mul_(step_O).mul_(rows.scale.step)
+
+
+def error_bound(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    """The largest error that vector-wise rounding can make in each entry of x W^T, (N, O), without outlier columns.
+
+    I (c_x / 254 * max|W| + c_w / 254 * max|x| + c_x c_w / 254^2), the largest magnitudes being those of the rows.
+    """
+    c_N1, c_O = x_NI.abs().amax(1, keepdim=True), weight_OI.abs().amax(1)
+    return x_NI.shape[1] * (2 / 254 + 1 / 254**2) * c_N1 * c_O
