@@ -35,11 +35,11 @@ class Bct(Scheme, Transform):
     )
 
     @model_validator(mode="after")
-    def _dense_computes_in_floats(self) -> Bct:
+    def _of_one_kind(self) -> Bct:
         if self.store == "dense" and self.computes:
-            raise ValueError(
-                f"store dense leaves nothing of {self.mode} but its weights; mode {self.mode[:2]}a32 is that"
-            )
+            raise ValueError(f"store dense leaves of {self.mode} only the weights; mode {self.mode[:2]}a32 is that")
+        if self.budget is not None and self.bits == 8:
+            raise ValueError(f"a budget widens some tensors from 4 bits to 8: mode w4{self.mode[2:]}, not {self.mode}")
         return self
 
     def apply(self, model: nn.Module, calib: Stream | None) -> nn.Module:
