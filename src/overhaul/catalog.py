@@ -32,7 +32,7 @@ class Entry:
 VERBS = {
     "prune": "Set weights to exactly zero.",
     "shrink": "Make a model really smaller: fewer layers, heads, neurons, channels.",
-    "quantize": "Store weights as integers.",
+    "quantize": "Store weights, or compute, in fewer bits.",
     "adapt": "Train a model, or a small part of it, on text.",
     "distill": "Train a model to predict what another one predicts.",
     "measure": "Numbers with intervals.",
@@ -76,6 +76,13 @@ ENTRIES = (
         "quantize.int8:Int8",
         "Store the linear layers as int8 and multiply in int8, outlier columns in 16 bit: half the memory, no training.",
         5,
+    ),
+    Entry(
+        "quantize",
+        "bct",
+        "quantize.bct:Bct",
+        "Store and compute everything in 8 or 4 bits with one scale per small block; needs no data.",
+        8,
     ),
     Entry("adapt", "full", "adapt.full:Full", "Train every parameter; pruned weights stay zero."),
     Entry("adapt", "lora", "adapt.lora:LoRA", "Train low-rank increments of the linear layers."),

@@ -23,6 +23,7 @@ from overhaul.errors import UserError
 from overhaul.layers import Packed
 
 FORMATS = {
+    "bct": "overhaul.bct.format",
     "bitsandbytes": "overhaul.interop.bitsandbytes",
     "overhaul-int8": "overhaul.interop.bitsandbytes",
 }
@@ -86,7 +87,7 @@ def read(path: Path, settings: Mapping[str, Any], dtype: torch.dtype | None, ref
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     import_module(FORMATS[str(settings["quant_method"])]).layers(model, settings, shapes)
     _load(model, tensors, ref)
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)  # what a format keeps in another way is no longer in the mapping
     model.config.quantization_config = stored
     return model.eval()
 

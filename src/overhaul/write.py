@@ -17,7 +17,7 @@ from overhaul.artifact import Artifact
 from overhaul.journal import Notes, TableNote
 from overhaul.judge import Judge
 from overhaul.lineage import LineageStep
-from overhaul.report.card import CardData, Relation, model_card
+from overhaul.report.card import CardData, Relation, model_card, overhaul_snippet
 from overhaul.report.facts import Facts, Report, curves_of_history
 from overhaul.report.figures import curves_png
 from overhaul.report.html import html_report
@@ -143,7 +143,14 @@ def card(made: Artifact, report: Report, out: Path, *, adapter: bool) -> str:
         relation=relation,
         datasets=[CardData(name=data.name, license=data.licence or "unknown") for data in used.values()],
         citations=[method.paper for method in methods if method.paper],
+        use_snippet="" if _is_stock(made) else overhaul_snippet(out.name),
     )
+
+
+def _is_stock(made: Artifact) -> bool:
+    """Whether plain transformers loads it."""
+    writers = [catalog.find(step.verb, step.method).load() for step in made.lineage]
+    return not packed.is_packed(made.model) or all(method.writes_stock for method in writers)
 
 
 def inherited_license(path: Path) -> str:

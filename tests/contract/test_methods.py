@@ -218,7 +218,8 @@ def test_precision_of_products_does_not_change_precision_on_disk(entry: Entry, p
     out = apply(entry, "out", "--evaluate", "none", "--dtype", products, dtype=dtype)
 
     stored = load_file(out / "model.safetensors")
-    assert {tensor.dtype for tensor in stored.values()} == {getattr(torch, dtype)}
+    # Integers are what a packed model is there for; what it keeps as floats is as it was.
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {getattr(torch, dtype)}
     assert all(tensor.isfinite().all() for tensor in stored.values())
 
 
@@ -246,7 +247,7 @@ torch.save(logits, sys.argv[1])
 
 
 def test_outputs_load_in_a_fresh_process_that_knows_transformers_only(apply: Run, tmp_path: Path):
-    made = [apply(entry.values[0], entry.id) for entry in of(*CHANGES)]
+    made = [apply(entry.values[0], entry.id) for entry in of(*CHANGES) if entry.values[0].load().writes_stock]
     done = python(LOAD, tmp_path / "logits.pt", *made)
     assert done.code == 0, done.err
     theirs = torch.load(tmp_path / "logits.pt")

@@ -1,1 +1,1 @@
-"""Methods that store weights as integers."""
+"""Storing weights, and computing, in fewer bits: one file per method."""

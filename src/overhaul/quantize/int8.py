@@ -129,9 +129,7 @@ def chosen(model: nn.Module, skip: Sequence[str]) -> list[str]:
                 allowed=", ".join(dict.fromkeys([*ends, HEAD])),
                 hint=did_you_mean(given, ends),
             )
-    owners = Counter(
-        id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
-    )
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     names = [
         name
         for name, linear in linears.items()

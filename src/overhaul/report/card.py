@@ -129,3 +129,14 @@ tokenizer = AutoTokenizer.from_pretrained({name!r})
 inputs = tokenizer("It is a truth universally acknowledged", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 """
+
+
+def overhaul_snippet(name: str) -> str:
+    """Python that loads the model `name` with this project, for formats that transformers does not know."""
+    return f"""
+from overhaul import artifact
+from overhaul.evaluate import generate
+
+loaded = artifact.load({name!r})
+print(generate(loaded.model, loaded.processor, "It is a truth universally acknowledged", tokens=40))
+"""
