@@ -8,13 +8,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import perp, pruning, startup, training
+from bench import half, perp, pruning, startup, training
 from bench.inputs import Inputs
 from bench.results import ROOT, Row, record
 from bench.tables import number
 
 BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "help": startup.startup,
+    "half": half.half,
     "full": training.full,
     "lora": training.lora,
     "perp-norms": perp.norms,
