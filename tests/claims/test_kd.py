@@ -1,4 +1,4 @@
-"""Distillation as Minitron uses it (Muralidharan et al., 2024) on a real model and real text: what it claims, at this size.
+"""Distillation as Minitron uses it (Muralidharan et al., 2024) on a real model: what it claims, at this size.
 
 SmolLM2-135M with two thirds of its MLP neurons, cut by `shrink minitron`, on passages of Wikipedia. Three students
 see the same tokens in the same order under the same schedule: one learns the original's predictions, one the text, and

@@ -92,6 +92,16 @@ def test_a_run_with_hidden_states_resumes_to_the_same_bytes(tiny: Path, deep: Pa
     assert [p["loss"] for p in points(tmp_path / "whole")] == [p["loss"] for p in points(tmp_path / "stopped")]
 
 
+def test_recomputed_activations_give_the_same_losses(tiny: Path, deep: Path, tmp_path: Path):
+    for name, more in (("plain", ()), ("recomputed", ("--checkpoint-activations",))):
+        done = distill(tiny, deep, tmp_path / name, *more)
+        assert done.code == 0, done.err
+
+    plain, recomputed = (points(tmp_path / name) for name in ("plain", "recomputed"))
+    for name in ("loss/kl", "loss/states", "grad_norm"):
+        assert [point[name] for point in recomputed] == pytest.approx([point[name] for point in plain], rel=1e-5)
+
+
 def test_one_pass_of_the_teacher_serves_two_students(tiny: Path, deep: Path, make_tiny: Any, tmp_path: Path):
     first = distill(tiny, deep, tmp_path / "first", "--top-k", "512")
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
