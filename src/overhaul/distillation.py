@@ -11,7 +11,7 @@ Shapes: B windows, T tokens in a window, N tokens, D hidden width of the student
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -51,14 +51,7 @@ Pairs = tuple[tuple[int, int], ...]
 output of block l."""
 
 
-class _Shared:
-    """Copies are the thing itself: the sharded twin of a student has the same frozen teacher."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
-
-
-class Distill(_Shared, Term):
+class Distill(Term):
     """The divergence from a teacher's predictions, in nats, without ever holding all logits of either model.
 
     Args:
@@ -95,7 +88,7 @@ class Distill(_Shared, Term):
         return TeacherLinear(_rows(made.hidden, kept_N), head.weight, head.bias)
 
 
-class HiddenStates(_Shared, Term):
+class HiddenStates(Term):
     """The mean square between a teacher's hidden states and the student's through one learned map, summed over pairs.
 
     Args:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,10 @@ class Objective(ABC):
             same = sum(name.split("#")[0] == term.name for name in named)
             named[f"{term.name}#{same + 1}" if same else term.name] = (weight, term)
         return named
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The objective itself: the sharded twin of a model has the same one, with its weights and frozen teacher."""
+        return self
 
     def __add__(self, other: Objective) -> Objective:
         return Weighted(((1.0, self), (1.0, other)))

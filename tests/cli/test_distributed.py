@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,18 @@ def half(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module", params=["adapt full", "distill kd"])
+def method(request: pytest.FixtureRequest, make_tiny: Callable[..., Path]) -> list[str]:
+    """Verb and method, and what it needs; distillation with hidden states, whose weight is that of the step before."""
+    teacher = ["--states", "embedding", "layers", "--teacher", str(make_tiny(tie=False, bias=True))]
+    return [*request.param.split(), *(teacher if request.param == "distill kd" else [])]
+
+
 @pytest.fixture(scope="module")
-def alone(half: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(method: list[str], half: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, twice the batch."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    done = overhaul("adapt", "full", half, "-o", out, "--data", questions, "--batch-size", "4", *TRAIN, *JUDGE)
+    done = overhaul(*method, half, "-o", out, "--data", questions, "--batch-size", "4", *TRAIN, *JUDGE)
     assert done.code == 0, done.err
     return out
 
@@ -52,11 +60,11 @@ def points(directory: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("how", [["--multi_gpu"], ["--use_fsdp", "--fsdp_version", "2"]], ids=["ddp", "fsdp2"])
 def test_two_processes_train_like_one_with_the_doubled_batch(
-    how: list[str], alone: Path, half: Path, questions: Path, tmp_path: Path
+    how: list[str], method: list[str], alone: Path, half: Path, questions: Path, tmp_path: Path
 ):
     out = tmp_path / "out"
     before = contents(half)
-    words = ["adapt", "full", str(half), "-o", str(out), "--data", str(questions), "--batch-size", "2"]
+    words = [*method, str(half), "-o", str(out), "--data", str(questions), "--batch-size", "2"]
     command = [sys.executable, *LAUNCH, *how, "-m", "overhaul", *words, *TRAIN, *JUDGE]
 
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)

