@@ -108,6 +108,19 @@ class Minitron(Pipeline):
         else:
             self.target(found)
 
+    def outline(self, model: nn.Module) -> tuple[str, ...]:
+        """The text that is read, and the shape, or the candidates with what each is trained on."""
+        from overhaul.interop import decoder
+
+        found = decoder.find(model)
+        shapes = self._shapes(found) if self._is_search() else [self.target(found)]
+        read = f"scores from {self.scores}" if self.scores else f"scores from {self.samples} windows of {self.seq_len}"
+        sizes = [f"  {shape}: {found.architecture.parameters(shape):,} parameters" for shape in shapes]
+        if not self._is_search():
+            return (read, "cuts to", *sizes)
+        tokens = self.search_steps * self.search_batch_size * self.search_seq_len
+        return (read, f"trains {len(shapes)} candidates on {tokens:,} tokens each, and writes the best of", *sizes)
+
     def run(self, model: nn.Module, work: Workspace) -> nn.Module:
         """Scores every part once, then cuts: to the shape, or to the best of several shapes of the size."""
         from overhaul import importance

@@ -169,6 +169,18 @@ def test_a_search_with_the_same_seed_finds_the_same_bytes(tiny: Path, shrink: Ty
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
+def test_a_dry_run_lists_the_candidates(tiny: Path, tmp_path: Path):
+    done = overhaul(
+        "shrink", "minitron", tiny, "-o", tmp_path / "out", "--share", "0.8", "--candidates", 3, "--dry-run"
+    )
+
+    assert done.code == 0
+    assert "scores from 1024 windows of 256" in done.told
+    assert "trains 3 candidates on 51,200 tokens each" in done.told
+    assert len([line for line in done.err.splitlines() if line.startswith("  2 layers, hidden")]) == 3
+    assert not (tmp_path / "out").exists()
+
+
 # Chains.
 
 
