@@ -211,8 +211,14 @@ def test_precision_of_products_does_not_change_precision_on_disk(entry: Entry, p
     out = apply(entry, "out", "--evaluate", "none", "--dtype", products, dtype=dtype)
 
     stored = load_file(out / "model.safetensors")
-    assert {tensor.dtype for tensor in stored.values()} == {getattr(torch, dtype)}
+    numbers = stored if entry.load().writes_stock else {n: t for n, t in stored.items() if not _is_packed(n, stored)}
+    assert {tensor.dtype for tensor in numbers.values()} == {getattr(torch, dtype)}
     assert all(tensor.isfinite().all() for tensor in stored.values())
+
+
+def _is_packed(name: str, stored: dict[str, torch.Tensor]) -> bool:
+    """Whether a tensor belongs to a layer whose weight is integers; its constants have a type of their own."""
+    return not stored.get(f"{name.rpartition('.')[0]}.weight", torch.zeros(0)).is_floating_point()
 
 
 @pytest.mark.parametrize("entry", of(*CHANGES))
@@ -239,7 +245,7 @@ torch.save(logits, sys.argv[1])
 
 
 def test_outputs_load_in_a_fresh_process_that_knows_transformers_only(apply: Run, tmp_path: Path):
-    made = [apply(entry.values[0], entry.id) for entry in of(*CHANGES)]
+    made = [apply(entry.values[0], entry.id) for entry in of(*CHANGES) if entry.values[0].load().writes_stock]
     done = python(LOAD, tmp_path / "logits.pt", *made)
     assert done.code == 0, done.err
     theirs = torch.load(tmp_path / "logits.pt")
