@@ -157,7 +157,7 @@ def product(rows: Rows, weight_OI: Tensor, scale: Scale) -> Tensor:
     step_O = scale.step[:, 0]
     if rows.scale.zero is None or scale.zero is None:
         return scaled_product(rows.integers, weight_OI, step_O).mul_(rows.scale.step)
-    # (q_x + z_x) (q_w + z_w) = q_x q_w + z_x q_w + q_x z_w + z_x z_w, summed over the inputs: large numbers that cancel.
+    # (q_x + z_x) (q_w + z_w) = q_x q_w + z_x q_w + q_x z_w + z_x z_w, summed: large numbers that cancel.
     sums_NO = scaled_product(rows.integers, weight_OI, torch.ones_like(step_O)).double()
     q_N1 = rows.integers.fp32_NI.sum(1, keepdim=True, dtype=torch.float64)
     q_O = weight_OI.sum(1, dtype=torch.int64).double()

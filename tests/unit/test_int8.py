@@ -59,7 +59,7 @@ def test_the_product_of_the_integers_is_numpys_bit_for_bit(kind: Kind):
     x_NI, weight_OI = drawn(20, 1100), drawn(7, 1100, seed=1)
     rows, (q_OI, scale) = int8.quantize_rows(x_NI, kind), int8.quantize_weight(weight_OI, kind)
 
-    q_NI = rows.integers.int8_NI.numpy().astype(np.int64)
+    q_NI = rows.integers.as_int8.numpy().astype(np.int64)
     z_N1 = 0 if rows.scale.zero is None else rows.scale.zero.numpy().astype(np.int64)
     z_O1 = 0 if scale.zero is None else scale.zero.numpy().astype(np.int64)
     exact_NO = (q_NI + z_N1) @ (q_OI.numpy().astype(np.int64) + z_O1).T

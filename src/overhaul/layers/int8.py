@@ -128,10 +128,10 @@ class Int8Linear(PackedLinear):
         x16_NI = x_NI.to(torch.bfloat16).contiguous()
         step_O = self.SCB * (1 / int8.LARGEST)
         if dtype == torch.bfloat16:
-            y_NO = torch._weight_int8pack_mm(x16_NI, self.weight, step_O.to(dtype))
+            y_NO = torch.ops.aten._weight_int8pack_mm(x16_NI, self.weight, step_O.to(dtype))
         else:  # the kernel for fp32 is a plain loop; this way only x and the sums are rounded
             ones_O = torch.ones_like(step_O, dtype=torch.bfloat16)
-            y_NO = torch.mul(torch._weight_int8pack_mm(x16_NI, self.weight, ones_O), step_O).to(dtype)
+            y_NO = torch.mul(torch.ops.aten._weight_int8pack_mm(x16_NI, self.weight, ones_O), step_O).to(dtype)
         if self.outlier_columns is not None and self.outlier_weight is not None:
             y_NO += x_NI[:, self.outlier_columns].to(dtype) @ self.outlier_weight.to(dtype).t()
         return y_NO
