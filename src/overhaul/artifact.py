@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -85,6 +86,8 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
     if packing is not None:
         packed.check(packing, str(ref))
     check_weights(base)
+    if packing is None:
+        packed.refuse_unmarked(base, str(ref))
     model: Any = packed.read(base, packing, dtype, str(ref)) if packing else _read_model(base, dtype, str(ref))
     tokenizer = _read_tokenizer(path if (path / "tokenizer_config.json").is_file() else base, str(ref))
     stored = _read_json(path / RECORD) if (path / RECORD).is_file() else {}
@@ -93,9 +96,10 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
     if (base / MASKS).is_file():
         apply_masks(model, base / MASKS)
     if adapter:
-        from overhaul.interop.peft import merge_adapter
+        from overhaul.interop.peft import attach_adapter, merge_adapter
 
-        merge_adapter(model, adapter)
+        (attach_adapter if packing else merge_adapter)(model, adapter)
+        model.eval()
     return Artifact(
         model=model.to(device),
         processor=tokenizer,
@@ -202,7 +206,7 @@ def _dtype_on_disk(path: Path) -> torch.dtype | None:
 
 def refuse_non_finite(model: nn.Module, ref: str) -> None:
     """Raises `UserError` naming the first tensor with NaN or infinite values."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in itertools.chain(model.named_parameters(), model.named_buffers()):
         # The sum of a tensor is finite only if all of it is, and needs no second tensor of its size.
         if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)) and not parameter.isfinite().all():
             bad = int((~parameter.isfinite()).sum())

@@ -90,6 +90,13 @@ ENTRIES = (
         "measure.choice:Choice",
         "Accuracy on multiple-choice questions, with a 95% interval.",
     ),
+    Entry(
+        "measure",
+        "outliers",
+        "measure.outliers:MeasureOutliers",
+        "Dimensions of the hidden states with large values in many layers, and what is lost without them.",
+        5,
+    ),
 )
 
 

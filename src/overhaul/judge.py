@@ -155,7 +155,7 @@ def counts(model: nn.Module, errors: Sequence[LayerNote] = ()) -> dict[str, Any]
     nonzero_all = sum(int(p.count_nonzero()) for p in parameters) + sum(module.num_nonzero() for module in packed)
     known = {layer.name: layer.error for layer in errors}
     layers, nonzero_blocks, total_blocks = [], 0, 0
-    for name, weight_OI in block_weights(model).items():
+    for name, weight_OI in block_weights(model):
         nonzero = int(weight_OI.count_nonzero())
         nonzero_blocks += nonzero
         total_blocks += weight_OI.numel()

@@ -30,6 +30,10 @@ FORMATS = {
 """`quant_method` -> the module that knows the format."""
 
 
+SHARD = "5GB"
+"""Largest weight file."""
+
+
 def is_packed(model: nn.Module) -> bool:
     """Whether some weights of the model are stored as integers."""
     return any(isinstance(module, Packed) for module in model.modules())
@@ -45,6 +49,18 @@ def check(settings: Mapping[str, Any], ref: str) -> None:
             hint="the model it was quantized from",
         )
     import_module(FORMATS[how]).refuse(settings)
+
+
+def refuse_unmarked(path: Path, ref: str) -> None:
+    """Raises `UserError` for packed weights of which `config.json` says nothing: as numbers they would be nonsense."""
+    for file in sorted(path.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found = next((name for name in opened.keys() if name.endswith(".SCB")), None)  # noqa: SIM118 - not a dict
+        if found:
+            raise UserError(
+                f"{ref} holds int8 weights ({found}), and its config.json has no quantization_config",
+                hint="the config.json that was written with the weights",
+            )
 
 
 def read(path: Path, settings: Mapping[str, Any], dtype: torch.dtype | None, ref: str) -> nn.Module:
@@ -94,7 +110,7 @@ def write(model: nn.Module, directory: Path) -> None:
 def _save_shards(tensors: Mapping[str, Tensor], directory: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
-    save_torch_state_dict(dict(tensors), directory, max_shard_size="5GB", metadata={"format": "pt"})
+    save_torch_state_dict(dict(tensors), directory, max_shard_size=SHARD, metadata={"format": "pt"})
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

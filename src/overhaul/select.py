@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from overhaul.errors import UserError, did_you_mean
-from overhaul.layers import LinearLike, is_adapter
+from overhaul.layers import LinearLike, PackedLinear, is_adapter
 from overhaul.walk import decoder_blocks
 
 
@@ -21,23 +22,39 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def block_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The effective weight of every linear layer in the blocks, adapters that are not merged included."""
+def block_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The effective weight of every linear layer in the blocks, adapters that are not merged included, one at a time."""
+    for prefix, block in decoder_blocks(model).items():
+        for name, module in _outermost(block):
+            yield f"{prefix}.{name}", module.dense() if isinstance(module, LinearLike) else module.weight
+
+
+def _outermost(block: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The linear layers of a block by name; what an adapter is made of is not among them."""
+    found = [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear | LinearLike)]
+    inside = tuple(f"{name}." for name, _ in found)
+    return ((name, module) for name, module in found if not name.startswith(inside))
+
+
+def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
+    """Every linear layer of the blocks that is stored as integers, by qualified name."""
     return {
-        f"{prefix}.{name}": module.dense() if isinstance(module, LinearLike) else module.weight
+        f"{prefix}.{name}": module
         for prefix, block in decoder_blocks(model).items()
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | LinearLike)
+        if isinstance(module, PackedLinear)
     }
 
 
 def select_linears(model: nn.Module, targets: Sequence[str] = ()) -> list[str]:
     """The names of the blocks' linear layers that end in one of `targets`; all of them when there are no targets.
 
+    Packed layers are among them.
+
     Raises:
         UserError: a target fits no layer; the layers that exist are listed.
     """
-    names = list(block_linears(model))
+    names = [*block_linears(model), *packed_linears(model)]
     if not targets:
         return names
     ends = sorted({name.rsplit(".", 1)[-1] for name in names})

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from overhaul.layers.lora import LoRALinear
+from overhaul.errors import UserError
+from overhaul.layers import swap
+from overhaul.layers.lora import LoRALinear, PackedLoRALinear
 
 
 def write_adapter(model: nn.Module, base: Path, directory: Path) -> None:
     """Writes the LoRA layers as `adapter_model.safetensors` and `adapter_config.json`, as `peft` loads them.
 
     Args:
-        model: holds at least one `LoRALinear`, all of one rank and scale.
+        model: holds at least one LoRA layer, all of one rank and scale.
         base: the directory of the model that the adapter belongs to.
         directory: where to write.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    layers = {n: module for n, module in model.named_modules() if isinstance(module, LoRALinear | PackedLoRALinear)}
     first = next(iter(layers.values()))
     config = LoraConfig(
         r=first.rank,
@@ -47,3 +50,25 @@ def merge_adapter(model: nn.Module, directory: Path) -> None:
 
     inner: Any = model
     PeftModel.from_pretrained(inner, str(directory)).merge_and_unload()
+
+
+def attach_adapter(model: nn.Module, directory: Path) -> None:
+    """Puts the adapter in a PEFT directory over the packed layers of `model`, in place; nothing is merged.
+
+    Raises:
+        UserError: it is not a plain LoRA of packed layers.
+    """
+    from safetensors.torch import load_file
+
+    config = json.loads((directory / "adapter_config.json").read_text())
+    odd = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(name)]
+    if config.get("peft_type") != "LORA" or odd:
+        raise UserError(
+            f"{directory}: {', '.join(odd) or config.get('peft_type')} over quantized weights is not read",
+            allowed="plain LoRA",
+        )
+    tensors = load_file(directory / "adapter_model.safetensors")
+    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        A_RI, B_OR = tensors[key], tensors[key.replace(".lora_A.", ".lora_B.")]
+        swap(model, [name], lambda base, A=A_RI, B=B_OR: PackedLoRALinear(base, A, B, float(config["lora_alpha"])))

@@ -49,7 +49,13 @@ class Packed(nn.Module, ABC):
 
 
 class PackedLinear(Packed, LinearLike):
-    """A linear map stored as integers; `merge` gives the dequantized layer back."""
+    """A linear map stored as integers; `merge` gives the dequantized layer back.
+
+    Attributes:
+        weight: the integers, or what of them tells the device.
+    """
+
+    weight: Tensor
 
 
 def swap(model: nn.Module, names: Iterable[str], make: Callable[[Any], Layer]) -> dict[str, Layer]:
@@ -79,6 +85,17 @@ def to_linear(weight_OI: Tensor, bias_O: nn.Parameter | None, *, training: bool)
     linear.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
     linear.register_parameter("bias", bias_O)
     return linear.train(training)
+
+
+def dequantize_all(model: nn.Module) -> nn.Module:
+    """Replaces every packed linear layer by the dense one it stands for, in place: the model is a plain one then."""
+    names = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    with torch.no_grad():
+        swap(model, names, lambda layer: layer.merge())
+    inner: Any = model
+    if getattr(inner.config, "quantization_config", None) is not None:
+        del inner.config.quantization_config
+    return model
 
 
 def merge_all(model: nn.Module) -> nn.Module:

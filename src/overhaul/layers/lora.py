@@ -16,31 +16,31 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
 from overhaul.errors import UserError
-from overhaul.layers import LinearLike, to_linear
+from overhaul.layers import LinearLike, PackedLinear, to_linear
 from overhaul.layers.masked import MaskedLinear
 from overhaul.machine import product_dtype
 
 
-class LowRankLinear(LinearLike):
-    """A frozen linear layer with two trained factors, `lora_A` (R, I) and `lora_B` (O, R), both fp32.
+class LowRank(LinearLike):
+    """A frozen linear map with two trained factors, `lora_A` (R, I) and `lora_B` (O, R), both fp32.
 
     Attributes:
-        weight: the base's own parameter (O, I), in its own dtype, frozen.
-        bias: the base's own parameter (O,) or None; frozen or trained as it was.
         alpha: the increment is scaled by alpha / rank.
+        dropout: share of the adapter's input that is dropped in training.
         enabled: False computes the frozen base alone, such as for a reference model.
     """
 
-    def __init__(self, linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, alpha: float) -> None:
+    def __init__(
+        self, base: nn.Linear | PackedLinear, lora_A: Tensor, lora_B: Tensor, alpha: float, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
-        device = linear.weight.device
+        self.in_features, self.out_features = base.in_features, base.out_features
+        device = base.weight.device
         self.lora_A = nn.Parameter(lora_A.to(device, torch.float32))
         self.lora_B = nn.Parameter(lora_B.to(device, torch.float32))
-        self.alpha = alpha
+        self.alpha, self.dropout = alpha, dropout
         self.enabled = True
-        self.train(linear.training)
+        self.train(base.training)
 
     @property
     def rank(self) -> int:
@@ -57,12 +57,67 @@ class LowRankLinear(LinearLike):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, alpha={self.alpha}"
 
 
+class LowRankLinear(LowRank):
+    """A frozen linear layer with two trained factors.
+
+    Attributes:
+        weight: the base's own parameter (O, I), in its own dtype, frozen.
+        bias: the base's own parameter (O,) or None; frozen or trained as it was.
+    """
+
+    def __init__(self, linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__(linear, lora_A, lora_B, alpha, dropout)
+        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
+
+
+class PackedLoRALinear(LowRank):
+    """y = base(x) + (alpha / R) dropout(x) A^T B^T over a base whose weights are integers.
+
+    Attributes:
+        base: the packed layer, frozen; it computes as it does without an adapter.
+    """
+
+    def __init__(
+        self, base: PackedLinear, lora_A: Tensor, lora_B: Tensor, alpha: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__(base, lora_A, lora_B, alpha, dropout)
+        self.base, self.bias = base.requires_grad_(False), None
+
+    @classmethod
+    def from_packed(
+        cls,
+        base: PackedLinear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> PackedLoRALinear:
+        """Starts at an increment of zero; arguments are those of `LoRALinear.from_linear`."""
+        return cls(base, *start_at_zero(base, rank, generator), alpha, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(..., I)` to `(..., O)`."""
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        dtype = product_dtype(x)
+        low = F.linear(F.dropout(x, self.dropout, self.training).to(dtype), self.lora_A.to(dtype))
+        return y + self.scale * F.linear(low, self.lora_B.to(dtype))
+
+    def dense(self) -> Tensor:
+        """The dequantized base + (alpha / R) B A, fp32."""
+        return incremented(self.base.dense(), self.lora_A, self.lora_B, self.scale, torch.float32)
+
+    def merge(self) -> nn.Linear:
+        """A dense layer, fp32: the sum is not rounded to integers again."""
+        return to_linear(self.dense(), self.base.bias, training=self.training)
+
+
 class LoRALinear(LowRankLinear):
     """y = x W^T + b + (alpha / R) dropout(x) A^T B^T, fused into one node of the graph."""
 
     def __init__(self, linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, alpha: float, dropout: float = 0.0) -> None:
-        super().__init__(linear, lora_A, lora_B, alpha)
-        self.dropout = dropout
+        super().__init__(linear, lora_A, lora_B, alpha, dropout)
         self.num_pruned = linear.num_pruned if isinstance(linear, MaskedLinear) else 0
 
     @classmethod
@@ -127,17 +182,25 @@ def incremented(weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, dty
         return torch.addmm(weight_OI.to(dtype), B_OR.to(dtype), A_RI.to(dtype), alpha=scale)
 
 
-def start_at_zero(linear: nn.Linear, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def start_at_zero(linear: nn.Linear | PackedLinear, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """A drawn as PyTorch draws the weight of a linear layer, B zero: the increment B A is zero."""
     A_RI = torch.empty(rank, linear.in_features)
     nn.init.kaiming_uniform_(A_RI, a=math.sqrt(5), generator=generator)
     return A_RI, torch.zeros(linear.out_features, rank)
 
 
+def adapted(layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> LoRALinear | PackedLoRALinear:
+    """A LoRA layer over a plain or a packed one, at an increment of zero."""
+    if isinstance(layer, PackedLinear):
+        return PackedLoRALinear.from_packed(layer, rank, alpha, dropout)
+    assert isinstance(layer, nn.Linear)
+    return LoRALinear.from_linear(layer, rank, alpha, dropout)
+
+
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, every low-rank layer of `model` computes its frozen base: the reference model without a copy."""
-    layers = [module for module in model.modules() if isinstance(module, LowRankLinear) and module.enabled]
+    layers = [module for module in model.modules() if isinstance(module, LowRank) and module.enabled]
     for layer in layers:
         layer.enabled = False
     try:

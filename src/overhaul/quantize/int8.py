@@ -94,6 +94,7 @@ class Int8(Transform):
         from overhaul.journal import note_layer
         from overhaul.layers import swap
         from overhaul.layers.int8 import Int8Linear
+        from overhaul.machine import release_memory
 
         linear: Any = model.get_submodule(name)
         layer = Int8Linear.from_linear(linear, self.kind, columns_C)
@@ -101,6 +102,8 @@ class Int8(Transform):
         before_OI = linear.weight.detach().float()
         change = (layer.dense() - before_OI).norm() / before_OI.norm().clamp_min(1e-30)
         note_layer(name, sparsity=1 - layer.num_nonzero() / layer.num_weights, error=float(change))
+        del linear, before_OI
+        release_memory()  # else the dense weights that are gone still count for a while
 
 
 def chosen(model: nn.Module, skip: Sequence[str]) -> list[str]:
