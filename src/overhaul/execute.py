@@ -28,7 +28,7 @@ from overhaul.judge import Judge
 from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
 from overhaul.method import Measure, Method, Pipeline, Training, Transform
 from overhaul.options import DEFAULT_CORPUS, PASSING_OPTIONS, Options
-from overhaul.packed import is_packed
+from overhaul.packed import is_packed, trains_adapters
 from overhaul.progress import say
 from overhaul.recipe import Recipe, Step
 from overhaul.report.facts import Facts
@@ -270,7 +270,8 @@ def _fields(method: Method, others: tuple[Parent, ...]) -> dict[str, Any]:
 
 def _refuse_packed(method: Method, parent: Artifact) -> None:
     """Raises `UserError` for packed weights in the hands of a method that needs dense ones."""
-    if is_packed(parent.model) and not method.reads_packed:
+    fits = method.reads_packed and (not isinstance(method, Training) or trains_adapters(parent.model))
+    if is_packed(parent.model) and not fits:
         inner: Any = parent.model
         how = inner.config.quantization_config["quant_method"]
         raise UserError(

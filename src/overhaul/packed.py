@@ -39,6 +39,11 @@ def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, Packed) for module in model.modules())
 
 
+def trains_adapters(model: nn.Module) -> bool:
+    """Whether adapters can be trained on top of the packed modules of a model."""
+    return all(module.trains_adapters for module in model.modules() if isinstance(module, Packed))
+
+
 def check(settings: Mapping[str, Any], ref: str) -> None:
     """Raises `UserError` for a `quantization_config` that this project cannot read."""
     how = str(settings.get("quant_method", "packed"))

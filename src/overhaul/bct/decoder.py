@@ -8,7 +8,7 @@ Letters of shapes: B batch, T tokens, D width, H heads, G heads that share keys,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +141,8 @@ class BlockDecoderLayer(Packed):
     It stands for no weights itself; as a packed module it says that the model's numbers are not those of its weights
     alone.
     """
+
+    trains_adapters: ClassVar[bool] = False
 
     def __init__(self, layer: Any, scheme: Scheme, activation: str) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ O outputs, I inputs, V tokens of the vocabulary, D width, Y and X blocks down an
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class BlockMatrix(Packed):
         block: rows and columns of a block.
     """
 
+    # Rounding has no gradient, and embeddings and norms are not what adapters are merged into.
+    trains_adapters: ClassVar[bool] = False
     weight: Tensor
     scale: Tensor
 
@@ -157,6 +159,8 @@ class BlockEmbedding(BlockMatrix):
 
 class TiedHead(PackedLinear):
     """An output embedding that reads the input embedding, which stores the weight: no tensor of its own."""
+
+    trains_adapters: ClassVar[bool] = False
 
     def __init__(self, embedding: BlockEmbedding) -> None:
         super().__init__()

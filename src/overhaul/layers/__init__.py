@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,12 @@ class Packed(nn.Module, ABC):
     """A module whose weights are stored as integers: a form for disk and inference, which is neither pruned nor merged.
 
     Its tensors are buffers; `state_dict` is what lies on disk.
+
+    Attributes:
+        trains_adapters: whether gradients pass through it as through the layer it stands for.
     """
+
+    trains_adapters: ClassVar[bool] = True
 
     @property
     @abstractmethod

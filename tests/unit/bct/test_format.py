@@ -129,11 +129,11 @@ def test_the_card_says_how_to_load_it(tiny, tmp_path, monkeypatch):
     assert "base_model_relation: quantized" in card
 
 
-@pytest.mark.parametrize("verb", [["quantize", "bct"], ["prune", "magnitude"]])
+@pytest.mark.parametrize("verb", [["quantize", "bct"], ["prune", "magnitude"], ["adapt", "lora"]])
 def test_what_is_packed_is_not_changed_again(verb, tiny, tmp_path):
     out = written(tiny, tmp_path / "out")
 
-    refused(overhaul(*verb, out, "-o", tmp_path / "twice", *QUICK), "quantized (bct)")
+    refused(overhaul(*verb, out, "-o", tmp_path / "twice", "--data", "sample", *QUICK), "quantized (bct)")
     assert not (tmp_path / "twice").exists()
 
 

@@ -1,0 +1,207 @@
+"""BCT (Dong and Chen, 2023) on a real model and real text: what its abstract claims, at this size.
+
+SmolLM2-135M, manual pages, fp32 products. Nothing here is random: the values of a row are those of three disjoint
+thirds of the held-out text.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench import results
+from bench.results import Row, Target
+from torch import Tensor, nn
+
+from overhaul import artifact, evaluate
+from overhaul.bct.model import formula_bytes
+from overhaul.bct.scheme import PARTS
+from overhaul.corpora import CorpusSpec, open_corpus
+from overhaul.data import Data
+from overhaul.quantize.bct import Bct
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+CORPUS = "manpages-en"
+THIRDS = (0, 1, 2)
+WINDOWS, SEQ_LEN = 12, 256
+SETTINGS = {"model": "smollm2-135m", "corpus": CORPUS, "heldout": f"{WINDOWS}x{SEQ_LEN}", "dtype": "fp32"}
+SHAPES = {16: "1x16", 64: "1x64", 256: "4x64", 1024: "16x64", 4096: "64x64"}
+"""Elements of a block, and a block of so many."""
+
+
+@dataclass(slots=True)
+class Bench:
+    """The dense model, the text, and what was measured so far."""
+
+    dense: nn.Module
+    heldout_NT: Tensor
+    known: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def nats(self, **fields: Any) -> tuple[float, ...]:
+        """Log-perplexity on each third, of the dense model or of a compressed copy."""
+        key = str(sorted(fields.items()))
+        if key not in self.known:
+            model = compressed(self.dense, **fields) if fields else self.dense
+            self.known[key] = tuple(
+                math.log(evaluate.perplexity(model, part_NT, batch_size=4).estimate.value)
+                for part_NT in self.heldout_NT.chunk(len(THIRDS))
+            )
+        return self.known[key]
+
+    def perplexities(self, **fields: Any) -> tuple[float, ...]:
+        return tuple(math.exp(nats) for nats in self.nats(**fields))
+
+    def lost(self, **fields: Any) -> tuple[float, ...]:
+        """Log-perplexity above that of the dense model, on each third."""
+        return tuple(ours - dense for ours, dense in zip(self.nats(**fields), self.nats(), strict=True))
+
+
+@torch.no_grad()
+def compressed(dense: nn.Module, **fields: Any) -> nn.Module:
+    return Bct(**fields).apply(copy.deepcopy(dense), None)
+
+
+@pytest.fixture(scope="module")
+def bench(smol: Path) -> Bench:
+    dense = artifact.load(smol, dtype=torch.float32)
+    data = Data(open_corpus(CorpusSpec(path=CORPUS)), dense.processor)
+    made = Bench(dense.model, data.windows("heldout", seq_len=SEQ_LEN, limit=WINDOWS))
+    _record([_row(id="perplexity-fp32", what="Held-out perplexity, fp32", values=made.perplexities())])
+    return made
+
+
+def stored(bits: int, block: str, **fields: Any) -> dict[str, Any]:
+    """Weights and embedding in blocks of that shape, everything computed in fp32."""
+    return {"mode": f"w{bits}a32", "block": block, "embedding_block": block, **fields}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_blocks_beat_rows_and_rows_beat_whole_tensors(bench, bits):
+    blocks = ("1x64", "row", "tensor")
+    for block in blocks:
+        _record([_row(id=f"perplexity-w{bits}-{block}", values=bench.perplexities(**stored(bits, block)),
+                      what=f"Held-out perplexity, weights of {bits} bits, one shift per {_told(block)}")])  # fmt: skip
+    means = [sum(bench.nats(**stored(bits, block))) / len(THIRDS) for block in blocks]
+
+    _check(id=f"order-w{bits}", values=(min(worse - better for better, worse in pairwise(means)),), seeds=(0,),
+           what=f"{bits} bits: smallest step of log-perplexity in 1x64 < row < tensor", unit="nats",
+           target=Target(">=", 0))  # fmt: skip
+
+
+def test_with_4_bits_the_block_is_what_matters(bench):
+    pairs = zip(bench.lost(**stored(4, "row")), bench.lost(**stored(4, "1x64")), strict=True)
+
+    _check(id="gap-w4", what="4 bits: log-perplexity lost with one shift per row, over that per 64 weights",
+           values=tuple(row / block for row, block in pairs), target=Target(">=", 1.5))  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_size_and_quality_of_every_block_size(bench, bits):
+    fp32_bytes = 4 * sum(p.numel() for p in bench.dense.parameters())
+    for elements, block in SHAPES.items():
+        fields = stored(bits, block)
+        size = formula_bytes(compressed(bench.dense, **fields), torch.float32)
+        told = f"{bits} bits, one shift per {elements:,} weights"
+        _record([
+            _row(id=f"curve-w{bits}-{elements:04}-perplexity", what=f"{told}: held-out perplexity",
+                 values=bench.perplexities(**fields)),
+            _row(id=f"curve-w{bits}-{elements:04}-size", what=f"{told}: fp32 bytes over bytes",
+                 values=(fp32_bytes / size,), seeds=(0,)),
+        ])  # fmt: skip
+    small, large = (bench.lost(**stored(bits, SHAPES[elements])) for elements in (16, 4096))
+
+    _check(id=f"curve-w{bits}-order", unit="nats",
+           what=f"{bits} bits: log-perplexity lost with blocks of 4,096 weights, above that with 16",
+           values=tuple(b - a for a, b in zip(small, large, strict=True)), target=Target(">=", 0))  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_float_scales_lose_less_than_shifts(bench, bits):
+    shift, scale = (bench.lost(**stored(bits, "1x64", scale=kind)) for kind in ("shift", "fp16"))
+
+    _record([_row(id=f"perplexity-w{bits}-fp16", values=bench.perplexities(**stored(bits, "1x64", scale="fp16")),
+                  what=f"Held-out perplexity, weights of {bits} bits, one fp16 scale per 64 weights")])  # fmt: skip
+    _check(id=f"shift-w{bits}", unit="nats", target=Target(">=", 0), seeds=(0,),
+           what=f"{bits} bits: log-perplexity lost with shifts above that with fp16 scales, blocks of 64",
+           values=((sum(shift) - sum(scale)) / len(THIRDS),))  # fmt: skip
+
+
+def test_everything_in_8_bits_costs_less_than_5_percent_of_perplexity(bench):
+    _record([_row(id="perplexity-w8a8", what="Held-out perplexity, everything in 8 bits",
+                  values=bench.perplexities(mode="w8a8"))])  # fmt: skip
+
+    _check(id="w8a8", what="Everything in 8 bits: perplexity over that of fp32", target=Target("<=", 1.05),
+           values=tuple(map(math.exp, bench.lost(mode="w8a8"))))  # fmt: skip
+
+
+def test_weights_of_4_bits_with_everything_else_in_8(bench):
+    for scale in ("shift", "fp16"):
+        _record([_row(id=f"perplexity-w4a8-{scale}", values=bench.perplexities(mode="w4a8", scale=scale),
+                      what=f"Held-out perplexity, weights of 4 bits ({scale}), everything else in 8")])  # fmt: skip
+
+
+def test_the_parts_explain_the_whole(bench):
+    total = bench.lost(mode="w8a8")
+    alone = {part: bench.lost(mode="w8a8", parts=(part,)) for part in PARTS}
+    _record(
+        _row(id=f"part-{part}", what=f"Log-perplexity lost when only this has 8 bits: {part}", values=lost, unit="nats")
+        for part, lost in alone.items()
+    )
+    _record([_row(id="part-all", what="Log-perplexity lost when everything has 8 bits", values=total, unit="nats")])
+    explained = sum(sum(lost) for lost in alone.values()) / sum(total)
+
+    _check(id="explained", what="Sum of what the parts lose alone, over what all lose together", seeds=(0,),
+           values=(explained,), target=Target(">=", 0.5))  # fmt: skip
+    _check(id="explained-above", what="What all parts lose together, over the sum of what they lose alone", seeds=(0,),
+           values=(1 / explained,), target=Target(">=", 0.5))  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["integer", "unit"])
+def test_other_ways_to_sum_and_to_round_probabilities(bench, how):
+    fields = {"integer": {"accumulate": "integer"}, "unit": {"probabilities": "unit"}}[how]
+    told = {"integer": "sums in int32", "unit": "probabilities in units of 1/255"}[how]
+
+    _check(id=f"w8a8-{how}", what=f"Everything in 8 bits, {told}: perplexity over that of fp32",
+           target=Target("<=", 1.05), values=tuple(map(math.exp, bench.lost(mode="w8a8", **fields))))  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "block", "ratio"), [("w8a8", "1x64", 3.9), ("w4a8", "row", 7.9)])
+def test_the_ratio_on_disk_is_that_of_the_formula(bench, smol, tmp_path, mode, block, ratio):
+    made = artifact.load(smol, dtype=torch.float32)
+    parameters = sum(p.numel() for p in made.model.parameters())
+    model = Bct(mode=mode, block=block, embedding_block=block).apply(made.model, None)
+    formula = formula_bytes(model, made.dtype)
+    artifact.write_model(made, tmp_path)
+    size = artifact.size_on_disk(tmp_path)
+
+    _check(id=f"disk-{mode}-formula", what=f"{mode}, one shift per {_told(block)}: bytes on disk over the formula's",
+           values=(size / formula,), seeds=(0,), target=Target("<=", 1.001))  # fmt: skip
+    assert size >= formula
+    _check(id=f"disk-{mode}-ratio", what=f"{mode}, one shift per {_told(block)}: fp32 bytes over bytes on disk",
+           values=(4 * parameters / size,), seeds=(0,), target=Target(">=", ratio))  # fmt: skip
+
+
+def _told(block: str) -> str:
+    return {"1x64": "64 weights", "row": "row", "tensor": "tensor"}[block]
+
+
+def _row(*, id: str, **fields: Any) -> Row:
+    return Row(**{"id": f"quantize-bct/{id}", "kind": "claim", "seeds": THIRDS, "settings": SETTINGS, **fields})
+
+
+def _check(**fields: Any) -> None:
+    """Records a row, then holds it against its target."""
+    row = _row(**fields)
+    _record([row])
+    assert row.met is not False, row
+
+
+def _record(rows: Any) -> None:
+    results.record(rows)
