@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import perp, pruning, startup, training
+from bench import half, perp, pruning, startup, training
 from bench.inputs import Inputs
 from bench.results import ROOT, Row, record
 from bench.tables import number
@@ -21,6 +21,7 @@ BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "perp-mask-lora": perp.mask_lora,
     "wanda": pruning.wanda,
     "sparsegpt": pruning.sparsegpt,
+    "half": half.roads,
     "wanda-fp32-peer": pruning.wanda_fp32_peer,
     "sparsegpt-fp32-peer": pruning.sparsegpt_fp32_peer,
 }
