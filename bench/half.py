@@ -1,117 +1,115 @@
-"""The best model in at most half the bytes of the bf16 original: what our chains give, and others' one-step routes.
-
-Ours are commands, run as a user types them; every model is judged on the same held-out windows. A peer's directory is
-written by transformers and counted as it lies there.
-"""
+"""The roads to half the size, as the tutorial types them, against the model they begin with, and others' one step."""
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.inputs import CORPUS, HELDOUT_WINDOWS, Inputs
-from bench.results import Row, Target
+import numpy as np
+
+from bench.inputs import Inputs
+from bench.results import ROOT, Row
 from bench.turns import Side
 from overhaul import artifact
+from overhaul.corpora import CorpusSpec, open_corpus
+from overhaul.data import Data
+from overhaul.options import DEFAULT_CORPUS, Options
 
-HALF = 0.5
-STEPS, BATCH_SIZE, SEQ_LEN = 100, 2, 256
-SHARE_OF_FP32 = "0.249"
-"""A little under half of bf16, whose bytes are half of fp32's."""
-
-BCT = ("quantize bct --mode w4a32 --budget " + SHARE_OF_FP32,)
-CUT = (
-    "shrink minitron --ffn 960 --samples 128 --seq-len 256 --data " + CORPUS,
-    f"distill kd --teacher MODEL --steps {STEPS} --batch-size {BATCH_SIZE} --seq-len {SEQ_LEN} --lr 5e-4 "
-    f"--save-every 0 --data {CORPUS}",
-    "quantize int8",
-)
-SPARSE = (
-    "prune wanda --sparsity 0.5 --samples 32 --seq-len 512 --data " + CORPUS,
-    f"adapt perp --steps {STEPS} --batch-size {BATCH_SIZE} --seq-len {SEQ_LEN} --save-every 0 --data {CORPUS}",
-    f"quantize bct --mode w4a32 --budget {SHARE_OF_FP32}",
-)
-OURS = {
-    "bct": ("8-bit and 4-bit blocks within the budget, no training", BCT),
-    "cut-distil-int8": ("FFN 1536 cut to 960, distilled, int8", CUT),
-    "prune-perp-bct": ("50% Wanda, PERP, 8-bit and 4-bit blocks within the budget", SPARSE),
-}
-PEERS = {
-    "bitsandbytes-nf4": "bitsandbytes NF4, through transformers",
-    "bitsandbytes-int8": "bitsandbytes LLM.int8(), through transformers",
+TUTORIAL = ROOT / "docs" / "tutorials" / "half-the-size.md"
+FOLDER = "runs/half"
+PEERS = {"nf4": "bitsandbytes NF4, one step", "int8": "bitsandbytes LLM.int8(), one step"}
+QUANTITIES = {
+    "perplexity": ("held-out perplexity", ""),
+    "size": ("weights on disk", "bytes"),
+    "prefill": ("reading", "tokens/s"),
+    "decode": ("writing", "tokens/s"),
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """One model: perplexity, and bytes of weights over those of the original."""
-
-    perplexity: float
-    share: float
+def commands(page: Path = TUTORIAL) -> list[list[str]]:
+    """The commands of the tutorial that write a model, as words after `overhaul`."""
+    lines = re.findall(r"^overhaul (.*)$", page.read_text(), re.MULTILINE)
+    return [shlex.split(line) for line in lines if f"-o {FOLDER}/" in line]
 
 
-def half(inputs: Inputs, _peers: Path) -> list[Row]:
-    """Rows of every route: perplexity, and size as a share of the original's."""
-    whole = artifact.size_on_disk(inputs.model)
-    dense = Made(inputs.perplexity(inputs.model), 1.0)
-    made = {name: _ours(inputs, name, route, whole) for name, (_, route) in OURS.items()}
-    theirs = {name: _peer(inputs, name, whole) for name in PEERS}
-    told = {"dense": "the original, bf16"} | {name: what for name, (what, _) in OURS.items()} | PEERS
-    settings = {"model": inputs.model.name, "corpus": CORPUS, "heldout": f"{HELDOUT_WINDOWS}x512"}
+def roads(inputs: Inputs, _peers: Path) -> list[Row]:
+    """For every model of the tutorial its perplexity, size and speeds, beside those of the model it began with."""
+    typed = commands()
+    for words in typed:
+        _overhaul(inputs.work, *words)
+    compared = ("compare", FOLDER, "--data", "sample", "--html", "compare.html", "--json")
+    windows = _heldout(inputs)
+    reference, *models = json.loads(_overhaul(inputs.work, *compared))["rows"]
+    settings = {"model": reference["label"], "commands": [shlex.join(["overhaul", *words]) for words in typed]}
     rows = []
-    for name, one in {"dense": dense, **made, **theirs}.items():
-        steps = {"commands": list(OURS[name][1])} if name in OURS else {}
-        common: dict[str, Any] = {"kind": "claim", "settings": settings | steps}
-        target = Target("<=", HALF) if name in OURS else None
+    for model in models:
+        before, after = _numbers(reference), _numbers(model)
+        chosen = {"on the front": ", ".join(model["fronts"]) or "none"}
         rows += [
             Row(
-                id=f"half-the-size/{name}",
-                what=f"Held-out perplexity: {told[name]}",
-                values=(one.perplexity,),
-                **common,
-            ),
+                id=f"half-{model['label']}/{name}",
+                kind="bench",
+                what=f"{model['label']}: {what}",
+                unit=unit,
+                values=(after[name],),
+                peer=(before[name],),
+                peer_name=f"{reference['label']}, {reference['dtype']}",
+                settings=settings | chosen,
+            )
+            for name, (what, unit) in QUANTITIES.items()
+        ]
+    before = _numbers(reference)
+    for kind, name in PEERS.items():
+        after = _peer(inputs, kind, windows)
+        rows += [
             Row(
-                id=f"half-the-size/{name}-bytes",
-                what=f"Bytes of weights over the original's: {told[name]}",
-                unit="share",
-                values=(one.share,),
-                target=target,
-                **common,
-            ),
+                id=f"half-peer-{kind}/{quantity}",
+                kind="bench",
+                what=f"{name}: {QUANTITIES[quantity][0]}",
+                unit=QUANTITIES[quantity][1],
+                values=(number,),
+                peer=(before[quantity],),
+                peer_name=f"{reference['label']}, {reference['dtype']}",
+            )
+            for quantity, number in after.items()
         ]
     return rows
 
 
-def _ours(inputs: Inputs, name: str, route: tuple[str, ...], whole: int) -> Made:
-    model = inputs.model
-    for number, command in enumerate(route):
-        out = inputs.work / f"half-{name}-{number}"
-        verb, method, *rest = command.replace("MODEL", str(inputs.model)).split()
-        words = [
-            sys.executable,
-            "-m",
-            "overhaul",
-            verb,
-            method,
-            str(model),
-            "-o",
-            str(out),
-            *rest,
-            "--evaluate",
-            "none",
-        ]
-        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-        model = out
-    return Made(inputs.perplexity(model), artifact.size_on_disk(model) / whole)
+def _heldout(inputs: Inputs) -> Path:
+    """The windows that `compare --data sample` scores, as a file."""
+    options = Options()
+    data = Data(open_corpus(CorpusSpec(path=DEFAULT_CORPUS)), inputs.data.tokenizer)
+    windows_NT = data.windows("heldout", seq_len=options.evaluate_seq_len, limit=options.evaluate_windows)
+    path = inputs.work / "half-heldout.npy"
+    np.save(path, windows_NT.numpy())
+    return path
 
 
-def _peer(inputs: Inputs, name: str, whole: int) -> Made:
-    out = inputs.work / f"half-{name}"
-    given = {"model": str(inputs.model), "out": str(out), "kind": name.removeprefix("bitsandbytes-")}
-    windows = inputs.heldout_windows()
-    with Side("half_bitsandbytes.py", given | {"windows": str(windows)}) as side:
+def _peer(inputs: Inputs, kind: str, windows: Path) -> dict[str, float]:
+    """Perplexity and bytes of what bitsandbytes makes of the model through transformers."""
+    out = inputs.work / f"half-peer-{kind}"
+    given = {"model": str(inputs.model), "out": str(out), "kind": kind, "windows": str(windows)}
+    with Side("half_bitsandbytes.py", given) as side:
         perplexity = side.turn().facts["perplexity"]
-    return Made(perplexity, artifact.size_on_disk(out) / whole)
+    return {"perplexity": perplexity, "size": float(artifact.size_on_disk(out))}
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    return {
+        "perplexity": row["perplexity"]["value"],
+        "size": float(row["bytes"]),
+        "prefill": row["tokens_per_second"],
+        "decode": row["decode_tokens_per_second"],
+    }
+
+
+def _overhaul(folder: Path, *words: str) -> str:
+    """Runs a command in `folder`, its progress shown; returns what it prints."""
+    command = [sys.executable, "-m", "overhaul", *words]
+    return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -58,10 +58,6 @@ class Inputs:
         batches = Take(self.data.calibration(samples=count, seq_len=seq_len), count)
         return self._saved("calib", torch.cat([batch["input_ids"] for batch in batches]))
 
-    def heldout_windows(self) -> Path:
-        """A file with the windows that `perplexity` is measured on, int64."""
-        return self._saved("heldout", self.data.windows("heldout", seq_len=512, limit=HELDOUT_WINDOWS))
-
     def perplexity(self, directory: Path) -> float:
         """Held-out perplexity of a directory that either side wrote, by the same code, in fp32."""
         windows_NT = self.data.windows("heldout", seq_len=512, limit=HELDOUT_WINDOWS)

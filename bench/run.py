@@ -15,7 +15,6 @@ from bench.tables import number
 
 BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "help": startup.startup,
-    "half": half.half,
     "full": training.full,
     "lora": training.lora,
     "perp-norms": perp.norms,
@@ -24,6 +23,7 @@ BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "distill-step": distill.step,
     "wanda": pruning.wanda,
     "sparsegpt": pruning.sparsegpt,
+    "half": half.roads,
     "wanda-fp32-peer": pruning.wanda_fp32_peer,
     "sparsegpt-fp32-peer": pruning.sparsegpt_fp32_peer,
 }

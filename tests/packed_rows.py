@@ -59,7 +59,7 @@ def refuse(settings: Mapping[str, Any]) -> None:
     assert settings["quant_method"] == QUANT_METHOD
 
 
-def layers(model: nn.Module, settings: Mapping[str, Any]) -> None:
+def layers(model: nn.Module, settings: Mapping[str, Any], *_shapes: object) -> None:
     assert settings["bits"] == 8
     swap(model, block_linears(model), lambda old: RowsLinear(old.in_features, old.out_features))
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 SOURCE = Path(package.__file__).parent
 TUTORIAL = DOCS / "tutorials" / "halve-a-model.md"
+HALF = DOCS / "tutorials" / "half-the-size.md"
 PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
 HEADINGS = [
     "What you get",
@@ -161,6 +162,15 @@ def test_the_tutorial_runs(tiny: Path, type_command: Type):
         elif not command.endswith("--resume"):  # there is nothing to resume: nobody pressed Ctrl-C
             type_command(command)
     exec(blocks(TUTORIAL, "python")[0])  # plain transformers, on what the commands wrote
+
+
+def test_the_roads_to_half_the_size_run(type_command: Type):
+    for command in commands(HALF):
+        type_command(command)
+
+    made = {path.name for path in Path("runs/half").iterdir() if path.is_dir()}
+    assert made == {"int8", "shrunk", "distilled", "distilled-int8", "pruned", "won-back", "won-back-int8"}
+    assert Path("runs/half/compare.html").read_text().count('class="point ') == 3 * (1 + len(made))
 
 
 @pytest.mark.parametrize("page", [TUTORIAL, DOCS / "reference" / "errors.md"], ids=lambda page: page.stem)
