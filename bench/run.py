@@ -24,7 +24,6 @@ BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "wanda": pruning.wanda,
     "sparsegpt": pruning.sparsegpt,
     "half": half.roads,
-    "half": half.roads,
     "wanda-fp32-peer": pruning.wanda_fp32_peer,
     "sparsegpt-fp32-peer": pruning.sparsegpt_fp32_peer,
 }
