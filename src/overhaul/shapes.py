@@ -135,8 +135,9 @@ class Grid:
 
     def nearest(self, budget: int, count: int = 3) -> list[Shape]:
         """The shapes of the whole grid whose parameters are nearest to the budget."""
-        shapes = (shape for shape in self._shapes(0, 0) if self.accepts(shape))
-        return sorted(shapes, key=lambda shape: abs(self.architecture.parameters(shape) - budget))[:count]
+        shapes = sorted(self._shapes(0, 0), key=lambda shape: abs(self.architecture.parameters(shape) - budget))
+        # Asked of the nearest only: making a configuration takes a thousand times longer than counting.
+        return list(itertools.islice(filter(self.accepts, shapes), count))
 
     def _shapes(self, least_layers: float, least_width: float) -> Iterator[Shape]:
         source = self.source

@@ -99,6 +99,19 @@ def test_a_size_that_is_not_on_the_grid_lists_the_nearest():
     assert refused.value.hint.startswith(f"--parameters {smallest}")
 
 
+def test_the_nearest_are_such_as_the_configuration_accepts_and_few_are_asked_for():
+    asked: list[Shape] = []
+
+    def accepts(shape: Shape) -> bool:
+        asked.append(shape)
+        return shape.heads > 1
+
+    grid = Grid(source=SMOL, architecture=LLAMA, accepts=accepts)
+
+    assert all(shape.heads > 1 for shape in grid.nearest(100_000))
+    assert len(asked) < 20
+
+
 def test_a_size_that_is_not_smaller_is_refused():
     with pytest.raises(UserError, match="not fewer than the 134,515,008"):
         shapes_for(GRID, 134_515_008, 0.05, 8)

@@ -99,7 +99,8 @@ class Minitron(Pipeline):
         return () if self.scores is None else (self.scores,)
 
     def check(self, model: nn.Module, data: Data | None) -> None:
-        """Refuses a shape or a size that the model cannot be cut to."""
+        """Refuses a shape or size that it cannot be cut to, scores of another kind, and text that is too short."""
+        from overhaul import importance, pretrained
         from overhaul.interop import decoder
 
         found = decoder.find(model)
@@ -107,6 +108,16 @@ class Minitron(Pipeline):
             self._shapes(found)
         else:
             self.target(found)
+        if self.scores is not None:
+            importance.read(pretrained.resolve(self.scores), **self._how())
+        if self._is_search() or self.depth != "block":
+            longest = getattr(model.config, "max_position_embeddings", self.search_seq_len)
+            if self.search_seq_len > longest:
+                raise UserError(
+                    f"--search-seq-len {self.search_seq_len} is more than the model reads", allowed=f"up to {longest}"
+                )
+            assert data is not None
+            self._windows(data, limit=1)
 
     def outline(self, model: nn.Module) -> tuple[str, ...]:
         """The text that is read, and the shape, or the candidates with what each is trained on."""
@@ -130,7 +141,7 @@ class Minitron(Pipeline):
 
         found = decoder.find(model)
         scores, source = self._scores(model, work)
-        layers = Depth(model, scores, by=self.depth, windows=lambda: self._windows(work), dtype=work.dtype)
+        layers = Depth(model, scores, by=self.depth, windows=lambda: self._windows(work.data), dtype=work.dtype)
 
         def make(shape: Shape) -> nn.Module:
             stay_L, residual = layers.kept(shape.layers), self.head_residual
@@ -153,14 +164,17 @@ class Minitron(Pipeline):
             "lr": self.search_lr,
         }
         short = candidates.ShortDistillation.model_validate(settings)
-        windows_NT = self._windows(work)
+        windows_NT = self._windows(work.data)
         best, tried = candidates.try_each(self._shapes(found), make, work, short, found.architecture, windows_NT)
         candidates.note(tried, self.search_steps)
         return best
 
-    def _windows(self, work: Workspace) -> Tensor:
+    def _windows(self, data: Data, limit: int = RANKING_WINDOWS) -> Tensor:
         """The text that ranks: held out of training, and not the text that judges the result."""
-        return work.data.windows("calib", seq_len=self.search_seq_len, limit=RANKING_WINDOWS)
+        return data.windows("calib", seq_len=self.search_seq_len, limit=limit)
+
+    def _how(self) -> dict[str, Any]:
+        return {"over_batch": self.over_batch, "over_sequence": self.over_sequence}
 
     def _is_search(self) -> bool:
         return self.parameters is not None or self.share is not None
@@ -243,10 +257,9 @@ class Minitron(Pipeline):
         from overhaul import importance, journal, pretrained
         from overhaul.progress import say
 
-        how: Any = {"over_batch": self.over_batch, "over_sequence": self.over_sequence}
         if self.scores is not None:
             directory = pretrained.resolve(self.scores)
-            scores, source = importance.read(directory, weights_sha256=work.weights_sha256, **how)
+            scores, source = importance.read(directory, weights_sha256=work.weights_sha256, **self._how())
             say(f"scores from {self.scores}: {source.samples} windows of {source.seq_len} tokens")
             return scores, source
         longest = getattr(model.config, "max_position_embeddings", self.seq_len)
@@ -254,13 +267,13 @@ class Minitron(Pipeline):
         calib = work.data.calibration(samples=self.samples, seq_len=seq_len, batch_size=4)
         tokens = calib.tokens() or 0
         journal.note_tokens(tokens)
-        scores = importance.score(model, calib, dtype=work.dtype, windows=tokens // seq_len, **how)
+        scores = importance.score(model, calib, dtype=work.dtype, windows=tokens // seq_len, **self._how())
         source = importance.Source(
             weights_sha256=work.weights_sha256,
             corpus=work.data.corpus.fingerprint,
             samples=tokens // seq_len,
             seq_len=seq_len,
-            **how,
+            **self._how(),
         )
         return scores, source
 

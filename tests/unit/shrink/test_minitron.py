@@ -273,6 +273,29 @@ def test_a_directory_without_scores(tiny: Path, tmp_path: Path):
     refused(done, "holds no importance.safetensors", "shrink minitron wrote")
 
 
+def test_scores_of_another_kind_are_refused_before_anything_is_measured(tiny: Path, shrink: Type, tmp_path: Path):
+    first = shrink(tiny, "first", "--ffn", 64, *SMALL)
+
+    done = overhaul(
+        "shrink", "minitron", tiny, "-o", tmp_path / "no", "--ffn", 32, "--scores", first, "--over-batch", "mean"
+    )
+
+    refused(done, "l2 over windows", "--over-batch l2")
+    assert "measuring" not in done.err
+
+
+def test_text_that_cannot_rank_is_refused_before_anything_is_measured(tiny: Path, tmp_path: Path):
+    long = overhaul("shrink", "minitron", tiny, "-o", tmp_path / "a", "--share", "0.8", "--search-seq-len", 1024)
+    (tmp_path / "short.txt").write_text("\n\n\n".join(f"A sentence, number {number}." for number in range(40)))
+    short = overhaul(
+        "shrink", "minitron", tiny, "-o", tmp_path / "b", "--share", "0.8", "--data", tmp_path / "short.txt"
+    )
+
+    refused(long, "--search-seq-len 1024 is more than the model reads", "up to 512")
+    refused(short, "its calib text has")
+    assert "measuring" not in long.err + short.err
+
+
 def test_an_odd_head(tiny: Path, tmp_path: Path):
     odd = tmp_path / "odd"
     odd.mkdir()
