@@ -84,7 +84,6 @@ def test_outlier_columns_are_those_that_reach_the_threshold_in_any_row():
     x_NI = drawn(5, 8).clamp(-3, 3)
     x_NI[1, 2], x_NI[4, 6] = 6.0, -7.0
 
-    assert int8.outlier_columns(x_NI, 6.0).tolist() == [2, 6]
     assert int8.quantize_rows(x_NI, Kind()).columns.tolist() == [2, 6]
     assert int8.quantize_rows(x_NI, Kind(threshold=0)).columns.tolist() == []
     assert int8.quantize_rows(x_NI, Kind(threshold=7.5)).columns.tolist() == []
