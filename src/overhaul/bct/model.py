@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from overhaul.bct.blocks import decode, encode, stored_bytes
+from overhaul.bct.blocks import QMAX, decode, encode, stored_bytes
 from overhaul.bct.decoder import BlockDecoderLayer, BlockNorm
 from overhaul.bct.layers import BlockEmbedding, BlockHead, BlockLinear, BlockMatrix, RoundedLinear, TiedHead
 from overhaul.bct.product import refuse_overflow
@@ -59,7 +59,7 @@ def matrices(model: nn.Module, scheme: Scheme) -> Iterator[Stored]:
     """What will be stored in blocks, in the order of the model.
 
     Raises:
-        UserError: a tensor has values that are NaN or infinite.
+        UserError: a tensor has values that are NaN or infinite, or too large for its scales.
     """
     found: dict[str, tuple[Any, str]] = {}
     if scheme.has("embedding"):
@@ -71,6 +71,12 @@ def matrices(model: nn.Module, scheme: Scheme) -> Iterator[Stored]:
         if not weight_RC.isfinite().all():
             bad = int((~weight_RC.isfinite()).sum())
             raise UserError(f"tensor {name}.weight has {bad} values that are NaN or infinite", hint="a sound model")
+        largest = QMAX[scheme.bits] * torch.finfo(torch.float16).max
+        if scheme.scale == "fp16" and float(weight_RC.abs().max()) > largest:
+            raise UserError(
+                f"tensor {name}.weight has values above {largest:.3g}, more than an fp16 scale reaches",
+                allowed="--scale shift, fp32",
+            )
         yield Stored(name, weight_RC, block)
 
 

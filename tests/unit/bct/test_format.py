@@ -55,6 +55,19 @@ def test_the_model_that_is_read_computes_what_the_written_one_did(tiny, tmp_path
     assert torch.equal(logits(written(tiny, tmp_path / "out", "--mode", "w4a8")), before)
 
 
+@pytest.mark.parametrize("parts", [("matmul", "residual"), ("weights", "cache"), ("embedding", "norm")])
+@pytest.mark.parametrize("tie", [True, False])
+def test_parts_that_stay_float_are_stored_and_computed_as_such(parts, tie, make_tiny, tmp_path):
+    from overhaul.quantize.bct import Bct
+
+    path = make_tiny(tie=tie)
+    model: Any = artifact.load(path, dtype=torch.float32).model
+    with torch.no_grad():
+        before = Bct(parts=parts).apply(model, None)(IDS).logits
+
+    assert torch.equal(logits(written(path, tmp_path / "out", "--parts", *parts)), before)
+
+
 def test_the_configuration_says_how_the_integers_lie(tiny, tmp_path):
     out = written(tiny, tmp_path / "out", "--mode", "w4a8", "--block", "2x64", "--parts", "weights", "norm")
     config = json.loads((out / "config.json").read_text())["quantization_config"]

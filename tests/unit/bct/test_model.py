@@ -125,6 +125,16 @@ def test_a_tensor_with_nan_is_named(tiny):
         list(matrices(model, Scheme()))
 
 
+def test_a_tensor_beyond_its_scales_is_named(tiny):
+    model = read(tiny)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[0, 0] = 1e7
+
+    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.k_proj\.weight has values above"):
+        list(matrices(model, Scheme(scale="fp16")))
+    list(matrices(model, Scheme()))
+
+
 def test_other_architectures_can_be_stored_but_not_computed(make_tiny: Make):
     model = read(make_tiny(architecture="opt"))
 
