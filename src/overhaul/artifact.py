@@ -109,6 +109,7 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
 
 def _read_model(path: Path, dtype: torch.dtype | None, ref: str) -> Any:
     """The model, every tensor of which is in the files: transformers alone would fill a gap with random numbers."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -117,7 +118,7 @@ def _read_model(path: Path, dtype: torch.dtype | None, ref: str) -> Any:
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **how)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise UserError(f"{ref} cannot be read as a causal language model: {error}") from error
     model, found = loaded
     for name, there, wanted in sorted(found["mismatched_keys"]):

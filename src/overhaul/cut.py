@@ -124,7 +124,7 @@ def _sources(found: Decoder, smaller: nn.Module, kept: Kept) -> dict[str, tuple[
 
 def _sliced(tensor: Tensor, found: Decoder, source: str, kept: Kept, layer: int) -> Tensor:
     """The elements of a parameter, or of its mask, that stay."""
-    cut_along = [(dim, axis) for dim, axis in enumerate(found.axes[source]) if axis is not None]
+    cut_along: list[tuple[int, Axis]] = [(dim, axis) for dim, axis in enumerate(found.axes[source]) if axis is not None]
     if not cut_along:  # the norms of queries and keys, which run over one head
         return tensor.detach().clone()
     for dim, axis in cut_along:

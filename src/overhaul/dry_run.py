@@ -10,7 +10,7 @@ import torch
 
 from overhaul.artifact import Artifact
 from overhaul.data import Data
-from overhaul.method import Training
+from overhaul.method import Pipeline, Training
 from overhaul.progress import say
 from overhaul.recipe import Step
 from overhaul.train import Plan, train
@@ -44,6 +44,8 @@ def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, long
         say(f"{method.steps} steps, {tokens:,} tokens\n{plan.stream.describe().tree()}")
         seconds = _seconds_per_step(plan, method, dtype) * method.steps
         say(f"about {seconds:.0f} s" + (" for the first part" if method.in_stages() else "") + ", from a step tried")
+    elif isinstance(method, Pipeline) and (lines := method.outline(parent.model)):
+        say("\n".join(lines))
     elif data is not None:
         settings: Any = method
         say(f"{settings.samples} windows of {min(settings.seq_len, longest)} tokens from {data.corpus.name}")

@@ -131,7 +131,9 @@ class _Sums:
     """What the hooks of a pass add up."""
 
     def __init__(self, found: decoders.Decoder, over_batch: How, over_sequence: How) -> None:
-        self.found, self.over_batch, self.over_sequence = found, over_batch, over_sequence
+        self.found = found
+        self.over_batch: How = over_batch
+        self.over_sequence: How = over_sequence
         self.real_BT: Tensor | None = None
         self.sums: dict[tuple[str, int], OverWindows] = {}
         self.cosines = torch.zeros(found.shape.layers, dtype=torch.float64)
@@ -284,8 +286,10 @@ def note(scores: Scores, source: Source) -> None:
     journal.note_tensors(IMPORTANCE, {k: t.contiguous() for k, t in _tensors(scores).items()}, metadata)
 
 
-def read(directory: Path, *, weights_sha256: str, over_batch: How, over_sequence: How) -> tuple[Scores, Source]:
-    """The scores that lie in a directory.
+def read(
+    directory: Path, *, over_batch: How, over_sequence: How, weights_sha256: str | None = None
+) -> tuple[Scores, Source]:
+    """The scores that lie in a directory, put together in this way and, where a hash is given, taken on these weights.
 
     Raises:
         UserError: there are none, they belong to other weights, or were put together in another way.
@@ -304,7 +308,7 @@ def read(directory: Path, *, weights_sha256: str, over_batch: How, over_sequence
             scores = Scores(**tensors)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}", hint="without --scores, which reads the text again") from error
-    if source.weights_sha256 != weights_sha256:
+    if weights_sha256 is not None and source.weights_sha256 != weights_sha256:
         raise UserError(
             f"the scores in {directory} were taken on other weights than those of the model to be cut",
             allowed="scores of the same model: its first target writes them",

@@ -129,6 +129,10 @@ class Training(Method, ABC):
 class Pipeline(Method, ABC):
     """A change in several steps, or with several models: candidates, stages, clients."""
 
+    def outline(self, model: nn.Module) -> tuple[str, ...]:
+        """What it would do with this model, one sentence a line, for a dry run."""
+        return ()
+
     @abstractmethod
     def run(self, model: nn.Module, work: Workspace) -> nn.Module:
         """Returns the changed model; `model` may be changed in place or left alone.

@@ -43,8 +43,13 @@ class Shape:
     kv_groups: int
 
     def __str__(self) -> str:
-        grouped = f"{self.heads} heads in {self.kv_groups} groups" if self.heads != self.kv_groups else ""
-        return f"{self.layers} layers, hidden {self.hidden}, FFN {self.ffn}, {grouped or f'{self.heads} heads'}"
+        heads = _counted(self.heads, "head")
+        grouped = f" in {_counted(self.kv_groups, 'group')}" if self.heads != self.kv_groups else ""
+        return f"{_counted(self.layers, 'layer')}, hidden {self.hidden}, FFN {self.ffn}, {heads}{grouped}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count != 1 else ''}"
 
 
 Dimensions = tuple[Axis | int, ...]
@@ -130,8 +135,9 @@ class Grid:
 
     def nearest(self, budget: int, count: int = 3) -> list[Shape]:
         """The shapes of the whole grid whose parameters are nearest to the budget."""
-        shapes = (shape for shape in self._shapes(0, 0) if self.accepts(shape))
-        return sorted(shapes, key=lambda shape: abs(self.architecture.parameters(shape) - budget))[:count]
+        shapes = sorted(self._shapes(0, 0), key=lambda shape: abs(self.architecture.parameters(shape) - budget))
+        # Asked of the nearest only: making a configuration takes a thousand times longer than counting.
+        return list(itertools.islice(filter(self.accepts, shapes), count))
 
     def _shapes(self, least_layers: float, least_width: float) -> Iterator[Shape]:
         source = self.source
@@ -170,14 +176,15 @@ def spread(shapes: Sequence[Shape], source: Shape, count: int) -> list[Shape]:
 
     Distances are between the shares of each axis that are kept. Equal ones are taken in the order of `shapes`.
     """
+    if not shapes:
+        return []
     points = [_shares(shape, source) for shape in shapes]
-    chosen: list[int] = []
-    if shapes:
-        chosen.append(min(range(len(shapes)), key=lambda at: (-points[at][0], _unevenness(points[at][1:]))))
-    apart = [math.inf] * len(shapes)
-    while 0 < len(chosen) < min(count, len(shapes)):
+    first = min(range(len(shapes)), key=lambda at: (-points[at][0], max(points[at][1:4]) - min(points[at][1:4])))
+    chosen, apart = [first], [math.inf] * len(shapes)
+    while len(chosen) < min(count, len(shapes)):
         apart = [min(known, math.dist(point, points[chosen[-1]])) for known, point in zip(apart, points, strict=True)]
-        chosen.append(max(range(len(shapes)), key=lambda at: apart[at]))
+        rest = [at for at in range(len(shapes)) if at not in chosen]
+        chosen.append(max(rest, key=lambda at: apart[at]))
     return [shapes[at] for at in chosen]
 
 
@@ -201,17 +208,15 @@ def shapes_for(grid: Grid, budget: int, tolerance: float, count: int) -> list[Sh
     return spread(found, grid.source, count)
 
 
-def _shares(shape: Shape, source: Shape) -> tuple[float, float, float, float]:
+def _shares(shape: Shape, source: Shape) -> tuple[float, ...]:
+    """Of layers, hidden size, FFN, query heads and groups, how much is kept."""
     return (
         shape.layers / source.layers,
         shape.hidden / source.hidden,
         shape.ffn / source.ffn,
         shape.heads / source.heads,
+        shape.kv_groups / source.kv_groups,
     )
-
-
-def _unevenness(shares: Sequence[float]) -> float:
-    return max(shares) - min(shares)
 
 
 def count_of(text: str) -> int:
@@ -220,7 +225,7 @@ def count_of(text: str) -> int:
     plain = text.strip().replace("_", "").replace(",", "").upper()
     unit = units.get(plain[-1:], 1)
     try:
-        count = float(plain.rstrip("KMB") if unit != 1 else plain) * unit
+        count = float(plain[:-1] if unit != 1 else plain) * unit
     except ValueError:
         count = math.nan
     if not (math.isfinite(count) and count >= 1):

@@ -38,8 +38,11 @@ METHODS = [pytest.param(entry, id=f"{entry.verb}-{entry.name}") for entry in cat
 RECIPES = [pytest.param(path, id=path.stem) for path in sorted((ROOT / "recipes").glob("*.yaml"))]
 
 # What makes a documented command tiny; a flag is replaced where it is given, and added where the command knows it.
-TINY = {"--steps": "2", "--seq-len": "32", "--samples": "4", "--windows": "2", "--limit": "4", "--tokens": "2"}
-TINY_RECIPE = {"steps": 1, "seq_len": 32, "samples": 4, "eval_every": 0}
+TINY = {"--steps": "2", "--seq-len": "32", "--samples": "4", "--windows": "2", "--limit": "4", "--tokens": "2",
+        "--layers": "1", "--ffn": "64", "--search-steps": "1", "--search-seq-len": "32"}  # fmt: skip
+# Of these only what is given is replaced: a shape has as many numbers as its author wanted.
+ONLY_REPLACED = {"--layers", "--ffn"}
+TINY_RECIPE = {"steps": 1, "seq_len": 32, "samples": 4, "eval_every": 0, "search_steps": 1, "search_seq_len": 32}
 
 Type = Callable[[str], None]
 
@@ -64,7 +67,11 @@ def tiny_words(command: str, tiny: Path) -> list[str]:
         if flag in words:
             words[words.index(flag) + 1] = value
     if words[0] == "run":
-        overrides = [f"model={tiny}", "evaluate=none", *(f"steps.{n}.{k}={v}" for n, k, v in shrunk(Path(words[1])))]
+        overrides = [
+            f"model={tiny}",
+            "evaluate=none",
+            *(f"steps.{n}.{k}={v}" for n, k, v in shrunk(Path(words[1]), tiny)),
+        ]
         words[2:2] = overrides
     elif words[0] == "compare":
         words += ["--windows", "2", "--seq-len", "32"]
@@ -77,17 +84,19 @@ def added(words: list[str]) -> Iterator[str]:
     """Flags that a verb's command does not give and that keep it small."""
     kind = catalog.find(words[0], words[1]).load()
     wanted = {"--evaluate": "none"} if not issubclass(kind, Measure) else {}
-    wanted |= {flag: TINY[flag] for flag in TINY if flag[2:].replace("-", "_") in kind.model_fields}
+    wanted |= {
+        flag: TINY[flag] for flag in TINY.keys() - ONLY_REPLACED if flag[2:].replace("-", "_") in kind.model_fields
+    }
     return iter([word for flag, value in wanted.items() if flag not in words for word in (flag, value)])
 
 
-def shrunk(path: Path) -> list[tuple[int, str, object]]:
+def shrunk(path: Path, tiny: Path) -> list[tuple[int, str, object]]:
     """Step number, setting and value of what makes a recipe's steps small."""
     steps = recipe.read(path).steps
     return [
         (number, name, value)
         for number, step in enumerate(steps, 1)
-        for name, value in TINY_RECIPE.items()
+        for name, value in {**TINY_RECIPE, "teacher": tiny}.items()
         if name in type(step.method).model_fields
     ]
 
@@ -170,7 +179,7 @@ def test_error_boxes_are_as_shown(page: Path, tiny: Path, tmp_path: Path, monkey
 @pytest.mark.parametrize("path", RECIPES)
 def test_a_recipe_runs(path: Path, tiny: Path, tmp_path: Path):
     changed = {"model": tiny, "out": tmp_path / "out", "data": "sample", "evaluate": "none"}
-    small = [f"steps.{number}.{name}={value}" for number, name, value in shrunk(path)]
+    small = [f"steps.{number}.{name}={value}" for number, name, value in shrunk(path, tiny)]
 
     done = overhaul("run", path, *(f"{key}={value}" for key, value in changed.items()), *small)
 

@@ -153,11 +153,6 @@ def _refuse_uneven(decoder: Decoder) -> None:
                     "configuration holds one width for all blocks",
                     allowed="models whose blocks are all alike",
                 )
-    if decoder.architecture.head_dim % 2:
-        raise UserError(
-            f"a head has {decoder.architecture.head_dim} entries, an odd number: rotary positions turn them in pairs",
-            allowed="models with an even head_dim",
-        )
 
 
 def config_of(decoder: Decoder, shape: Shape, layers: Sequence[int]) -> Any:

@@ -56,8 +56,7 @@ class Minitron(Pipeline):
     over_sequence: How = Field("mean", description="How the activations of a window's tokens are put together.")
     depth: Literal["block", "perplexity", "contiguous"] = Field(
         "block",
-        description="Which layers go: those that change their input least, those without which perplexity rises least, "
-        "or the one range of them without which it does.",
+        description="Layers to cut: those that change their input least, or that perplexity needs least, or one range.",
     )
     head_residual: bool = Field(False, description="Kept query heads take over from the removed ones of their group.")
     scores: str | None = Field(
@@ -100,7 +99,8 @@ class Minitron(Pipeline):
         return () if self.scores is None else (self.scores,)
 
     def check(self, model: nn.Module, data: Data | None) -> None:
-        """Refuses a shape or a size that the model cannot be cut to."""
+        """Refuses a shape or size that it cannot be cut to, scores of another kind, and text that is too short."""
+        from overhaul import importance, pretrained
         from overhaul.interop import decoder
 
         found = decoder.find(model)
@@ -108,6 +108,29 @@ class Minitron(Pipeline):
             self._shapes(found)
         else:
             self.target(found)
+        if self.scores is not None:
+            importance.read(pretrained.resolve(self.scores), **self._how())
+        if self._is_search() or self.depth != "block":
+            longest = getattr(model.config, "max_position_embeddings", self.search_seq_len)
+            if self.search_seq_len > longest:
+                raise UserError(
+                    f"--search-seq-len {self.search_seq_len} is more than the model reads", allowed=f"up to {longest}"
+                )
+            assert data is not None
+            self._windows(data, limit=1)
+
+    def outline(self, model: nn.Module) -> tuple[str, ...]:
+        """The text that is read, and the shape, or the candidates with what each is trained on."""
+        from overhaul.interop import decoder
+
+        found = decoder.find(model)
+        shapes = self._shapes(found) if self._is_search() else [self.target(found)]
+        read = f"scores from {self.scores}" if self.scores else f"scores from {self.samples} windows of {self.seq_len}"
+        sizes = [f"  {shape}: {found.architecture.parameters(shape):,} parameters" for shape in shapes]
+        if not self._is_search():
+            return (read, "cuts to", *sizes)
+        tokens = self.search_steps * self.search_batch_size * self.search_seq_len
+        return (read, f"trains {len(shapes)} candidates on {tokens:,} tokens each, and writes the best of", *sizes)
 
     def run(self, model: nn.Module, work: Workspace) -> nn.Module:
         """Scores every part once, then cuts: to the shape, or to the best of several shapes of the size."""
@@ -118,7 +141,7 @@ class Minitron(Pipeline):
 
         found = decoder.find(model)
         scores, source = self._scores(model, work)
-        layers = Depth(model, scores, by=self.depth, windows=lambda: self._windows(work), dtype=work.dtype)
+        layers = Depth(model, scores, by=self.depth, windows=lambda: self._windows(work.data), dtype=work.dtype)
 
         def make(shape: Shape) -> nn.Module:
             stay_L, residual = layers.kept(shape.layers), self.head_residual
@@ -133,22 +156,25 @@ class Minitron(Pipeline):
         """The shape of the size that has the least loss after a short distillation, with that training."""
         from overhaul import candidates
 
-        short = candidates.ShortDistillation(
-            teacher=model,
-            steps=self.search_steps,
-            batch_size=self.search_batch_size,
-            seq_len=self.search_seq_len,
-            lr=self.search_lr,
-            save_every=0,
-        )
-        windows_NT = self._windows(work)
+        settings = {
+            "teacher": model,
+            "steps": self.search_steps,
+            "batch_size": self.search_batch_size,
+            "seq_len": self.search_seq_len,
+            "lr": self.search_lr,
+        }
+        short = candidates.ShortDistillation.model_validate(settings)
+        windows_NT = self._windows(work.data)
         best, tried = candidates.try_each(self._shapes(found), make, work, short, found.architecture, windows_NT)
         candidates.note(tried, self.search_steps)
         return best
 
-    def _windows(self, work: Workspace) -> Tensor:
+    def _windows(self, data: Data, limit: int = RANKING_WINDOWS) -> Tensor:
         """The text that ranks: held out of training, and not the text that judges the result."""
-        return work.data.windows("calib", seq_len=self.search_seq_len, limit=RANKING_WINDOWS)
+        return data.windows("calib", seq_len=self.search_seq_len, limit=limit)
+
+    def _how(self) -> dict[str, Any]:
+        return {"over_batch": self.over_batch, "over_sequence": self.over_sequence}
 
     def _is_search(self) -> bool:
         return self.parameters is not None or self.share is not None
@@ -231,10 +257,9 @@ class Minitron(Pipeline):
         from overhaul import importance, journal, pretrained
         from overhaul.progress import say
 
-        how: Any = {"over_batch": self.over_batch, "over_sequence": self.over_sequence}
         if self.scores is not None:
             directory = pretrained.resolve(self.scores)
-            scores, source = importance.read(directory, weights_sha256=work.weights_sha256, **how)
+            scores, source = importance.read(directory, weights_sha256=work.weights_sha256, **self._how())
             say(f"scores from {self.scores}: {source.samples} windows of {source.seq_len} tokens")
             return scores, source
         longest = getattr(model.config, "max_position_embeddings", self.seq_len)
@@ -242,13 +267,13 @@ class Minitron(Pipeline):
         calib = work.data.calibration(samples=self.samples, seq_len=seq_len, batch_size=4)
         tokens = calib.tokens() or 0
         journal.note_tokens(tokens)
-        scores = importance.score(model, calib, dtype=work.dtype, windows=tokens // seq_len, **how)
+        scores = importance.score(model, calib, dtype=work.dtype, windows=tokens // seq_len, **self._how())
         source = importance.Source(
             weights_sha256=work.weights_sha256,
             corpus=work.data.corpus.fingerprint,
             samples=tokens // seq_len,
             seq_len=seq_len,
-            **how,
+            **self._how(),
         )
         return scores, source
 
