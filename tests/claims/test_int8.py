@@ -193,7 +193,7 @@ def test_memory_and_file(bench: Bench, smol: Path, tmp_path: Path):
     model = bench.quantized(bench.dense.model)
     evaluate.perplexity(model, bench.heldout_NT[:1, :64])  # what layers keep after their first use counts too
     layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
-    resident = sum(tensor.nbytes for layer in layers for tensor in (*layer.buffers(), *_kept_tensors(layer)))
+    resident = sum(tensor.nbytes for layer in layers for tensor in (*layer.buffers(), *layer.kept()))
     _check(
         id="quantize-int8/resident", what="Bytes of the linear layers in memory, over those in bf16",
         values=(resident / sum(2 * layer.num_weights for layer in layers),), target=Target("<=", 0.52),
@@ -204,11 +204,6 @@ def test_memory_and_file(bench: Bench, smol: Path, tmp_path: Path):
         id="quantize-int8/file", what="Bytes of the weight file, over those in bf16 (the embedding stays in 16 bit)",
         values=(artifact.size_on_disk(tmp_path) / artifact.size_on_disk(smol),), target=Target("<=", 0.62),
     )  # fmt: skip
-
-
-def _kept_tensors(layer: Int8Linear) -> list[Tensor]:
-    """What the layer has made for itself."""
-    return [] if layer._kept is None else list(layer._kept[1])
 
 
 def test_emergent_outliers_are_few_and_matter(bench: Bench):
