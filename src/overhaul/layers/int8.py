@@ -137,6 +137,10 @@ class Int8Linear(PackedLinear):
             y_NO += x_NI[:, self.outlier_columns].to(dtype) @ self.outlier_weight.to(dtype).t()
         return y_NO
 
+    def kept(self) -> tuple[Tensor, ...]:
+        """What the layer has made of its tensors for its own use, beside its state."""
+        return () if self._kept is None else self._kept[1]
+
     def _steps(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The steps in fp32, and the factors in bf16 that the kernel for few rows multiplies its sums by; kept.
 
