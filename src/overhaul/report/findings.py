@@ -81,7 +81,7 @@ def _trade_figure(facts: Sequence[Facts], trade: Trade) -> Figure:
     ]
     metric = measured[0][1].metric
     text = as_size if trade.is_cost else as_speed
-    number = as_size if trade.is_cost else "{:,.4g}".format
+    number = as_size if trade.is_cost else _tick
     points = [
         Point(
             label=one.label,
@@ -123,6 +123,11 @@ def _trade_figure(facts: Sequence[Facts], trade: Trade) -> Figure:
         ),
         file_name=f"{trade.name}.csv",
     )
+
+
+def _tick(speed: float) -> str:
+    """A number of an axis: no more digits than it needs."""
+    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from overhaul.report.figures import shortened, svg_of, text_mark, ticks
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480.0, 320.0, 52.0, 18.0, 30.0, 42.0
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480.0, 320.0, 52.0, 28.0, 30.0, 42.0
 LOG_FROM = 3.0
 """An axis is logarithmic when its largest value is this many times its smallest."""
 LETTER, LINE, RADIUS = 6.8, 13.0, 4.5

@@ -76,6 +76,8 @@ def test_a_trade_names_the_models_that_nothing_beats_and_has_all_numbers() -> No
     assert size.title == "No model is both better and smaller than dense and small"
     assert prefill.title == "No model is both better and faster in prefill than dense"
     assert decode.title == "No model is both better and faster in decoding than dense and small"
+    assert ">3,410</text>" in prefill.svg
+    assert "e+0" not in prefill.svg
     assert size.rows[1] == ("pruned", "1197 [1149, 1245]", "269 MB", "no")
     header, *rows = csv.reader(io.StringIO(size.csv))
     assert header == ["model", "perplexity", "low", "high", "weights on disk", "on the front"]
