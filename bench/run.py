@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import perp, pruning, startup, training
+from bench import int8, perp, pruning, startup, training
 from bench.inputs import Inputs
 from bench.results import ROOT, Row, record
 from bench.tables import number
@@ -19,6 +19,7 @@ BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "lora": training.lora,
     "perp-norms": perp.norms,
     "perp-mask-lora": perp.mask_lora,
+    "int8": int8.int8,
     "wanda": pruning.wanda,
     "sparsegpt": pruning.sparsegpt,
     "wanda-fp32-peer": pruning.wanda_fp32_peer,

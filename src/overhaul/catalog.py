@@ -65,7 +65,7 @@ ENTRIES = (
         "quantize",
         "int8",
         "quantize.int8:Int8",
-        "Store the linear layers as int8 and multiply in int8, outlier columns in 16 bit: half the memory, no training.",
+        "Store linear layers as int8 and multiply in int8, outlier columns in 16 bit: half the memory, no training.",
         5,
     ),
     Entry(

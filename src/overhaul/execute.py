@@ -28,7 +28,7 @@ from overhaul.judge import Judge
 from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
 from overhaul.method import Measure, Method, Pipeline, Training, Transform
 from overhaul.options import DEFAULT_CORPUS, PASSING_OPTIONS, Options
-from overhaul.packed import is_packed, trains_adapters
+from overhaul.packed import format_of, is_packed, trains_adapters
 from overhaul.progress import say
 from overhaul.recipe import Recipe, Step
 from overhaul.report.facts import Facts
@@ -272,7 +272,7 @@ def _refuse_packed(method: Method, parent: Artifact) -> None:
     fits = method.reads_packed and (not isinstance(method, Training) or trains_adapters(parent.model))
     if is_packed(parent.model) and not fits:
         inner: Any = parent.model
-        how = inner.config.quantization_config["quant_method"]
+        how = format_of(inner.config.quantization_config)
         raise UserError(
             f"{parent.name} is quantized ({how}): packed weights cannot be pruned, cut or trained as a whole",
             allowed="adapt lora trains adapters on top of int8 layers; measure, generate and compare read it",

@@ -72,19 +72,21 @@ class Rows(NamedTuple):
     columns: Tensor
 
 
-def scale_of(x_RI: Tensor, *, whole: bool = False, zero_point: bool = False, below: float = float("inf")) -> Scale:
-    """The scale of each row, or of the `whole` tensor, over the entries whose magnitude is less than `below`."""
-    if below < float("inf"):
-        x_RI = x_RI.masked_fill(x_RI.abs() >= below, 0.0)
+def scale_of(x_RI: Tensor, *, whole: bool = False, zero_point: bool = False) -> Scale:
+    """The scale of each row, or of the `whole` tensor."""
     if not zero_point:
-        largest_R1 = x_RI.abs().amax(1, keepdim=True)
-        return Scale(largest_R1.amax(0, keepdim=True) if whole else largest_R1, None)
+        return _absmax(x_RI.abs(), whole=whole)
     low_R1, high_R1 = x_RI.amin(1, keepdim=True).clamp_max_(0), x_RI.amax(1, keepdim=True).clamp_min_(0)
     if whole:
         low_R1, high_R1 = low_R1.amin(0, keepdim=True), high_R1.amax(0, keepdim=True)
     constant_R1 = (high_R1 - low_R1) * (LARGEST / 255)
     # -128 stands for the smallest number.
     return Scale(constant_R1, (low_R1 * _inverse(constant_R1)).round_() + 128)
+
+
+def _absmax(size_RI: Tensor, *, whole: bool) -> Scale:
+    largest_R1 = size_RI.amax(1, keepdim=True)
+    return Scale(largest_R1.amax(0, keepdim=True) if whole else largest_R1, None)
 
 
 def integers_of(x_RI: Tensor, scale: Scale) -> Tensor:
@@ -113,42 +115,41 @@ def quantize_weight(weight_OI: Tensor, kind: Kind) -> tuple[Tensor, Scale]:
     return q_OI, Scale(constant_O1, zero_O1)
 
 
-def outlier_columns(x_NI: Tensor, threshold: float) -> Tensor:
-    """The columns in which the magnitude of some entry reaches the threshold, in order: (C,) int64."""
-    return (x_NI.abs().amax(0) >= threshold).nonzero().flatten()
-
-
 def quantize_rows(x_NI: Tensor, kind: Kind) -> Rows:
-    """Activations as integers, outlier columns left out.
+    """Activations as integers, columns in which some magnitude reaches the threshold left out.
 
     A token's constant is taken over its entries below the threshold, those in outlier columns among them, as the
     authors' code has it; then the columns count as zero.
     """
     x_NI = x_NI.float()
-    scale = scale_of(x_NI, whole=kind.granularity == "tensor", zero_point=kind.zero_point)
+    size_NI, whole = x_NI.abs(), kind.granularity == "tensor"
+    scale = scale_of(x_NI, whole=whole, zero_point=True) if kind.zero_point else _absmax(size_NI, whole=whole)
     columns_C = torch.empty(0, dtype=torch.int64, device=x_NI.device)
-    if kind.threshold and _reached(x_NI, scale, kind.threshold):
-        columns_C = outlier_columns(x_NI, kind.threshold)
-        scale = _without_outliers(x_NI, scale, kind)
+    if kind.threshold and _reached(size_NI, scale, kind.threshold):
+        columns_C = (size_NI.amax(0) >= kind.threshold).nonzero().flatten()
+        scale = _without_outliers(x_NI, size_NI, scale, kind)
     q_NI = integers_of(x_NI, scale)
     if len(columns_C):
         q_NI[:, columns_C] = 0.0 if scale.zero is None else -scale.zero
     return Rows(Integers(q_NI), scale, columns_C)
 
 
-def _reached(x_NI: Tensor, scale: Scale, threshold: float) -> bool:
+def _reached(size_NI: Tensor, scale: Scale, threshold: float) -> bool:
     """Whether some entry reaches the threshold: with absmax the constants tell without a pass of its own."""
-    largest = x_NI.abs().amax() if scale.zero is not None else scale.constant.amax()
-    return bool(largest >= threshold)
+    largest = scale.constant if scale.zero is None else size_NI
+    return bool(largest.amax() >= threshold)
 
 
-def _without_outliers(x_NI: Tensor, scale: Scale, kind: Kind) -> Scale:
+def _without_outliers(x_NI: Tensor, size_NI: Tensor, scale: Scale, kind: Kind) -> Scale:
     """The scale over what is below the threshold; with a constant a row, only rows that reach it are read again."""
-    if kind.granularity == "tensor" or scale.zero is not None:
-        whole = kind.granularity == "tensor"
-        return scale_of(x_NI, whole=whole, zero_point=kind.zero_point, below=kind.threshold)
+    whole = kind.granularity == "tensor"
+    if kind.zero_point:
+        return scale_of(x_NI.masked_fill(size_NI >= kind.threshold, 0.0), whole=whole, zero_point=True)
+    if whole:
+        return _absmax(size_NI.masked_fill(size_NI >= kind.threshold, 0.0), whole=True)
     rows_R = (scale.constant[:, 0] >= kind.threshold).nonzero().flatten()
-    again = scale_of(x_NI[rows_R], below=kind.threshold)
+    again_RI = size_NI[rows_R]
+    again = _absmax(again_RI.masked_fill_(again_RI >= kind.threshold, 0.0), whole=False)
     return Scale(scale.constant.index_copy(0, rows_R, again.constant), None)
 
 
@@ -157,7 +158,7 @@ def product(rows: Rows, weight_OI: Tensor, scale: Scale) -> Tensor:
     step_O = scale.step[:, 0]
     if rows.scale.zero is None or scale.zero is None:
         return scaled_product(rows.integers, weight_OI, step_O).mul_(rows.scale.step)
-    # (q_x + z_x) (q_w + z_w) = q_x q_w + z_x q_w + q_x z_w + z_x z_w, summed over the inputs: large numbers that cancel.
+    # (q_x + z_x) (q_w + z_w) = q_x q_w + z_x q_w + q_x z_w + z_x z_w, summed: large numbers that cancel.
     sums_NO = scaled_product(rows.integers, weight_OI, torch.ones_like(step_O)).double()
     q_N1 = rows.integers.fp32_NI.sum(1, keepdim=True, dtype=torch.float64)
     q_O = weight_OI.sum(1, dtype=torch.int64).double()

@@ -44,7 +44,7 @@ class Integers:
         self._int8: Tensor | None = None
 
     @property
-    def int8_NI(self) -> Tensor:
+    def as_int8(self) -> Tensor:
         """As int8; converted once."""
         if self._int8 is None:
             self._int8 = self.fp32_NI.to(torch.int8)
@@ -117,16 +117,16 @@ def _seconds(
 
 def int_mm(integers_NI: Integers, weight_OI: Tensor, step_O: Tensor) -> Tensor:
     """With `torch._int_mm`."""
-    return torch.mul(torch._int_mm(integers_NI.int8_NI, weight_OI.t()), step_O)
+    return torch.mul(torch.ops.aten._int_mm(integers_NI.as_int8, weight_OI.t()), step_O)
 
 
 def onednn(integers_NI: Integers, weight_OI: Tensor, step_O: Tensor) -> Tensor:
-    """With oneDNN's quantized linear layer; the weight is laid out anew in every call, as a copy kept would double it."""
+    """With oneDNN's quantized linear layer; the weight is laid out anew in every call, for a copy would double it."""
     operations = torch.ops.onednn
     packed = operations.qlinear_prepack(weight_OI, None)
     zeros_O = torch.zeros(len(step_O), dtype=torch.int64)
     return operations.qlinear_pointwise(
-        integers_NI.int8_NI, 1.0, 0, packed, step_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
+        integers_NI.as_int8, 1.0, 0, packed, step_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
     )
 
 

@@ -27,33 +27,33 @@ class Seen:
 
     Attributes:
         names: of the L norms that they come from, in order.
-        hits_LD: how many tokens reach the threshold in each dimension.
-        positive_LD: how many of those are positive.
-        sixteen_L: how many values LLM.int8() would multiply in 16 bit: columns with an outlier, window by window.
+        hits: (L, D), how many tokens reach the threshold in each dimension.
+        positive: (L, D), how many of those are positive.
+        sixteen: (L,), how many values LLM.int8() would multiply in 16 bit: columns with an outlier, window by window.
         magnitudes: of the values that reach the threshold, by dimension.
         num_tokens: T.
     """
 
     names: tuple[str, ...]
-    hits_LD: Tensor
-    positive_LD: Tensor
-    sixteen_L: Tensor
+    hits: Tensor
+    positive: Tensor
+    sixteen: Tensor
     magnitudes: dict[int, list[Tensor]]
     num_tokens: int
 
     @property
     def num_values(self) -> int:
         """In one of the inputs."""
-        return self.num_tokens * self.hits_LD.shape[1]
+        return self.num_tokens * self.hits.shape[1]
 
     def emergent(self, *, layers: float, positions: float) -> list[int]:
         """The dimensions that reach the threshold in at least these shares of the inputs, and of the tokens there.
 
         The share of tokens is that of the inputs in which the dimension reaches it at all, on average.
         """
-        hit_LD = self.hits_LD > 0
+        hit_LD = self.hits > 0
         share_D = hit_LD.double().mean(0)
-        tokens_D = self.hits_LD.double().sum(0) / hit_LD.sum(0).clamp_min(1) / self.num_tokens
+        tokens_D = self.hits.double().sum(0) / hit_LD.sum(0).clamp_min(1) / self.num_tokens
         return ((share_D >= layers) & (tokens_D >= positions)).nonzero().flatten().tolist()
 
 
@@ -87,7 +87,7 @@ def look(model: nn.Module, windows_NT: Iterable[Tensor], threshold: float) -> Se
     magnitudes: dict[int, list[Tensor]] = {}
     num_tokens = 0
 
-    def see(name: str, x: Tensor) -> None:
+    def see(name: str, x: Any) -> None:
         x_TD = x.detach().flatten(0, -2).float()
         hit_TD = x_TD.abs() >= threshold
         hits_D = hit_TD.sum(0)
@@ -98,9 +98,7 @@ def look(model: nn.Module, windows_NT: Iterable[Tensor], threshold: float) -> Se
         for column in columns_C:
             magnitudes.setdefault(column, []).append(x_TD[hit_TD[:, column], column].abs())
 
-    handles = [
-        norm.register_forward_hook(lambda _, __, x, name=name: see(name, x)) for name, norm in norms.items()
-    ]
+    handles = [norm.register_forward_hook(lambda _, __, x, name=name: see(name, x)) for name, norm in norms.items()]
     inner: Any = model
     device = next(model.parameters()).device
     try:
@@ -112,9 +110,9 @@ def look(model: nn.Module, windows_NT: Iterable[Tensor], threshold: float) -> Se
             handle.remove()
     return Seen(
         names=tuple(norms),
-        hits_LD=torch.stack([hits[name] for name in norms]).cpu(),
-        positive_LD=torch.stack([positive[name] for name in norms]).cpu(),
-        sixteen_L=torch.tensor([sixteen[name] for name in norms]),
+        hits=torch.stack([hits[name] for name in norms]).cpu(),
+        positive=torch.stack([positive[name] for name in norms]).cpu(),
+        sixteen=torch.tensor([sixteen[name] for name in norms]),
         magnitudes=magnitudes,
         num_tokens=num_tokens,
     )

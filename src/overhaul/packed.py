@@ -1,6 +1,8 @@
 """Models whose weights lie as integers on disk: how they are read, and written again.
 
-`config.json` says under `quantization_config` which format it is. Each format is a module with three functions:
+`config.json` says under `quantization_config` which format it is: by `quant_method` where transformers reads it too,
+by `format` where only this project does. transformers refuses a configuration without `quant_method`; by an unknown
+one it would be misled, with a warning, to take the integers for weights. Each format is a module with three functions:
 
     refuse(settings)                   raises `UserError` for variants that this project does not read
     layers(model, settings, shapes)    replaces modules of an uninitialised model by packed ones, in place; the shapes
@@ -27,7 +29,7 @@ FORMATS = {
     "bitsandbytes": "overhaul.interop.bitsandbytes",
     "overhaul-int8": "overhaul.interop.bitsandbytes",
 }
-"""`quant_method` -> the module that knows the format."""
+"""`quant_method` or `format` -> the module that knows it."""
 
 
 SHARD = "5GB"
@@ -44,9 +46,14 @@ def trains_adapters(model: nn.Module) -> bool:
     return all(module.trains_adapters for module in model.modules() if isinstance(module, Packed))
 
 
+def format_of(settings: Mapping[str, Any]) -> str:
+    """What a `quantization_config` calls its format."""
+    return str(settings.get("quant_method") or settings.get("format") or "unknown")
+
+
 def check(settings: Mapping[str, Any], ref: str) -> None:
     """Raises `UserError` for a `quantization_config` that this project cannot read."""
-    how = str(settings.get("quant_method", "packed"))
+    how = format_of(settings)
     if how not in FORMATS:
         raise UserError(
             f"{ref} is quantized ({how}), which overhaul does not read",
@@ -90,7 +97,7 @@ def read(path: Path, settings: Mapping[str, Any], dtype: torch.dtype | None, ref
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
     tensors = _tensors(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    import_module(FORMATS[str(settings["quant_method"])]).layers(model, settings, shapes)
+    import_module(FORMATS[format_of(settings)]).layers(model, settings, shapes)
     _load(model, tensors, ref)
     model.tie_weights(recompute_mapping=False)  # what a format keeps in another way is no longer in the mapping
     model.config.quantization_config = stored
@@ -101,7 +108,7 @@ def write(model: nn.Module, directory: Path) -> None:
     """Writes weights and configuration of a model with packed layers; the rest of a directory is the caller's."""
     inner: Any = model
     config, generation = inner.config, inner.generation_config
-    packing = import_module(FORMATS[config.quantization_config["quant_method"]])
+    packing = import_module(FORMATS[format_of(config.quantization_config)])
     config.quantization_config = packing.settings(model)
     state = model.state_dict()
     tied = {name for name in getattr(inner, "all_tied_weights_keys", None) or {} if config.tie_word_embeddings}

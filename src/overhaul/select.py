@@ -23,7 +23,7 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def block_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The effective weight of every linear layer in the blocks, adapters that are not merged included, one at a time."""
+    """The effective weight of every linear layer in the blocks, adapters that are not merged included, one by one."""
     for prefix, block in decoder_blocks(model).items():
         for name, module in _outermost(block):
             yield f"{prefix}.{name}", module.dense() if isinstance(module, LinearLike) else module.weight

@@ -1,4 +1,4 @@
-"""`quant_method: bct`: how blocks lie on disk.
+"""`format: bct`: how blocks lie on disk.
 
 `NAME.weight` holds the integers of a matrix row by row, int8, or uint8 with two to a byte, and `NAME.scale` one shift
 (int8) or float per block, also row by row. Shapes are the model's; blocks and everything else stand in `config.json`
@@ -17,15 +17,15 @@ from overhaul.bct.model import block_matrices, prepare
 from overhaul.bct.scheme import Scheme
 from overhaul.errors import UserError
 
-METHOD, VERSION = "bct", 1
+FORMAT, VERSION = "bct", 1
 
 
 def refuse(settings: Mapping[str, Any]) -> None:
-    """Raises `UserError` for a newer format, or settings that are none."""
-    if settings.get("format") != VERSION:
+    """Raises `UserError` for a newer version, or settings that are none."""
+    if settings.get("version") != VERSION:
         raise UserError(
-            f"bct format {settings.get('format')!r} is not known here",
-            allowed=f"format {VERSION}",
+            f"version {settings.get('version')!r} of the format bct is not known here",
+            allowed=f"version {VERSION}",
             hint="a newer overhaul",
         )
     try:
@@ -57,4 +57,4 @@ def settings(model: nn.Module) -> dict[str, Any]:
 def written_settings(model: nn.Module, scheme: Scheme) -> dict[str, Any]:
     """What `quantization_config` will say of a model that was just converted."""
     others = {name: matrix.bits for name, matrix in block_matrices(model).items() if matrix.bits != scheme.bits}
-    return {"quant_method": METHOD, "format": VERSION, **scheme.model_dump(mode="json"), "bits": others}
+    return {"format": FORMAT, "version": VERSION, **scheme.model_dump(mode="json"), "bits": others}

@@ -2,8 +2,8 @@
 
 What bitsandbytes computes too (a constant for each token, one for each output or one for the whole weight) is written
 under its name, and transformers reads it with bitsandbytes as it is. Zero points, constants of whole tensors and kept
-columns it would read and compute something else: these are written under the name `overhaul-int8`, which transformers
-refuses.
+columns it would read and compute something else: these are written under the name `overhaul-int8`, in a way that
+transformers refuses.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ THEIRS = "bitsandbytes"
 
 def refuse(settings: Mapping[str, Any]) -> None:
     """Raises `UserError` for bitsandbytes' other formats."""
-    if settings.get("quant_method") == OURS:
+    if settings.get("format") == OURS:
         return
     if settings.get("load_in_4bit") or not settings.get("load_in_8bit"):
         raise UserError(
@@ -55,7 +55,7 @@ def layers(model: nn.Module, settings: Mapping[str, Any], shapes: Mapping[str, t
 
 
 def _kind(settings: Mapping[str, Any]) -> Kind:
-    if settings["quant_method"] == THEIRS:
+    if settings.get("quant_method") == THEIRS:
         return Kind(threshold=float(settings.get("llm_int8_threshold", 6.0)))
     return Kind(**{name: settings[name] for name in ("threshold", "granularity", "zero_point")})
 
@@ -76,7 +76,7 @@ def settings(model: nn.Module) -> dict[str, Any]:
             "llm_int8_enable_fp32_cpu_offload": False,
         }
     return {
-        "quant_method": OURS,
+        "format": OURS,
         "threshold": kind.threshold,
         "granularity": kind.granularity,
         "zero_point": kind.zero_point,

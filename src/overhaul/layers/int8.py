@@ -59,6 +59,7 @@ class Int8Linear(PackedLinear):
         super().__init__()
         self.out_features, self.in_features = weight_OI.shape
         self.kind, self.few_rows = kind, FEW_ROWS
+        self._kept: tuple[tuple[Tensor, int, torch.dtype], tuple[Tensor, Tensor]] | None = None
         self.register_buffer("weight", weight_OI)
         self.register_buffer("SCB", scale.constant.flatten())
         self.register_buffer("weight_format", torch.zeros((), dtype=torch.uint8, device=weight_OI.device))
@@ -115,9 +116,12 @@ class Int8Linear(PackedLinear):
     def product(self, x: Tensor) -> Tensor:
         """x W^T without the bias."""
         dtype = product_dtype(x)
-        num_rows = x.numel() // self.in_features
-        with torch.autocast(x.device.type, enabled=False):
-            y_NO = self._few(x, dtype) if num_rows <= self.few_rows else self._many(x, dtype)
+        compute = self._few if x.numel() <= self.few_rows * self.in_features else self._many
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                y_NO = compute(x, dtype)
+        else:
+            y_NO = compute(x, dtype)
         return y_NO.view(*x.shape[:-1], self.out_features)
 
     def _few(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -125,16 +129,30 @@ class Int8Linear(PackedLinear):
         x_NI = x.reshape(-1, self.in_features)
         if self.zero is not None or self.in_features % _LANES or x.device.type != "cpu" or not len(x_NI):
             return F.linear(x_NI.to(dtype), self.dense().to(dtype))
-        x16_NI = x_NI.to(torch.bfloat16).contiguous()
-        step_O = self.SCB * (1 / int8.LARGEST)
-        if dtype == torch.bfloat16:
-            y_NO = torch._weight_int8pack_mm(x16_NI, self.weight, step_O.to(dtype))
-        else:  # the kernel for fp32 is a plain loop; this way only x and the sums are rounded
-            ones_O = torch.ones_like(step_O, dtype=torch.bfloat16)
-            y_NO = torch.mul(torch._weight_int8pack_mm(x16_NI, self.weight, ones_O), step_O).to(dtype)
+        x16_NI, (step_O, factor_O) = x_NI.to(torch.bfloat16).contiguous(), self._steps(dtype)
+        y_NO = torch.ops.aten._weight_int8pack_mm(x16_NI, self.weight, factor_O)
+        if dtype != torch.bfloat16:
+            y_NO = torch.mul(y_NO, step_O).to(dtype)
         if self.outlier_columns is not None and self.outlier_weight is not None:
             y_NO += x_NI[:, self.outlier_columns].to(dtype) @ self.outlier_weight.to(dtype).t()
         return y_NO
+
+    def kept(self) -> tuple[Tensor, ...]:
+        """What the layer has made of its tensors for its own use, beside its state."""
+        return () if self._kept is None else self._kept[1]
+
+    def _steps(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The steps in fp32, and the factors in bf16 that the kernel for few rows multiplies its sums by; kept.
+
+        Sums that are wanted in bf16 get their steps there. Others get them afterwards, in fp32: torch's kernel for
+        fp32 is a plain loop, and this way only x and the sums are rounded.
+        """
+        key = (self.SCB, self.SCB._version if not self.SCB.is_inference() else 0, dtype)
+        if self._kept is None or self._kept[0][0] is not key[0] or self._kept[0][1:] != key[1:]:
+            step_O = self.SCB * (1 / int8.LARGEST)
+            factor_O = step_O.to(dtype) if dtype == torch.bfloat16 else torch.ones_like(step_O, dtype=torch.bfloat16)
+            self._kept = key, (step_O, factor_O)
+        return self._kept[1]
 
     def _many(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The decomposition: int8 products, and columns with outliers in 16 bit."""

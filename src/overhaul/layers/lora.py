@@ -77,9 +77,7 @@ class PackedLoRALinear(LowRank):
         base: the packed layer, frozen; it computes as it does without an adapter.
     """
 
-    def __init__(
-        self, base: PackedLinear, lora_A: Tensor, lora_B: Tensor, alpha: float, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, base: PackedLinear, lora_A: Tensor, lora_B: Tensor, alpha: float, dropout: float = 0.0) -> None:
         super().__init__(base, lora_A, lora_B, alpha, dropout)
         self.base, self.bias = base.requires_grad_(False), None
 
@@ -182,7 +180,9 @@ def incremented(weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, dty
         return torch.addmm(weight_OI.to(dtype), B_OR.to(dtype), A_RI.to(dtype), alpha=scale)
 
 
-def start_at_zero(linear: nn.Linear | PackedLinear, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def start_at_zero(
+    linear: nn.Linear | PackedLinear, rank: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
     """A drawn as PyTorch draws the weight of a linear layer, B zero: the increment B A is zero."""
     A_RI = torch.empty(rank, linear.in_features)
     nn.init.kaiming_uniform_(A_RI, a=math.sqrt(5), generator=generator)

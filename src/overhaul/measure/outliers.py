@@ -52,22 +52,22 @@ def _rows(seen: Seen, dimensions: list[int], model: str) -> list[Row]:
     """What is to be told of the emergent dimensions, or of all outliers where the paper counts values."""
     import torch
 
-    hits_LE = seen.hits_LD[:, dimensions]
+    hits_LE = seen.hits[:, dimensions]
     num_layers, num_tokens, hits = len(seen.names), seen.num_tokens, int(hits_LE.sum())
     rows = [
-        _row(model, "emergent dimensions", len(dimensions), seen.hits_LD.shape[1]),
-        _row(model, "dimensions with an outlier", int((seen.hits_LD.sum(0) > 0).sum()), seen.hits_LD.shape[1]),
-        _row(model, "share of values in 16 bit", int(seen.sixteen_L.sum()) / (num_layers * seen.num_values),
+        _row(model, "emergent dimensions", len(dimensions), seen.hits.shape[1]),
+        _row(model, "dimensions with an outlier", int((seen.hits.sum(0) > 0).sum()), seen.hits.shape[1]),
+        _row(model, "share of values in 16 bit", int(seen.sixteen.sum()) / (num_layers * seen.num_values),
              num_layers * seen.num_values),
     ]  # fmt: skip
     if not dimensions:
         return rows
     magnitudes = torch.cat([torch.cat(seen.magnitudes[dimension]) for dimension in dimensions])
     first, median, third = (float(q) for q in _quartiles(magnitudes))
-    positive_E = seen.positive_LD[:, dimensions].sum(0) / hits_LE.sum(0)
+    positive_E = seen.positive[:, dimensions].sum(0) / hits_LE.sum(0)
     one_sided = torch.maximum(positive_E, 1 - positive_E).mean()
     rows += [
-        _row(model, "share of layers with an emergent outlier", float((hits_LE.sum(1) > 0).double().mean()), num_layers),
+        _row(model, "share of layers with an emergent outlier", float(hits_LE.any(1).double().mean()), num_layers),
         _row(model, "share of positions, mean over layers", float(hits_LE.double().mean()) / num_tokens, num_tokens),
         _row(model, "magnitude, first quartile", first, hits),
         _row(model, "magnitude, median", median, hits),
@@ -124,8 +124,8 @@ def _maps(seen: Seen, model: str) -> tuple[LayerMap, ...]:
     """The share of dimensions with an outlier and of values in 16 bit, for every input."""
     from overhaul.table import LayerMap
 
-    columns_L = (seen.hits_LD > 0).sum(1).tolist()
-    shares_L = (seen.sixteen_L / seen.num_values).tolist()
+    columns_L = (seen.hits > 0).sum(1).tolist()
+    shares_L = (seen.sixteen / seen.num_values).tolist()
     return (
         LayerMap(
             model=model,
@@ -152,7 +152,7 @@ def _curves(seen: Seen, dimensions: list[int], model: str) -> tuple[Curve, ...]:
         Curve(
             name=f"{model}, dimension {dimension}",
             x=x,
-            y=tuple((seen.hits_LD[:, dimension] / seen.num_tokens).tolist()),
+            y=tuple((seen.hits[:, dimension] / seen.num_tokens).tolist()),
             x_label="layer input",
             y_label="share of tokens",
             title="Where the emergent dimensions reach the threshold",

@@ -23,7 +23,7 @@ HEAD = "lm_head"
 
 
 class Int8(Transform):
-    """Store the linear layers as int8 and multiply in int8, outlier columns in 16 bit: half the memory, no training."""
+    """Store linear layers as int8 and multiply in int8, outlier columns in 16 bit: half the memory, no training."""
 
     paper: ClassVar[str] = (
         "Tim Dettmers, Mike Lewis, Younes Belkada, Luke Zettlemoyer: LLM.int8(): 8-bit Matrix Multiplication for "
@@ -154,9 +154,9 @@ def _say_speed(model: nn.Module, names: Sequence[str]) -> None:
     from overhaul.int8_products import slowdown
     from overhaul.progress import say
 
-    weights: list[Any] = [model.get_submodule(name).weight for name in names]
+    weights = [model.get_parameter(f"{name}.weight") for name in names]
     largest = max(weights, key=lambda weight: weight.numel())
-    kernel, ratio = slowdown(*largest.shape, largest.device)
+    kernel, ratio = slowdown(largest.shape[0], largest.shape[1], largest.device)
     if ratio > 1:
         say(f"int8 products take {ratio:.1f} times as long as fp32 ones on this machine (the fastest is {kernel}); the "
             "memory is saved all the same")  # fmt: skip

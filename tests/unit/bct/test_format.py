@@ -73,7 +73,7 @@ def test_the_configuration_says_how_the_integers_lie(tiny, tmp_path):
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     tensors = load_file(out / "model.safetensors")
 
-    assert config["quant_method"] == "bct"
+    assert (config["format"], config["version"]) == ("bct", 1)
     assert scheme_of(config) == Scheme(mode="w4a8", block="2x64", parts=("weights", "norm"))
     assert tensors["model.layers.0.mlp.up_proj.weight"].shape == (128, 32)
     assert tensors["model.layers.0.mlp.up_proj.scale"].shape == (64, 1)
@@ -130,6 +130,15 @@ def test_commands_read_a_packed_directory(tiny, tmp_path):
     assert contents(out) == before
 
 
+def test_plain_transformers_refuses_a_packed_directory(tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    out = written(tiny, tmp_path / "out")
+
+    with pytest.raises(ValueError, match="quant"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
 def test_the_card_says_how_to_load_it(tiny, tmp_path, monkeypatch):
     card = (written(tiny, tmp_path / "out") / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
@@ -153,13 +162,13 @@ def test_what_is_packed_is_not_changed_again(verb, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"format": 2}, "format 2"),
+        ({"version": 2}, "version 2"),
         ({"block": "0x4"}, "is no block"),
         ({"mode": "w2a2"}, "mode"),
     ],
 )
 def test_settings_that_are_not_known_are_refused(changed, said):
-    settings = {"quant_method": "bct", "format": 1, **Scheme().model_dump(mode="json"), "bits": {}}
+    settings = {"format": "bct", "version": 1, **Scheme().model_dump(mode="json"), "bits": {}}
 
     refuse(settings)
     with pytest.raises(UserError) as caught:

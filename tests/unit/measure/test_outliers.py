@@ -44,8 +44,8 @@ def test_planted_dimensions_are_counted(model: Any):
 
     for row, name in enumerate(seen.names):
         x_TD = wanted[name].flatten(0, 1)
-        assert seen.hits_LD[row].tolist() == (x_TD.abs() >= 6).sum(0).tolist()
-        assert seen.positive_LD[row].tolist() == (x_TD >= 6).sum(0).tolist()
+        assert seen.hits[row].tolist() == (x_TD.abs() >= 6).sum(0).tolist()
+        assert seen.positive[row].tolist() == (x_TD >= 6).sum(0).tolist()
     assert seen.num_tokens == 48
     assert seen.emergent(layers=0.5, positions=0.06) == [11]
     assert seen.emergent(layers=0.25, positions=0.06) == [11, 20]
@@ -56,15 +56,15 @@ def test_values_in_16_bit_are_whole_columns_window_by_window(model: Any):
     seen = look(model, IDS_NT, 6.0)
 
     by_window = [look(model, IDS_NT[index : index + 1], 6.0) for index in (0, 1)]
-    wanted = sum((one.hits_LD > 0).sum(1) * 24 for one in by_window)
-    assert seen.sixteen_L.tolist() == torch.as_tensor(wanted).tolist()
+    wanted = sum((one.hits > 0).sum(1) * 24 for one in by_window)
+    assert seen.sixteen.tolist() == torch.as_tensor(wanted).tolist()
 
 
 def test_left_out_they_are_zero_inside_only(model: Any):
     with torch.no_grad():
         before = model(IDS_NT).logits
         with without(model, [11, 20]):
-            assert look(model, IDS_NT, 6.0).hits_LD[:, [11, 20]].sum() == 0
+            assert look(model, IDS_NT, 6.0).hits[:, [11, 20]].sum() == 0
         assert torch.equal(model(IDS_NT).logits, before)
         with without(model, []):
             assert torch.equal(model(IDS_NT).logits, before)

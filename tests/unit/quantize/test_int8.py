@@ -19,6 +19,7 @@ from overhaul.errors import UserError
 from overhaul.interop.bitsandbytes import OURS, THEIRS
 from overhaul.layers.int8 import Int8Linear
 from overhaul.layers.lora import PackedLoRALinear
+from overhaul.packed import format_of
 from overhaul.quantize.int8 import Int8, chosen
 
 MakeTiny = Callable[..., Path]
@@ -82,7 +83,7 @@ def test_columns_that_meet_outliers_are_kept(tiny: Path):
     assert 5 in layer.outlier_columns.tolist()
     plain: Any = dense.get_submodule("model.layers.1.self_attn.k_proj")
     assert torch.equal(layer.dense()[:, 5], plain.weight[:, 5])
-    assert model.config.quantization_config["quant_method"] == OURS
+    assert format_of(model.config.quantization_config) == OURS
 
 
 def test_kept_columns_come_back(make_tiny: MakeTiny, tmp_path: Path):
@@ -115,7 +116,7 @@ def test_kept_columns_come_back(make_tiny: MakeTiny, tmp_path: Path):
 def test_what_bitsandbytes_would_compute_otherwise_does_not_go_by_its_name(model: Any, fields: Any, method: str):
     Int8(**fields).apply(model, None)
 
-    assert model.config.quantization_config["quant_method"] == method
+    assert format_of(model.config.quantization_config) == method
 
 
 # Chains.
