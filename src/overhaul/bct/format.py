@@ -21,10 +21,10 @@ FORMAT, VERSION = "bct", 1
 
 
 def refuse(settings: Mapping[str, Any]) -> None:
-    """Raises `UserError` for a newer format, or settings that are none."""
+    """Raises `UserError` for a newer version, or settings that are none."""
     if settings.get("version") != VERSION:
         raise UserError(
-            f"bct version {settings.get('version')!r} is not known here",
+            f"version {settings.get('version')!r} of the format bct is not known here",
             allowed=f"version {VERSION}",
             hint="a newer overhaul",
         )

@@ -73,7 +73,7 @@ def test_the_configuration_says_how_the_integers_lie(tiny, tmp_path):
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     tensors = load_file(out / "model.safetensors")
 
-    assert config["format"] == "bct"
+    assert (config["format"], config["version"]) == ("bct", 1)
     assert scheme_of(config) == Scheme(mode="w4a8", block="2x64", parts=("weights", "norm"))
     assert tensors["model.layers.0.mlp.up_proj.weight"].shape == (128, 32)
     assert tensors["model.layers.0.mlp.up_proj.scale"].shape == (64, 1)
@@ -128,6 +128,15 @@ def test_commands_read_a_packed_directory(tiny, tmp_path):
         done = overhaul(*command)
         assert done.code == 0, done.err
     assert contents(out) == before
+
+
+def test_plain_transformers_refuses_a_packed_directory(tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    out = written(tiny, tmp_path / "out")
+
+    with pytest.raises(ValueError, match="quant"):
+        AutoModelForCausalLM.from_pretrained(out)
 
 
 def test_the_card_says_how_to_load_it(tiny, tmp_path, monkeypatch):
