@@ -169,7 +169,7 @@ def test_the_roads_to_half_the_size_run(type_command: Type):
         type_command(command)
 
     made = {path.name for path in Path("runs/half").iterdir() if path.is_dir()}
-    assert made == {"int8", "shrunk", "distilled", "distilled-int8", "pruned", "won-back", "won-back-int8"}
+    assert made == {"int8", "blocks", "shrunk", "distilled", "distilled-int8", "pruned", "won-back", "won-back-int8"}
     assert Path("runs/half/compare.html").read_text().count('class="point ') == 3 * (1 + len(made))
 
 

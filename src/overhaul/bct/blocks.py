@@ -28,6 +28,8 @@ QMAX = {8: 127, 4: 7}
 """Largest integer of a width in bits; the range is symmetric."""
 MAX_EXPONENT = 126
 """Of a shift: 2^126 and 2^-126 are both normal fp32 numbers. Blocks below 2^-120 would need more and become zero."""
+SMALLEST = 2.0**-120
+"""With a float scale, blocks below become zero too: their own would be subnormal, and its inverse infinite."""
 SCALE_DTYPES = {"shift": torch.int8, "fp16": torch.float16, "fp32": torch.float32}
 _BIAS, _MANTISSA = 127, 23  # of an fp32 number
 
@@ -40,7 +42,7 @@ class Blocks:
         values: (R, C) int8, also for 4 bits; `pack` stores those two a byte.
         scale: (Y, X) shifts (int8) or float scales.
         block: rows and columns of a block.
-        flushed: how many blocks were too small for a shift and became zero.
+        flushed: how many blocks were too small for a scale and became zero.
     """
 
     values: Tensor
@@ -67,8 +69,10 @@ def encode(x_RC: Tensor, block: tuple[int, int], bits: int = 8, scale: ScaleKind
         scale_YX, up_YX = exponent_YX.to(torch.int8), power_of_two(exponent_YX) * fits_YX
         flushed = int((~fits_YX & (top_YX > 0)).sum())
     else:
-        scale_YX = _rounded_up(top_YX / QMAX[bits], SCALE_DTYPES[scale])
-        up_YX, flushed = torch.where(top_YX > 0, 1 / scale_YX.float(), 0), 0
+        tiny_YX = (top_YX > 0) & (top_YX < SMALLEST)
+        scale_YX = _rounded_up((top_YX / QMAX[bits]).masked_fill(tiny_YX, 1.0), SCALE_DTYPES[scale])
+        up_YX = torch.where((top_YX > 0) & ~tiny_YX, 1 / scale_YX.float(), 0)
+        flushed = int(tiny_YX.sum())
     cut = (cut * up_YX[:, None, :, None]).round_().clamp_(-QMAX[bits], QMAX[bits])
     num_rows, num_columns = x_RC.shape
     values_RC = cut.flatten(2).flatten(0, 1)[:num_rows, :num_columns].to(torch.int8)
