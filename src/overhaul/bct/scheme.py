@@ -27,7 +27,7 @@ class Scheme(Settings):
     )
     block: str = Field("1x64", description="Block of a weight matrix: ROWSxCOLUMNS, row or tensor.")
     embedding_block: str = Field("1x64", description="Block of the embedding, rows being tokens.")
-    activation_block: Positive = Field(32, description="Neighbouring channels of one token that share a shift.")
+    activation_block: Positive = Field(16, description="Neighbouring channels of one token that share a shift.")
     cache_block: Positive = Field(64, description="Channels of one key or value of one head that share a shift.")
     scale: ScaleKind = Field("shift", description="Of weights and embedding: a power of two in one byte, or a float.")
     accumulate: Literal["float", "integer"] = Field(
