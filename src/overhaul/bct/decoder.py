@@ -114,9 +114,8 @@ class BlockAttention(nn.Module):
 
     def _product(self, q: Tensor, k: Tensor) -> Tensor:
         if self._adds_integers:
-            return integer_product(
-                q, k, *(min(n, self.width) for n in (self.scheme.activation_block, self.scheme.cache_block))
-            )
+            columns = min(self.scheme.activation_block, self.width), min(self.scheme.cache_block, self.width)
+            return integer_product(q, k, columns[0], columns[1])
         return float_product(q, k)
 
     def _softmax(self, scores: Tensor, keep: Tensor | None) -> Tensor:
