@@ -2,7 +2,7 @@
 
 SmolLM2-135M with two thirds of its MLP neurons, cut by `shrink minitron`, on passages of Wikipedia. Three students
 see the same tokens in the same order under the same schedule: one learns the original's predictions, one the text, and
-one of the same shape begins at random. The learning rate was chosen once for all, on another corpus (manpages-en).
+one of the same shape begins at random. All have one learning rate, which was not tuned for any of them.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def test_few_words_hold_most_of_the_divergence(bench, students, known):
         shares.append(float(part / whole))
 
     _check(
-        id=f"distill-kd/top-{known}", unit="share", values=tuple(shares), target=Target("<=", 1),
+        id=f"distill-kd/top-{known}", unit="share", values=tuple(shares), target=Target(">=", 0.5),
         what=f"Share of the divergence of the cut that the teacher's {known} likeliest words hold",
     )  # fmt: skip
 
