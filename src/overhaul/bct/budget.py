@@ -1,4 +1,4 @@
-"""Which tensors get 8 bits when the directory may have so many bytes: greedily, where a byte lessens the error most."""
+"""Which tensors get 8 bits when the directory may have so many bytes: the embedding, then where a byte helps most."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ class Choice:
         bytes: with 4 and with 8 bits.
         errors: squared norm of the error over that of the tensor, with 4 and with 8 bits: for inputs that are not
             correlated, the same share of the output.
+        is_embedding: whether words are looked up in it.
     """
 
     name: str
     bytes: tuple[int, int]
     errors: tuple[float, float]
+    is_embedding: bool = False
 
     @property
     def gain(self) -> float:
@@ -37,12 +39,16 @@ def measured(matrices: Sequence[Stored], scheme: Scheme) -> list[Choice]:
     found = []
     for stored in matrices:
         sizes = (stored.bytes(4, scheme), stored.bytes(8, scheme))
-        found.append(Choice(stored.name, sizes, (_error(stored, 4, scheme), _error(stored, 8, scheme))))
+        errors = (_error(stored, 4, scheme), _error(stored, 8, scheme))
+        found.append(Choice(stored.name, sizes, errors, stored.is_embedding))
     return found
 
 
 def widths_within(choices: Sequence[Choice], other_bytes: int, budget_bytes: int) -> dict[str, int]:
     """Bits of each tensor: all 4, and then 8 for one after the other while the sum stays within the budget.
+
+    The embedding comes first: every other layer reads what it gave, and where it is the head too its error goes into
+    the logits as it is, while those of the layers average out.
 
     Args:
         choices: the tensors.
@@ -59,7 +65,7 @@ def widths_within(choices: Sequence[Choice], other_bytes: int, budget_bytes: int
             hint="a larger --budget, or larger blocks",
         )
     widths = {choice.name: 4 for choice in choices}
-    for choice in sorted(choices, key=lambda choice: (-choice.gain, choice.name)):
+    for choice in sorted(choices, key=lambda choice: (not choice.is_embedding, -choice.gain, choice.name)):
         extra = choice.bytes[1] - choice.bytes[0]
         if total + extra <= budget_bytes:
             total += extra

@@ -26,11 +26,19 @@ Widths = Mapping[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A matrix of the model that is stored in blocks: its module's name, its values, and the block as asked for."""
+    """A matrix of the model that is stored in blocks.
+
+    Attributes:
+        name: of its module.
+        weight: its values.
+        block: as asked for.
+        is_embedding: whether words are looked up in it.
+    """
 
     name: str
     weight: Tensor
     block: str
+    is_embedding: bool = False
 
     def bytes(self, bits: int, scheme: Scheme) -> int:
         """On disk, in so many bits."""
@@ -62,8 +70,9 @@ def matrices(model: nn.Module, scheme: Scheme) -> Iterator[Stored]:
         UserError: a tensor has values that are NaN or infinite, or too large for its scales.
     """
     found: dict[str, tuple[Any, str]] = {}
+    embeddings = _embeddings(model)
     if scheme.has("embedding"):
-        found |= {name: (module, scheme.embedding_block) for name, module in _embeddings(model).items()}
+        found |= {name: (module, scheme.embedding_block) for name, module in embeddings.items()}
     if scheme.has("weights"):
         found |= {name: (module, scheme.block) for name, module in _linears(model).items()}
     for name, (module, block) in found.items():
@@ -77,7 +86,7 @@ def matrices(model: nn.Module, scheme: Scheme) -> Iterator[Stored]:
                 f"tensor {name}.weight has values above {largest:.3g}, more than an fp16 scale reaches",
                 allowed="--scale shift, fp32",
             )
-        yield Stored(name, weight_RC, block)
+        yield Stored(name, weight_RC, block, name in embeddings)
 
 
 def convert(model: nn.Module, scheme: Scheme, widths: Widths = {}) -> int:  # noqa: B006 - a Mapping, never written to

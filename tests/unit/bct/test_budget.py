@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,6 +33,13 @@ def test_bytes_go_where_they_lessen_the_error_most(budget, wide):
 
 def test_what_does_not_fit_is_passed_over_for_what_does():
     assert widths_within([B, C], 0, 120) == {"b": 4, "c": 8}
+
+
+def test_the_embedding_comes_first_if_it_fits():
+    embedding = replace(B, is_embedding=True)
+
+    assert widths_within([A, embedding, C], 0, 220) == {"a": 4, "b": 8, "c": 4}
+    assert widths_within([A, embedding, C], 0, 219) == {"a": 8, "b": 4, "c": 8}
 
 
 def test_a_budget_below_four_bits_is_refused():
