@@ -88,7 +88,7 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
     if packing is None:
         packed.refuse_unmarked(base, str(ref))
     model: Any = packed.read(base, packing, dtype, str(ref)) if packing else _read_model(base, dtype, str(ref))
-    tokenizer = read_tokenizer(ref)
+    tokenizer = _tokenizer_of(path, base, str(ref))
     stored = _read_json(path / RECORD) if (path / RECORD).is_file() else {}
     model.eval()
     refuse_non_finite(model, str(ref))
@@ -160,9 +160,13 @@ def read_config(ref: str | Path) -> Any:
 
 def read_tokenizer(ref: str | Path) -> Any:
     """The tokenizer of a model, without its weights; `UserError` where there is none that can be read."""
+    return _tokenizer_of(*directories(ref), str(ref))
+
+
+def _tokenizer_of(own: Path, base: Path, ref: str) -> Any:
+    """That of the adapter's own directory where there is one, else that of its base."""
     from transformers import AutoTokenizer
 
-    own, base = directories(ref)
     path = own if (own / "tokenizer_config.json").is_file() else base
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -111,7 +111,7 @@ def write(model: nn.Module, directory: Path) -> None:
     packing = import_module(FORMATS[format_of(config.quantization_config)])
     config.quantization_config = packing.settings(model)
     state = model.state_dict()
-    tied = {name for name in getattr(inner, "all_tied_weights_keys", None) or {} if config.tie_word_embeddings}
+    tied = _tied(model)
     tensors = {name: tensor.contiguous() for name, tensor in state.items() if name not in tied}
     _save_shards(tensors, directory)
     config.architectures, config.dtype = [type(model).__name__], inner.dtype
@@ -133,11 +133,15 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
+def _tied(model: nn.Module) -> set[str]:
+    """The tensors that are another one under a second name, and so not in the files."""
+    inner: Any = model
+    return set(getattr(inner, "all_tied_weights_keys", None) or {}) if inner.config.tie_word_embeddings else set()
+
+
 def _load(model: nn.Module, tensors: dict[str, Tensor], ref: str) -> None:
     """Puts tensors in the place of the uninitialised ones; every one that is not tied must be there."""
-    inner: Any = model
-    tied = set(getattr(inner, "all_tied_weights_keys", None) or {}) if inner.config.tie_word_embeddings else set()
-    expected = model.state_dict()
+    tied, expected = _tied(model), model.state_dict()
     for name, wanted in expected.items():
         if name in tied:
             continue
