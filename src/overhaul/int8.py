@@ -165,12 +165,3 @@ def product(rows: Rows, weight_OI: Tensor, scale: Scale) -> Tensor:
     z_N1, z_O = rows.scale.zero.double(), scale.zero[:, 0].double()
     sums_NO += z_N1 * q_O + q_N1 * z_O + weight_OI.shape[1] * z_N1 * z_O
     return sums_NO.float().mul_(step_O).mul_(rows.scale.step)
-
-
-def error_bound(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
-    """The largest error that vector-wise rounding can make in each entry of x W^T, (N, O), without outlier columns.
-
-    I (c_x / 254 * max|W| + c_w / 254 * max|x| + c_x c_w / 254^2), the largest magnitudes being those of the rows.
-    """
-    c_N1, c_O = x_NI.abs().amax(1, keepdim=True), weight_OI.abs().amax(1)
-    return x_NI.shape[1] * (2 / 254 + 1 / 254**2) * c_N1 * c_O
