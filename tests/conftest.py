@@ -54,6 +54,19 @@ def tiny(make_tiny: MakeTiny) -> Path:
     return make_tiny()
 
 
+@pytest.fixture
+def batch() -> dict[str, Any]:
+    """Two windows of 16 tokens for a model, the second trained on its beginning only."""
+    import torch
+
+    from overhaul.stream import IGNORED
+
+    ids_BT = torch.arange(2 * 16).view(2, 16)
+    labels_BT = ids_BT.clone()
+    labels_BT[1, 4:] = IGNORED
+    return {"input_ids": ids_BT, "labels": labels_BT}
+
+
 @pytest.fixture(scope="session")
 def smol() -> Path:
     """SmolLM2-135M, bf16, from the cache."""

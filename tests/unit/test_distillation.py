@@ -55,14 +55,6 @@ def data(tiny: Path) -> Data:
     return Data(open_corpus(CorpusSpec(path="sample")), artifact.load(tiny).processor)
 
 
-@pytest.fixture
-def batch() -> dict[str, Tensor]:
-    ids_BT = torch.arange(2 * 16).view(2, 16)
-    labels_BT = ids_BT.clone()
-    labels_BT[1, 4:] = IGNORED
-    return {"input_ids": ids_BT, "labels": labels_BT}
-
-
 def log_probs(model: Any, batch: dict[str, Tensor]) -> Tensor:
     kept_BT = batch["labels"][:, 1:] != IGNORED
     return model(input_ids=batch["input_ids"]).logits[:, :-1][kept_BT].log_softmax(-1)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from overhaul.objective import Balanced, Batch, CrossEntropy, Forward, Mean, Objective, Term, weighted_mean
-from overhaul.stream import IGNORED
 
 
 class Entries(Term):
@@ -100,14 +99,6 @@ def test_a_twin_of_the_model_has_the_same_objective():
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny)
-
-
-@pytest.fixture
-def batch() -> dict[str, Tensor]:
-    ids = torch.arange(2 * 16).view(2, 16)
-    labels = ids.clone()
-    labels[1, 4:] = IGNORED
-    return {"input_ids": ids, "labels": labels}
 
 
 def test_cross_entropy_is_that_of_transformers(model: Any, batch: dict[str, Tensor]):

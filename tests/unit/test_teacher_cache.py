@@ -20,7 +20,6 @@ from overhaul.data import Data
 from overhaul.distillation import Distill, distillation_plan
 from overhaul.errors import UserError
 from overhaul.objective import Forward
-from overhaul.stream import IGNORED
 from overhaul.teacher_cache import TeacherCache
 from overhaul.train import train
 
@@ -36,14 +35,6 @@ def teacher(tiny: Path) -> Any:
 @pytest.fixture(scope="module")
 def student(make_tiny: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(make_tiny(tie=False, bias=True))
-
-
-@pytest.fixture
-def batch() -> dict[str, Tensor]:
-    ids_BT = torch.arange(2 * 16).view(2, 16)
-    labels_BT = ids_BT.clone()
-    labels_BT[1, 4:] = IGNORED
-    return {"input_ids": ids_BT, "labels": labels_BT}
 
 
 @pytest.fixture
