@@ -46,39 +46,25 @@ def roads(inputs: Inputs, _peers: Path) -> list[Row]:
     windows = _heldout(inputs)
     reference, *models = json.loads(_overhaul(inputs.work, *compared))["rows"]
     settings = {"model": reference["label"], "commands": [shlex.join(["overhaul", *words]) for words in typed]}
-    rows = []
-    for model in models:
-        before, after = _numbers(reference), _numbers(model)
-        chosen = {"on the front": ", ".join(model["fronts"]) or "none"}
-        rows += [
-            Row(
-                id=f"half-{model['label']}/{name}",
-                kind="bench",
-                what=f"{model['label']}: {what}",
-                unit=unit,
-                values=(after[name],),
-                peer=(before[name],),
-                peer_name=f"{reference['label']}, {reference['dtype']}",
-                settings=settings | chosen,
-            )
-            for name, (what, unit) in QUANTITIES.items()
-        ]
+    measured = {
+        model["label"]: (model["label"], _numbers(model), {"on the front": ", ".join(model["fronts"]) or "none"})
+        for model in models
+    } | {f"peer-{kind}": (name, _peer(inputs, kind, windows), {}) for kind, name in PEERS.items()}
     before = _numbers(reference)
-    for kind, name in PEERS.items():
-        after = _peer(inputs, kind, windows)
-        rows += [
-            Row(
-                id=f"half-peer-{kind}/{quantity}",
-                kind="bench",
-                what=f"{name}: {QUANTITIES[quantity][0]}",
-                unit=QUANTITIES[quantity][1],
-                values=(number,),
-                peer=(before[quantity],),
-                peer_name=f"{reference['label']}, {reference['dtype']}",
-            )
-            for quantity, number in after.items()
-        ]
-    return rows
+    return [
+        Row(
+            id=f"half-{slug}/{quantity}",
+            kind="bench",
+            what=f"{name}: {QUANTITIES[quantity][0]}",
+            unit=QUANTITIES[quantity][1],
+            values=(number,),
+            peer=(before[quantity],),
+            peer_name=f"{reference['label']}, {reference['dtype']}",
+            settings=settings | chosen,
+        )
+        for slug, (name, after, chosen) in measured.items()
+        for quantity, number in after.items()
+    ]
 
 
 def _heldout(inputs: Inputs) -> Path:

@@ -1,12 +1,31 @@
 """What both sides of the divergence's bench compare: hidden states and embeddings of the size of a small model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import turn
 from torch import Tensor
 
 
-def make(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def take_turns(loss_of: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+    """One loss with gradients a turn; the first turn makes what it is taken of."""
+    given = turn.settings()
+    turn.wait()
+    inputs = hidden_ND, weight_VD, *_ = _make(given)
+    turn.forget_peak()
+    turn.tell()
+    while True:
+        turn.wait()
+        hidden_ND.grad = weight_VD.grad = None
+        loss = loss_of(*inputs)
+        loss.backward()
+        told = loss.item()
+        del loss  # and with it what it was computed from
+        turn.tell(loss=told)
+
+
+def _make(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden states and output embedding of a student, with gradients, and of a teacher; the same in every process."""
     tokens, width, words = given["tokens"], given["width"], given["words"]
     shapes = ((tokens, width), (words, width)) * 2

@@ -1,21 +1,13 @@
-"""The divergence of two models from their hidden states, by this project's kernel; one loss with gradients a turn."""
+"""The divergence of two models from their hidden states, by this project's kernel."""
 
-import divergence_inputs
-import torch
-import turn
+from divergence_inputs import take_turns
+from torch import Tensor
 
 from overhaul.divergence import TeacherLinear, linear_divergence
 
-given = turn.settings()
-torch.manual_seed(0)
-turn.wait()
-hidden_ND, weight_VD, teacher_NE, teacher_VE = divergence_inputs.make(given)
-turn.forget_peak()
-turn.tell()
 
-while True:
-    turn.wait()
-    hidden_ND.grad = weight_VD.grad = None
-    loss = linear_divergence(hidden_ND, weight_VD, TeacherLinear(teacher_NE, teacher_VE))
-    loss.backward()
-    turn.tell(loss=loss.item())
+def loss_of(hidden_ND: Tensor, weight_VD: Tensor, teacher_NE: Tensor, teacher_VE: Tensor) -> Tensor:
+    return linear_divergence(hidden_ND, weight_VD, TeacherLinear(teacher_NE, teacher_VE))
+
+
+take_turns(loss_of)
