@@ -88,7 +88,7 @@ def _met(row: Stored) -> str:
 
 
 def number(value: float, unit: str) -> str:
-    """Three significant digits with the unit; shares in percent, counts whole."""
+    """Three significant digits with the unit, more close to one; shares in percent, counts whole."""
     match unit:
         case "share":
             return f"{value:.1%}"
@@ -96,7 +96,7 @@ def number(value: float, unit: str) -> str:
             return f"{value / 1e6:,.0f} MB" if value >= 1e6 else f"{value / 1e3:,.0f} kB"
         case "count":
             return f"{value:,.0f}"
-    digits = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    digits = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{5 if abs(value - 1) < 0.01 else 3}g}"
     return f"{digits} {unit}".strip()
 
 

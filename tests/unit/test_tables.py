@@ -68,9 +68,11 @@ def test_recording_replaces_a_row_and_keeps_the_others(tmp_path: Path):
         (1234.5, "s", "1,234 s"),
         (26.774, "", "26.8"),
         (30, "count", "30"),
+        (1.0002, "", "1.0002"),
+        (1.034, "", "1.03"),
     ],
 )
-def test_numbers_are_shown_to_three_digits(value: float, unit: str, shown: str):
+def test_numbers_are_shown_to_the_digits_that_tell_them_apart(value: float, unit: str, shown: str):
     assert tables.number(value, unit) == shown
 
 
