@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from bench import comparing
 from bench.inputs import Inputs
 from bench.results import ROOT, Row
 from bench.turns import Side
@@ -23,12 +20,6 @@ from overhaul.options import DEFAULT_CORPUS, Options
 TUTORIAL = ROOT / "docs" / "tutorials" / "half-the-size.md"
 FOLDER = "runs/half"
 PEERS = {"nf4": "bitsandbytes NF4, one step", "int8": "bitsandbytes LLM.int8(), one step"}
-QUANTITIES = {
-    "perplexity": ("held-out perplexity", ""),
-    "size": ("weights on disk", "bytes"),
-    "prefill": ("reading", "tokens/s"),
-    "decode": ("writing", "tokens/s"),
-}
 
 
 def commands(page: Path = TUTORIAL) -> list[list[str]]:
@@ -41,29 +32,18 @@ def roads(inputs: Inputs, _peers: Path) -> list[Row]:
     """For every model of the tutorial its perplexity, size and speeds, beside those of the model it began with."""
     typed = commands()
     for words in typed:
-        _overhaul(inputs.work, *words)
-    compared = ("compare", FOLDER, "--data", "sample", "--html", "compare.html", "--json")
+        comparing.overhaul(inputs.work, *words)
     windows = _heldout(inputs)
-    reference, *models = json.loads(_overhaul(inputs.work, *compared))["rows"]
-    settings = {"model": reference["label"], "commands": [shlex.join(["overhaul", *words]) for words in typed]}
+    reference, models = comparing.compared(inputs.work, FOLDER, "--data", DEFAULT_CORPUS, "--html", "compare.html")
+    settings = {"commands": [shlex.join(["overhaul", *words]) for words in typed]}
     measured = {
-        model["label"]: (model["label"], _numbers(model), {"on the front": ", ".join(model["fronts"]) or "none"})
+        model["label"]: (model["label"], comparing.numbers(model), {"on the front": ", ".join(model["fronts"])})
         for model in models
     } | {f"peer-{kind}": (name, _peer(inputs, kind, windows), {}) for kind, name in PEERS.items()}
-    before = _numbers(reference)
     return [
-        Row(
-            id=f"half-{slug}/{quantity}",
-            kind="bench",
-            what=f"{name}: {QUANTITIES[quantity][0]}",
-            unit=QUANTITIES[quantity][1],
-            values=(number,),
-            peer=(before[quantity],),
-            peer_name=f"{reference['label']}, {reference['dtype']}",
-            settings=settings | chosen,
-        )
-        for slug, (name, after, chosen) in measured.items()
-        for quantity, number in after.items()
+        row
+        for slug, (name, found, chosen) in measured.items()
+        for row in comparing.rows(f"half-{slug}", name, found, reference, settings | chosen)
     ]
 
 
@@ -84,18 +64,3 @@ def _peer(inputs: Inputs, kind: str, windows: Path) -> dict[str, float]:
     with Side("half_bitsandbytes.py", given) as side:
         perplexity = side.turn().facts["perplexity"]
     return {"perplexity": perplexity, "size": float(artifact.size_on_disk(out))}
-
-
-def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    return {
-        "perplexity": row["perplexity"]["value"],
-        "size": float(row["bytes"]),
-        "prefill": row["tokens_per_second"],
-        "decode": row["decode_tokens_per_second"],
-    }
-
-
-def _overhaul(folder: Path, *words: str) -> str:
-    """Runs a command in `folder`, its progress shown; returns what it prints."""
-    command = [sys.executable, "-m", "overhaul", *words]
-    return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
