@@ -114,6 +114,12 @@ def record(rows: Iterable[Row], path: Path = RESULTS) -> None:
     aside.replace(path)
 
 
+def hold(row: Row, path: Path = RESULTS) -> None:
+    """Records a row, then asserts that it reaches its target."""
+    record([row], path)
+    assert row.met is not False, row
+
+
 def _rounded(value: float) -> float:
     """Five significant digits, more than any of these numbers has."""
     return float(f"{value:.5g}")

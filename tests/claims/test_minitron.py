@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -98,7 +98,7 @@ def test_scores_beat_chance_and_chance_beats_the_reverse(bench: Bench, axis: str
 
     what = f"{axis} {getattr(bench.found.shape, axis)} to {size}, held-out loss"
     found = {"by the scores": [own], "at random": chance, "the other way round": [reverse]}
-    _record(
+    results.record(
         Row(id=f"shrink-minitron/{axis}-{told.replace(' ', '-')}", kind="claim", what=f"{what}, {told}", unit="nats",
             values=tuple(values), seeds=SEEDS[: len(values)], settings=SETTINGS)
         for told, values in found.items()
@@ -155,7 +155,7 @@ def test_the_ranking_after_a_short_training_tells_more_than_that_after_the_cut(b
     losses = _three_rankings(bench)
 
     short, long = losses["short"], losses["long"]
-    _record(
+    results.record(
         Row(id=f"shrink-minitron/ranking-{name}", kind="claim", unit="nats", values=tuple(values),
             what=f"{CANDIDATES} shapes of {SHARE:.0%} of the parameters: held-out loss {told}", settings=_ranking())
         for name, told, values in (
@@ -165,11 +165,11 @@ def test_the_ranking_after_a_short_training_tells_more_than_that_after_the_cut(b
         )
     )  # fmt: skip
     at_once, soon = kendall_tau(losses["cut"], long), kendall_tau(short, long)
-    _record([
+    results.record([
         Row(id="shrink-minitron/tau-cut", kind="claim", values=(at_once,), settings=_ranking(),
             what="Kendall tau with the ranking after the longer distillation: of that right after the cut")
     ])  # fmt: skip
-    _record([
+    results.record([
         Row(id="shrink-minitron/tau-short", kind="claim", values=(soon,), settings=_ranking(),
             what="Kendall tau with the ranking after the longer distillation: of that after the short one")
     ])  # fmt: skip
@@ -266,10 +266,4 @@ def _ranking() -> dict[str, Any]:
 
 def _check(**fields: Any) -> None:
     """Records a row, then holds it against its target."""
-    row = Row(**{"kind": "claim", "seeds": SEEDS, "settings": SETTINGS, **fields})
-    _record([row])
-    assert row.met is not False, row
-
-
-def _record(rows: Iterable[Row]) -> None:
-    results.record(rows)
+    results.hold(Row(**{"kind": "claim", "seeds": SEEDS, "settings": SETTINGS, **fields}))

@@ -59,6 +59,16 @@ def test_recording_replaces_a_row_and_keeps_the_others(tmp_path: Path):
     assert {row["id"]: row["mean"] for row in stored} == {"a": 4.0, "b": 2.0}
 
 
+def test_a_row_that_misses_its_target_is_recorded_before_it_fails(tmp_path: Path):
+    path = tmp_path / "results.json"
+    claim = Row(id="a", kind="claim", what="", values=(1.0, 3.0), target=Target("<", 2))
+
+    with pytest.raises(AssertionError, match="id='a'"):
+        results.hold(claim, path)
+
+    assert [row["met"] for row in results.read(path)] == [False]
+
+
 @pytest.mark.parametrize(
     ("value", "unit", "shown"),
     [
