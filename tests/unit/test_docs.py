@@ -222,7 +222,7 @@ def page_of(entry: catalog.Entry) -> Path:
 def test_a_method_has_a_page_like_the_others(entry: catalog.Entry):
     text = page_of(entry).read_text()
     wanted = [*HEADINGS]
-    if not issubclass(entry.load(), Measure):
+    if not issubclass(entry.load(), Measure) or "<!-- table:" in text:
         wanted.insert(wanted.index("When not to use it"), "Measured")
 
     assert text.startswith(f"# {entry.verb} {entry.name}\n\n{entry.summary}\n")
