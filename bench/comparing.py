@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,21 @@ def numbers(model: Model) -> dict[str, float]:
         "prefill": model["tokens_per_second"],
         "decode": model["decode_tokens_per_second"],
     }
+
+
+def rows_of(models: Iterable[Model], reference: Model, prefix: str, settings: Mapping[str, Any]) -> list[Row]:
+    """All quantities of compared models, beside the reference's, with the fronts that each is on."""
+    return [
+        row
+        for model in models
+        for row in rows(
+            f"{prefix}-{model['label']}",
+            model["label"],
+            numbers(model),
+            reference,
+            {**settings, "on the front": ", ".join(model["fronts"]) or "none"},
+        )
+    ]
 
 
 def rows(

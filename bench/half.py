@@ -36,15 +36,10 @@ def roads(inputs: Inputs, _peers: Path) -> list[Row]:
     windows = _heldout(inputs)
     reference, models = comparing.compared(inputs.work, FOLDER, "--data", DEFAULT_CORPUS, "--html", "compare.html")
     settings = {"commands": [shlex.join(["overhaul", *words]) for words in typed]}
-    measured = {
-        model["label"]: (model["label"], comparing.numbers(model), {"on the front": ", ".join(model["fronts"])})
-        for model in models
-    } | {f"peer-{kind}": (name, _peer(inputs, kind, windows), {}) for kind, name in PEERS.items()}
-    return [
-        row
-        for slug, (name, found, chosen) in measured.items()
-        for row in comparing.rows(f"half-{slug}", name, found, reference, settings | chosen)
-    ]
+    rows = comparing.rows_of(models, reference, "half", settings)
+    for kind, name in PEERS.items():
+        rows += comparing.rows(f"half-peer-{kind}", name, _peer(inputs, kind, windows), reference, {})
+    return rows
 
 
 def _heldout(inputs: Inputs) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from bench import comparing
@@ -19,11 +18,4 @@ def minitron(inputs: Inputs, _peers: Path) -> list[Row]:
     comparing.overhaul(inputs.work, "run", str(path))
     corpus = read.options.data or DEFAULT_CORPUS
     reference, models = comparing.compared(inputs.work, read.model, str(read.out), "--data", corpus)
-    settings = {"recipe": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    return [
-        row
-        for model in models
-        for row in comparing.rows(
-            f"recipe-minitron-{model['label']}", model["label"], comparing.numbers(model), reference, settings
-        )
-    ]
+    return comparing.rows_of(models, reference, "recipe-minitron", {"recipe": path.name})

@@ -129,7 +129,7 @@ def _rounded(value: float) -> float:
 def _commit() -> str:
     """The commit, with `-dirty` when what is measured differs from it."""
     head = _git("rev-parse", "--short", "HEAD")
-    return f"{head}-dirty" if _git("status", "--porcelain", "--", "src", "bench", "tests/claims") else head
+    return f"{head}-dirty" if _git("status", "--porcelain", "--", "src", "bench", "tests/claims", "recipes") else head
 
 
 def _git(*arguments: str) -> str:
