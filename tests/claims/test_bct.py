@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from bench.results import Row, Target, hold, record
+from bench import results
+from bench.results import Row, Target
 from torch import Tensor, nn
 
 from overhaul import artifact
@@ -97,7 +98,7 @@ def bench(smol: Path) -> Bench:
     dense = artifact.load(smol, dtype=torch.float32)
     data = Data(open_corpus(CorpusSpec(path=CORPUS)), dense.processor)
     made = Bench(dense.model, data.windows("heldout", seq_len=SEQ_LEN, limit=WINDOWS))
-    record([_row(id="perplexity-fp32", what="Held-out perplexity, fp32", values=made.loss().perplexities)])
+    _record(id="perplexity-fp32", what="Held-out perplexity, fp32", values=made.loss().perplexities)
     return made
 
 
@@ -110,14 +111,10 @@ def stored(bits: int, block: str, **fields: Any) -> dict[str, Any]:
 def test_blocks_beat_rows_and_rows_beat_whole_tensors(bench, bits):
     blocks = ("1x64", "row", "tensor")
     for block in blocks:
-        record(
-            [
-                _row(
-                    id=f"perplexity-w{bits}-{block}",
-                    values=bench.loss(**stored(bits, block)).perplexities,
-                    what=f"Held-out perplexity, weights of {bits} bits, one shift per {_told(block)}",
-                )
-            ]
+        _record(
+            id=f"perplexity-w{bits}-{block}",
+            values=bench.loss(**stored(bits, block)).perplexities,
+            what=f"Held-out perplexity, weights of {bits} bits, one shift per {_told(block)}",
         )
     found = [bench.loss(**stored(bits, block)) for block in blocks]
     for kind, told in (("nats", "log-perplexity"), ("divergence", "divergence from fp32")):
@@ -145,20 +142,16 @@ def test_size_and_quality_of_every_block_size(bench, bits):
         floats = parameters - sum(matrix.weight.numel() for matrix in in_blocks)
         size = 4 * floats + sum(matrix.bytes(bits, scheme) for matrix in in_blocks)
         told = f"{bits} bits, one shift per {elements:,} weights"
-        record(
-            [
-                _row(
-                    id=f"curve-w{bits}-{elements:04}-perplexity",
-                    what=f"{told}: held-out perplexity",
-                    values=bench.loss(**fields).perplexities,
-                ),
-                _row(
-                    id=f"curve-w{bits}-{elements:04}-size",
-                    what=f"{told}: fp32 bytes over bytes",
-                    values=(4 * parameters / size,),
-                    seeds=(0,),
-                ),
-            ]
+        _record(
+            id=f"curve-w{bits}-{elements:04}-perplexity",
+            what=f"{told}: held-out perplexity",
+            values=bench.loss(**fields).perplexities,
+        )
+        _record(
+            id=f"curve-w{bits}-{elements:04}-size",
+            what=f"{told}: fp32 bytes over bytes",
+            values=(4 * parameters / size,),
+            seeds=(0,),
         )
     small, large = (bench.loss(**stored(bits, SHAPES[elements])).divergence for elements in (16, 4096))
 
@@ -171,14 +164,10 @@ def test_size_and_quality_of_every_block_size(bench, bits):
 def test_float_scales_lose_less_than_shifts(bench, bits):
     shift, scale = (bench.loss(**stored(bits, "1x64", scale=kind)).divergence for kind in ("shift", "fp16"))
 
-    record(
-        [
-            _row(
-                id=f"perplexity-w{bits}-fp16",
-                values=bench.loss(**stored(bits, "1x64", scale="fp16")).perplexities,
-                what=f"Held-out perplexity, weights of {bits} bits, one fp16 scale per 64 weights",
-            )
-        ]
+    _record(
+        id=f"perplexity-w{bits}-fp16",
+        values=bench.loss(**stored(bits, "1x64", scale="fp16")).perplexities,
+        what=f"Held-out perplexity, weights of {bits} bits, one fp16 scale per 64 weights",
     )
     _check(id=f"shift-w{bits}", unit="nats", target=Target(">=", 0), seeds=(0,),
            what=f"{bits} bits: divergence from fp32 with shifts above that with fp16 scales, blocks of 64",
@@ -186,14 +175,10 @@ def test_float_scales_lose_less_than_shifts(bench, bits):
 
 
 def test_everything_in_8_bits_costs_less_than_5_percent_of_perplexity(bench):
-    record(
-        [
-            _row(
-                id="perplexity-w8a8",
-                what="Held-out perplexity, everything in 8 bits",
-                values=bench.loss(mode="w8a8").perplexities,
-            )
-        ]
+    _record(
+        id="perplexity-w8a8",
+        what="Held-out perplexity, everything in 8 bits",
+        values=bench.loss(mode="w8a8").perplexities,
     )
 
     _check(id="w8a8", what="Everything in 8 bits: perplexity over that of fp32", target=Target("<=", 1.05),
@@ -202,14 +187,10 @@ def test_everything_in_8_bits_costs_less_than_5_percent_of_perplexity(bench):
 
 def test_weights_of_4_bits_with_everything_else_in_8(bench):
     for scale in ("shift", "fp16"):
-        record(
-            [
-                _row(
-                    id=f"perplexity-w4a8-{scale}",
-                    values=bench.loss(mode="w4a8", scale=scale).perplexities,
-                    what=f"Held-out perplexity, weights of 4 bits ({scale}), everything else in 8",
-                )
-            ]
+        _record(
+            id=f"perplexity-w4a8-{scale}",
+            values=bench.loss(mode="w4a8", scale=scale).perplexities,
+            what=f"Held-out perplexity, weights of 4 bits ({scale}), everything else in 8",
         )
 
 
@@ -218,21 +199,17 @@ def test_the_parts_explain_the_whole(bench):
     found = {name: bench.loss(mode="w8a8", **fields) for name, fields in named.items()}
     for name, loss in found.items():
         told = "everything has" if name == "all" else f"only the part {name} has"
-        record(
-            [
-                _row(
-                    id=f"part-{name}-lost",
-                    what=f"Log-perplexity lost when {told} 8 bits",
-                    unit="nats",
-                    values=bench.lost(mode="w8a8", **named[name]),
-                ),
-                _row(
-                    id=f"part-{name}-divergence",
-                    what=f"Divergence from fp32 when {told} 8 bits",
-                    unit="nats",
-                    values=loss.divergence,
-                ),
-            ]
+        _record(
+            id=f"part-{name}-lost",
+            what=f"Log-perplexity lost when {told} 8 bits",
+            unit="nats",
+            values=bench.lost(mode="w8a8", **named[name]),
+        )
+        _record(
+            id=f"part-{name}-divergence",
+            what=f"Divergence from fp32 when {told} 8 bits",
+            unit="nats",
+            values=loss.divergence,
         )
     together = _mean(found.pop("all").divergence)
     explained = sum(_mean(loss.divergence) for loss in found.values()) / together
@@ -275,10 +252,14 @@ def _told(block: str) -> str:
     return {"1x64": "64 weights", "row": "row", "tensor": "tensor"}[block]
 
 
-def _row(*, id: str, **fields: Any) -> Row:
-    return Row(**{"id": f"quantize-bct/{id}", "kind": "claim", "seeds": THIRDS, "settings": SETTINGS, **fields})
-
-
 def _check(**fields: Any) -> None:
     """Records a row, then holds it against its target."""
-    hold(_row(**fields))
+    results.hold(_row(**fields))
+
+
+def _record(**fields: Any) -> None:
+    results.record([_row(**fields)])
+
+
+def _row(*, id: str, **fields: Any) -> Row:
+    return Row(**{"id": f"quantize-bct/{id}", "kind": "claim", "seeds": THIRDS, "settings": SETTINGS, **fields})
