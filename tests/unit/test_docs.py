@@ -231,6 +231,7 @@ def test_a_method_has_a_page_like_the_others(entry: catalog.Entry):
     assert text.startswith(f"# {entry.verb} {entry.name}\n\n{entry.summary}\n")
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == wanted
     assert f"methods/{page_of(entry).name}" in (ROOT / "mkdocs.yml").read_text()
+    assert f"[{entry.name}](methods/{page_of(entry).name})" in (DOCS / "index.md").read_text()
 
 
 def test_settings_are_those_of_the_classes():
