@@ -137,7 +137,7 @@ def quantize_rows(x_NI: Tensor, kind: Kind) -> Rows:
 def _reached(size_NI: Tensor, scale: Scale, threshold: float) -> bool:
     """Whether some entry reaches the threshold: with absmax the constants tell without a pass of its own."""
     largest = scale.constant if scale.zero is None else size_NI
-    return bool(largest.amax() >= threshold)
+    return not bool(largest.amax() < threshold)  # true for NaN too: it must not hide the outliers of other rows
 
 
 def _without_outliers(x_NI: Tensor, size_NI: Tensor, scale: Scale, kind: Kind) -> Scale:

@@ -22,10 +22,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from overhaul.errors import UserError, did_you_mean
 
 PIN = "OVERHAUL_INT8_KERNEL"
+_LEAST_ROWS = 17
 PIECE = 1024
 """Inputs whose products, at most 128 x 128, add up to no more than 2^24: exact in fp32."""
 MEASURED_ROWS = (32, 128)
@@ -116,8 +118,12 @@ def _seconds(
 
 
 def int_mm(integers_NI: Integers, weight_OI: Tensor, step_O: Tensor) -> Tensor:
-    """With `torch._int_mm`."""
-    return torch.mul(torch.ops.aten._int_mm(integers_NI.as_int8, weight_OI.t()), step_O)
+    """With `torch._int_mm`; on CUDA it takes no fewer than 17 rows, so fewer are filled up."""
+    q_NI = integers_NI.as_int8
+    num_rows = len(q_NI)
+    if q_NI.is_cuda and num_rows < _LEAST_ROWS:
+        q_NI = F.pad(q_NI, (0, 0, 0, _LEAST_ROWS - num_rows))
+    return torch.mul(torch.ops.aten._int_mm(q_NI, weight_OI.t())[:num_rows], step_O)
 
 
 def onednn(integers_NI: Integers, weight_OI: Tensor, step_O: Tensor) -> Tensor:

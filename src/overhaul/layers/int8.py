@@ -177,6 +177,7 @@ class Int8Linear(PackedLinear):
         found_key, found = _QUANTIZED.get(x, (None, None))
         if found is None or found_key != key:
             found = int8.quantize_rows(x.reshape(-1, self.in_features), self.kind)
+            _QUANTIZED.clear()  # autograd may keep the tensor of every block alive until the backward pass
             _QUANTIZED[x] = key, found
         return found
 
@@ -211,7 +212,7 @@ class Int8Linear(PackedLinear):
 
 
 _QUANTIZED: Any = WeakTensorKeyDictionary()
-"""Activations of the layers that ran last, for as long as their tensors live."""
+"""Activations of the layers that ran last, for as long as their tensor lives; never those of two tensors."""
 
 
 class _Int8Product(torch.autograd.Function):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from overhaul.data import Data
     from overhaul.int8 import Kind
     from overhaul.stream import Stream
 
@@ -65,11 +66,19 @@ class Int8(Transform):
     def reads_data(self) -> bool:
         return self.keep_outlier_columns
 
+    def check(self, model: nn.Module, data: Data | None) -> None:
+        """Refuses what `apply` would refuse.
+
+        Raises:
+            UserError: a name in `skip` fits no layer, a weight is not finite, or the model is quantized already.
+        """
+        chosen(model, self.skip)
+
     def apply(self, model: nn.Module, calib: Stream | None) -> nn.Module:
         """Replaces layer after layer, so that never more than one is there in both forms.
 
         Raises:
-            UserError: a name in `skip` fits no layer, a weight is not finite, or the model is quantized already.
+            UserError: as `check`.
         """
         from overhaul.interop.bitsandbytes import settings
         from overhaul.walk import walk

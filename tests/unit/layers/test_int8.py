@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from overhaul import int8
 from overhaul.errors import UserError
 from overhaul.int8 import Kind
+from overhaul.layers import int8 as int8_layers
 from overhaul.layers.int8 import FEW_ROWS, Int8Linear
 
 
@@ -162,6 +163,16 @@ def test_layers_that_read_the_same_tensor_share_its_integers(monkeypatch: pytest
     assert len(seen) == 2
     assert off(again, F.linear(x, one.dense(), one.bias)) < 0.02
     assert not torch.equal(first[0], again)
+
+
+def test_the_integers_of_one_tensor_are_kept_at_most_whatever_keeps_tensors_alive():
+    layer = Int8Linear.from_linear(linear(), Kind())
+    alive = [drawn(2, 10, 64) for _ in range(3)]
+
+    for x in alive:
+        layer(x)
+
+    assert len(int8_layers._QUANTIZED) == 1
 
 
 def test_under_autocast_the_result_has_autocasts_type():
