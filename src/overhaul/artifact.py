@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from overhaul import disk, packed, pretrained
 from overhaul.errors import UserError
-from overhaul.layers import merge_all, swap
+from overhaul.layers import Packed, merge_all, swap
 from overhaul.layers.masked import MaskedLinear, unpack_bits
 from overhaul.lineage import LineageStep, Parent
 
@@ -92,6 +92,8 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
     stored = _read_json(path / RECORD) if (path / RECORD).is_file() else {}
     model.eval()
     refuse_non_finite(model, str(ref))
+    stored_dtype = _dtype_on_disk(base) or model.dtype
+    model.config.dtype = stored_dtype  # what a method that counts bytes on disk goes by, whatever they are in memory
     if (base / MASKS).is_file():
         apply_masks(model, base / MASKS)
     if adapter:
@@ -104,7 +106,7 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
         processor=tokenizer,
         path=path,
         name=str(ref),
-        dtype=_dtype_on_disk(base) or model.dtype,
+        dtype=stored_dtype,
         weights_sha256=weights_sha256(path),
         lineage=tuple(LineageStep.from_json(step) for step in stored.get("lineage", ())),
         record={key: value for key, value in stored.items() if key != "lineage"},
@@ -218,12 +220,13 @@ def check_weights(path: Path) -> None:
 
 
 def _dtype_on_disk(path: Path) -> torch.dtype | None:
-    """The dtype of the largest tensor of the first weight file that holds numbers, not packed integers."""
+    """The dtype of the largest tensor of the first weight file that holds numbers, not packed integers or scales."""
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     for file in weight_files(path)[:1]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
-                slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118 - not a dict
+                names_there = [name for name in opened.keys() if not name.endswith(packed.SCALES)]  # noqa: SIM118
+                slices = [opened.get_slice(name) for name in names_there]
                 numbers = [s for s in slices if s.get_dtype() in names]
                 largest = max(numbers, key=lambda s: int(np.prod(s.get_shape())), default=None)
                 return names[largest.get_dtype()] if largest else None
@@ -357,8 +360,11 @@ def write_model(artifact: Artifact, directory: Path) -> None:
     """Writes what plain transformers loads, weights, configuration and tokenizer, and the masks beside it."""
     model: Any = merge_all(artifact.model)
     refuse_non_finite(model, "the result")
-    for parameter in model.parameters():  # packed layers keep their scales, which are buffers, as they are
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(artifact.dtype)
+    for module in model.modules():
+        if isinstance(module, Packed):  # they have floats that are no parameters, and keep their scales as they are
+            module.to(artifact.dtype)
     for module in model.modules():
         if isinstance(module, MaskedLinear):
             module.enforce()

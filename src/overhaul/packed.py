@@ -32,6 +32,9 @@ FORMATS = {
 """`quant_method` or `format` -> the module that knows it."""
 
 
+SCALES = (".scale", ".SCB")
+"""Ends of the names of tensors that say what integers stand for: they have a type of their own."""
+
 SHARD = "5GB"
 """Largest weight file."""
 
@@ -67,10 +70,11 @@ def refuse_unmarked(path: Path, ref: str) -> None:
     """Raises `UserError` for packed weights of which `config.json` says nothing: as numbers they would be nonsense."""
     for file in sorted(path.glob("model*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            found = next((name for name in opened.keys() if name.endswith(".SCB")), None)  # noqa: SIM118 - not a dict
+            weights = [name for name in opened.keys() if name.endswith(".weight")]  # noqa: SIM118 - not a dict
+            found = next((name for name in weights if opened.get_slice(name).get_dtype() in ("I8", "U8")), None)
         if found:
             raise UserError(
-                f"{ref} holds int8 weights ({found}), and its config.json has no quantization_config",
+                f"{ref} holds weights as integers ({found}), and its config.json has no quantization_config",
                 hint="the config.json that was written with the weights",
             )
 

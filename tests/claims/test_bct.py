@@ -19,8 +19,9 @@ from bench import results
 from bench.results import Row, Target
 from torch import Tensor, nn
 
+from bct_formula import formula_bytes
 from overhaul import artifact
-from overhaul.bct.model import formula_bytes, matrices
+from overhaul.bct.model import matrices
 from overhaul.bct.scheme import PARTS, Scheme
 from overhaul.corpora import CorpusSpec, open_corpus
 from overhaul.data import Data
@@ -232,8 +233,8 @@ def test_other_ways_to_sum_and_to_round_probabilities(bench, how):
 def test_the_ratio_on_disk_is_that_of_the_formula(bench, smol, tmp_path, mode, block, ratio):
     made = artifact.load(smol, dtype=torch.float32)
     parameters = sum(p.numel() for p in made.model.parameters())
-    model = Bct(mode=mode, block=block, embedding_block=block).apply(made.model, None)
-    formula = formula_bytes(model, made.dtype)
+    formula = formula_bytes(made.model, int(mode[1]), 64 if block == "1x64" else None, made.dtype.itemsize)
+    Bct(mode=mode, block=block, embedding_block=block).apply(made.model, None)
     artifact.write_model(made, tmp_path)
     size = artifact.size_on_disk(tmp_path)
 

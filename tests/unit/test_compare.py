@@ -115,6 +115,17 @@ def test_packed_weights_are_compared_as_they_act(tiny: Path, tmp_path: Path):
     assert rows.perplexity.value == pytest.approx(dense.perplexity.value, rel=0.02)
 
 
+def test_an_embedding_in_blocks_is_compared_by_what_it_stands_for(tiny: Path, tmp_path: Path):
+    done = typed("quantize", "bct", tiny, "-o", tmp_path / "out", "--mode", "w8a32", "--evaluate", "none")
+    assert done.code == 0, done.err
+    reference = dict(dense_tensors(artifact.load(tiny).model))
+
+    found = difference(reference, artifact.load(tmp_path / "out").model)
+
+    assert found["other_tensors"] == 0
+    assert all(float(told.split("(")[1].rstrip(")")) < 0.05 for told in found["most_changed"])
+
+
 @pytest.mark.usefixtures("rows_format")
 def test_a_packed_model_can_be_the_reference(tiny: Path, tmp_path: Path):
     write_rows(tiny, tmp_path / "rows")

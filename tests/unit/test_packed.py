@@ -127,7 +127,7 @@ def test_packed_weights_without_a_word_in_the_config_are_refused(out: Path):
     del config["quantization_config"]
     (out / "config.json").write_text(json.dumps(config))
 
-    with pytest.raises(UserError, match=r"int8[\s\S]*quantization_config"):
+    with pytest.raises(UserError, match=r"integers[\s\S]*quantization_config"):
         artifact.load(out)
 
 

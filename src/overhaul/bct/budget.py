@@ -59,11 +59,7 @@ def widths_within(choices: Sequence[Choice], other_bytes: int, budget_bytes: int
         UserError: 4 bits for every tensor are more than the budget.
     """
     total = other_bytes + sum(choice.bytes[0] for choice in choices)
-    if total > budget_bytes:
-        raise UserError(
-            f"the budget is {budget_bytes / 1e6:.2f} MB; with 4 bits for every tensor there are {total / 1e6:.2f} MB",
-            hint="a larger --budget, or larger blocks",
-        )
+    refuse_less(total, budget_bytes)
     widths = {choice.name: 4 for choice in choices}
     for choice in sorted(choices, key=lambda choice: (not choice.is_embedding, -choice.gain, choice.name)):
         extra = choice.bytes[1] - choice.bytes[0]
@@ -71,6 +67,15 @@ def widths_within(choices: Sequence[Choice], other_bytes: int, budget_bytes: int
             total += extra
             widths[choice.name] = 8
     return widths
+
+
+def refuse_less(least_bytes: int, budget_bytes: int) -> None:
+    """Raises `UserError` for a budget below what 4 bits for every tensor take."""
+    if least_bytes > budget_bytes:
+        raise UserError(
+            f"the budget is {budget_bytes:,} bytes; with 4 bits for every tensor there are {least_bytes:,}",
+            hint="a larger --budget, or larger blocks",
+        )
 
 
 def _error(stored: Stored, bits: int, scheme: Scheme) -> float:

@@ -56,6 +56,10 @@ class BlockMatrix(Packed):
         values = weight if self.bits == 8 else blocks.unpack(weight, self.shape[1])
         return blocks.decode(values, scale, block)
 
+    def dense(self) -> Tensor:
+        """The matrix in fp32."""
+        return self.rows()
+
     @property
     @abstractmethod
     def num_weights(self) -> int: ...
@@ -63,11 +67,6 @@ class BlockMatrix(Packed):
     def num_nonzero(self) -> int:
         values = self.weight if self.bits == 8 else blocks.unpack(self.weight, self.shape[1])
         return int(values.count_nonzero())
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of integers and scales, which are those on disk."""
-        return self.weight.numel() + self.scale.numel() * self.scale.element_size()
 
     def _apply(self, fn: Any, recurse: bool = True) -> BlockMatrix:
         """What moves and casts a module; float scales are moved only, for a cast would round them again."""
@@ -112,9 +111,6 @@ class BlockLinear(BlockMatrix, PackedLinear):
         shift_OX = self.scale.repeat_interleave(self.block[0], 0)[: self.out_features]
         y_NO = integer_product(x_NI, self.rows(), self.scheme.activation_block, self.block[1], shift_OX)
         return y_NO.view(*x.shape[:-1], -1)
-
-    def dense(self) -> Tensor:
-        return self.rows()
 
     def merge(self) -> nn.Linear:
         bias_O = cast(nn.Parameter, self.bias)

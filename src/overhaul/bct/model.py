@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,10 @@ class Stored:
 
 
 def refuse(model: nn.Module, scheme: Scheme) -> None:
-    """Raises `UserError` for a model that the scheme cannot compute, before anything is changed."""
+    """Raises `UserError` for a model that the scheme cannot store or compute, before anything is changed."""
     inner: Any = model
+    if scheme.has("embedding"):
+        _refuse_other_lookups(model)
     if not scheme.computes:
         return
     if not llama.is_llama_like(model):
@@ -61,6 +63,17 @@ def refuse(model: nn.Module, scheme: Scheme) -> None:
     if scheme.accumulate == "integer":
         for name, linear in _linears(model).items():
             refuse_overflow(name, linear.in_features)
+
+
+def _refuse_other_lookups(model: nn.Module) -> None:
+    """An embedding in blocks is a table; Gemma's, say, also scales what it looks up."""
+    for name, module in _embeddings(model).items():
+        if type(module).forward not in (nn.Embedding.forward, nn.Linear.forward):
+            raise UserError(
+                f"{name} is a {type(module).__name__}, which does more than look up rows: in blocks that would be lost",
+                allowed="nn.Embedding, nn.Linear",
+                hint="--parts without embedding",
+            )
 
 
 def matrices(model: nn.Module, scheme: Scheme) -> Iterator[Stored]:
@@ -87,6 +100,25 @@ def matrices(model: nn.Module, scheme: Scheme) -> Iterator[Stored]:
                 allowed="--scale shift, fp32",
             )
         yield Stored(name, weight_RC, block, name in embeddings)
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """The type that what stays float has on disk, whatever it has in memory."""
+    inner: Any = model
+    return getattr(inner.config, "dtype", None) or next(model.parameters()).dtype
+
+
+def refuse_growth(stored: Sequence[Stored], scheme: Scheme, dtype: torch.dtype) -> None:
+    """Raises `UserError` where integers and scales take as many bytes as the numbers of `dtype` they stand for."""
+    for matrix in stored:
+        packed, plain = matrix.bytes(scheme.bits, scheme), matrix.weight.numel() * dtype.itemsize
+        if packed >= plain:
+            option = "--embedding-block" if matrix.is_embedding else "--block"
+            raise UserError(
+                f"{option} {matrix.block} with a scale in {scheme.scale} stores {matrix.name} in {packed:,} bytes; "
+                f"in {str(dtype).removeprefix('torch.')} it has {plain:,}",
+                hint=f"a larger {option}, such as 1x16, or --scale shift",
+            )
 
 
 def convert(model: nn.Module, scheme: Scheme, widths: Widths = {}) -> int:  # noqa: B006 - a Mapping, never written to
@@ -156,7 +188,8 @@ def _compute_blockwise(model: nn.Module, scheme: Scheme) -> None:
     activation = inner.config.hidden_act
     layers: Any = model.get_submodule(llama.LAYERS)
     names = [f"{llama.LAYERS}.{index}" for index in range(len(layers))]
-    swap(model, names, lambda old: BlockDecoderLayer(old, scheme, activation))
+    made = swap(model, names, lambda old: BlockDecoderLayer(old, scheme, activation))
+    llama.record_hidden_states(made.values())
     swap(model, [llama.NORM], lambda old: BlockNorm(old.weight, old.variance_epsilon, scheme))
     llama.ask_for_masks(model)
 
@@ -184,9 +217,3 @@ def _head_name(model: nn.Module) -> str:
 def block_matrices(model: nn.Module) -> dict[str, BlockMatrix]:
     """The modules that are stored in blocks, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BlockMatrix)}
-
-
-def formula_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of the weights on disk: integers and scales of the blocks, and `dtype` numbers for all that stays float."""
-    floats = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    return floats + sum(matrix.stored_bytes for matrix in block_matrices(model).values())

@@ -44,7 +44,8 @@ def exponentials(scores: Tensor, keep: Tensor | None) -> Tensor:
 def softmax(scores: Tensor, keep: Tensor | None, scheme: Scheme) -> Tensor:
     """8-bit probabilities of `(..., S)` scores, as fp32 on their grid.
 
-    Rounded to 1/255 each, a row of n keys sums to 1 within n / 510; with one shift per block, within 2^-7 of it.
+    Rounded to 1/255 each, a row of n keys sums to 1 within n / 510; with one shift per block of b keys within b / 128,
+    for each is wrong by at most a 128th of its block's largest, and errors of both signs cancel in most rows.
     """
     share = exponentials(scores, keep)
     # Whole numbers of at most 2^15: fp32 sums 512 of them exactly, and fp64 more than there are keys.

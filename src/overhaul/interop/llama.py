@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,6 +30,17 @@ def ask_for_masks(model: nn.Module) -> None:
     """Lets the model hand every block the whole attention mask, as additive numbers."""
     inner: Any = model
     inner.config._attn_implementation = "eager"
+
+
+def record_hidden_states(blocks: Iterable[nn.Module]) -> None:
+    """Makes blocks that took the place of the model's own give `output_hidden_states`.
+
+    transformers looks for its own classes among the modules, and these are others.
+    """
+    from transformers.utils.output_capturing import install_output_capuring_hook
+
+    for block in blocks:
+        install_output_capuring_hook(block, "hidden_states", 0)
 
 
 def append(

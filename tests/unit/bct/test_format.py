@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bct_formula import formula_bytes
 from command import contents, overhaul, python, refused
 from overhaul import artifact, packed
 from overhaul.bct.format import refuse, scheme_of
-from overhaul.bct.model import block_matrices, formula_bytes
+from overhaul.bct.model import block_matrices
 from overhaul.bct.scheme import Scheme
 from overhaul.errors import UserError
 
@@ -43,6 +44,27 @@ def test_a_directory_is_read_as_it_was_written(mode, tie, make_tiny, tmp_path):
     assert tensors.keys() == again.keys()
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)
     assert packed.is_packed(first.model)
+
+
+def test_scales_in_fp16_do_not_make_the_rest_fp16(make_tiny, tmp_path):
+    out = written(make_tiny(dtype="bfloat16"), tmp_path / "out", "--mode", "w4a32", "--scale", "fp16")
+    (tmp_path / "again").mkdir()
+
+    made = artifact.load(out)
+    artifact.write_model(made, tmp_path / "again")
+
+    assert made.dtype == torch.bfloat16
+    assert contents(out)["model.safetensors"] == contents(tmp_path / "again")["model.safetensors"]
+
+
+def test_integers_that_config_says_nothing_of_are_refused(tiny, tmp_path):
+    out = written(tiny, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(UserError, match="weights as integers"):
+        artifact.load(out)
 
 
 def test_the_model_that_is_read_computes_what_the_written_one_did(tiny, tmp_path):
@@ -85,8 +107,8 @@ def test_bytes_on_disk_are_those_of_the_formula_and_the_header(mode, tiny, tmp_p
     out = written(tiny, tmp_path / "out", "--mode", mode)
     header = int.from_bytes((out / "model.safetensors").read_bytes()[:8], "little") + 8
 
-    model = artifact.load(out, dtype=torch.float32).model
-    assert artifact.size_on_disk(out) == formula_bytes(model, torch.float32) + header
+    dense = artifact.load(tiny, dtype=torch.float32).model
+    assert artifact.size_on_disk(out) == formula_bytes(dense, int(mode[1]), 64, 4) + header
 
 
 def test_a_budget_chooses_widths_that_are_kept(tiny, tmp_path):
@@ -96,7 +118,7 @@ def test_a_budget_chooses_widths_that_are_kept(tiny, tmp_path):
     widths = {name: matrix.bits for name, matrix in block_matrices(model).items()}
     assert set(widths.values()) == {4, 8}
     dense_bytes = 4 * sum(p.numel() for p in artifact.load(tiny).model.parameters())
-    assert formula_bytes(model, torch.float32) <= 0.2 * dense_bytes
+    assert sum(tensor.nbytes for tensor in load_file(out / "model.safetensors").values()) <= 0.2 * dense_bytes
     assert "within the budget" in (out / "report.html").read_text()
 
 

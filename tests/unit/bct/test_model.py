@@ -14,7 +14,6 @@ from overhaul.bct.layers import BlockEmbedding, BlockHead, BlockLinear, TiedHead
 from overhaul.bct.model import (
     block_matrices,
     convert,
-    formula_bytes,
     matrices,
     refuse,
     round_in_place,
@@ -98,16 +97,6 @@ def test_every_value_is_that_of_its_block(tiny):
         assert torch.equal(matrix.rows(), decode(encoded.values, encoded.scale, encoded.block)), name
 
 
-def test_the_formula_counts_what_stays_float(tiny):
-    model, scheme = read(tiny), Scheme(mode="w4a32", block="1x64", embedding_block="1x64")
-    parameters = sum(p.numel() for p in model.parameters())
-    norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    convert(model, scheme)
-
-    packed = parameters - norms
-    assert formula_bytes(model, torch.bfloat16) == packed // 2 + packed // 64 + 2 * norms
-
-
 def test_blocks_that_become_zero_are_counted(tiny):
     model = read(tiny)
     with torch.no_grad():
@@ -159,3 +148,28 @@ def test_sums_that_could_leave_int32_are_refused_by_name(tiny):
     with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.down_proj"):
         refuse(model, Scheme(accumulate="integer"))
     refuse(model, Scheme())
+
+
+def test_an_embedding_that_does_more_than_look_up_is_refused(tiny):
+    class Scaled(nn.Embedding):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) * 8
+
+    model = read(tiny)
+    model.model.embed_tokens = Scaled(*model.model.embed_tokens.weight.shape)
+
+    with pytest.raises(UserError, match="embed_tokens is a Scaled"):
+        refuse(model, Scheme(mode="w8a32"))
+    refuse(model, Scheme(mode="w8a32", parts=("weights",)))
+
+
+@pytest.mark.parametrize("mode", ["w8a8", "w8a32"])
+def test_hidden_states_are_given(mode, tiny):
+    model = read(tiny)
+    convert(model, Scheme(mode=mode))
+
+    with torch.no_grad():
+        states = model(torch.arange(8)[None], output_hidden_states=True).hidden_states
+
+    assert len(states) == model.config.num_hidden_layers + 1
+    assert all(state.shape == (1, 8, model.config.hidden_size) for state in states)

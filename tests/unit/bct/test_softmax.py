@@ -61,12 +61,15 @@ def test_rows_with_a_shift_per_block_sum_to_one(spread):
 
 
 @pytest.mark.parametrize("scheme", [BLOCK, UNIT], ids=["block", "unit"])
-def test_the_order_of_scores_is_kept(scheme):
-    row_TS = scores((32, 16)).sort(-1).values
+def test_the_order_of_scores_is_kept_among_those_of_one_scale(scheme):
+    row_TS = scores((32, 64)).sort(-1).values
 
     p_TS = softmax(row_TS, None, scheme)
 
-    assert (p_TS.diff(dim=-1) >= 0).all()
+    assert (p_TS.unflatten(-1, (4, 16)).diff(dim=-1) >= 0).all()
+    # Between blocks of other shifts by half a step of each: a 128th of the largest here, at most.
+    allowed = 0.0 if scheme is UNIT else 2 / 128
+    assert (p_TS.diff(dim=-1) >= -allowed * p_TS.amax(-1, keepdim=True)).all()
 
 
 def test_it_is_near_torchs_softmax():

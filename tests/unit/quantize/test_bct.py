@@ -40,7 +40,7 @@ def test_the_budget_is_told_tensor_by_tensor(tiny):
 def test_a_dense_model_stays_dense(tiny):
     model, before = read(tiny), read(tiny)
     with torch.no_grad():
-        made = Bct(mode="w4a32", store="dense", budget=0.2).apply(model, None)
+        made = Bct(mode="w4a32", store="dense").apply(model, None)
 
     assert made is model
     assert block_matrices(made) == {}
@@ -48,9 +48,8 @@ def test_a_dense_model_stays_dense(tiny):
     assert made.lm_head.weight is made.model.embed_tokens.weight
     norms = [name for name, p in before.named_parameters() if p.ndim == 1]
     assert all(torch.equal(made.get_parameter(name), before.get_parameter(name)) for name in norms)
-    # 15 values of 4 bits, or 255 of 8.
-    rows = [w[0].unique().numel() for w in (p for p in made.parameters() if p.ndim == 2)]
-    assert min(rows) <= 15
+    blocks = [block for p in made.parameters() if p.ndim == 2 for row in p for block in row.split(64)]
+    assert all(block.unique().numel() <= 15 for block in blocks)  # 4 bits
 
 
 def test_a_pruned_models_zeros_stay_zero(tiny, tmp_path):
@@ -86,9 +85,33 @@ def test_dense_and_integers_that_compute_exclude_each_other():
         Bct(mode="w4a8", store="dense")
 
 
-def test_a_budget_that_cannot_be_kept_is_refused(tiny):
-    with pytest.raises(UserError, match="with 4 bits for every tensor"):
-        Bct(mode="w4a32", budget=0.05).apply(read(tiny), None)
+def test_a_budget_that_cannot_be_kept_is_refused_before_anything_is_measured(tiny, tmp_path):
+    words = ("quantize", "bct", tiny, "-o", tmp_path / "out", "--mode", "w4a32", "--budget", "0.05")
+    done = overhaul(*words)
+
+    refused(done, "with 4 bits for every tensor")
+    assert "measuring" not in done.err
+    refused(overhaul(*words, "--dry-run"), "with 4 bits for every tensor")
+
+
+def test_the_budget_counts_what_stays_float_as_it_is_on_disk(make_tiny):
+    path = make_tiny(dtype="bfloat16")
+    method = Bct(mode="w4a32", parts=("weights",), budget=0.4)
+
+    widths = [method.apply(made.model, None).config.quantization_config["bits"] for made in
+              (artifact.load(path), artifact.load(path, dtype=torch.float32))]  # fmt: skip
+
+    assert widths[0] == widths[1]
+
+
+def test_a_budget_and_a_dense_directory_exclude_each_other():
+    with pytest.raises(ValidationError, match="as large as the model"):
+        Bct(mode="w4a32", store="dense", budget=0.2)
+
+
+def test_blocks_that_save_nothing_are_refused(tiny):
+    with pytest.raises(UserError, match="--embedding-block 1x1 with a scale in fp32"):
+        Bct(mode="w4a32", embedding_block="1x1", scale="fp32").apply(read(tiny), None)
 
 
 def test_a_budget_needs_a_mode_of_4_bits():
