@@ -29,6 +29,8 @@ FEW_ROWS = 8
 """From 9 rows on, int8 products are the faster ones on processors with integer instructions, and on those without."""
 _LANES = 32
 """torch's kernel for few rows reads this many inputs at a time, and does not check that there are as many."""
+_ALIGNMENT = 64
+"""It also reads from aligned addresses only, which tensors in a mapped file need not have: elsewhere it crashes."""
 
 
 class Int8Linear(PackedLinear):
@@ -129,7 +131,12 @@ class Int8Linear(PackedLinear):
         x_NI = x.reshape(-1, self.in_features)
         if self.zero is not None or self.in_features % _LANES or x.device.type != "cpu" or not len(x_NI):
             return F.linear(x_NI.to(dtype), self.dense().to(dtype))
+        if self.weight.data_ptr() % _ALIGNMENT:
+            with torch.inference_mode(False):
+                self.weight = self.weight.clone()
         x16_NI, (step_O, factor_O) = x_NI.to(torch.bfloat16).contiguous(), self._steps(dtype)
+        if x16_NI.data_ptr() % _ALIGNMENT:
+            x16_NI = x16_NI.clone()
         y_NO = torch.ops.aten._weight_int8pack_mm(x16_NI, self.weight, factor_O)
         if dtype != torch.bfloat16:
             y_NO = torch.mul(y_NO, step_O).to(dtype)

@@ -165,6 +165,20 @@ def test_layers_that_read_the_same_tensor_share_its_integers(monkeypatch: pytest
     assert not torch.equal(first[0], again)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_tensors_at_any_address_are_read(rows: int):
+    layer = Int8Linear.from_linear(linear(), Kind())
+    x = drawn(rows, 64).bfloat16()
+    wanted = layer(x)
+
+    bytes_ = torch.empty(layer.weight.numel() + 64, dtype=torch.int8)
+    start = 8 - bytes_.data_ptr() % 8
+    layer.weight = bytes_[start : start + layer.weight.numel()].view_as(layer.weight).copy_(layer.weight)
+    odd = torch.empty(rows * 64 + 1, dtype=torch.bfloat16)[1:].view(rows, 64).copy_(x)
+
+    assert torch.equal(layer(odd), wanted)
+
+
 def test_the_integers_of_one_tensor_are_kept_at_most_whatever_keeps_tensors_alive():
     layer = Int8Linear.from_linear(linear(), Kind())
     alive = [drawn(2, 10, 64) for _ in range(3)]
