@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from bench import comparing
 from bench.inputs import Inputs
@@ -15,10 +16,13 @@ from bench.turns import Side
 from overhaul import artifact
 from overhaul.corpora import CorpusSpec, open_corpus
 from overhaul.data import Data
+from overhaul.machine import compute_dtype
 from overhaul.options import DEFAULT_CORPUS, Options
 
 TUTORIAL = ROOT / "docs" / "tutorials" / "half-the-size.md"
 FOLDER = "runs/half"
+DTYPE = str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+"""Of the peers' products too: what `compare` takes on this machine."""
 PEERS = {"nf4": "bitsandbytes NF4, one step", "int8": "bitsandbytes LLM.int8(), one step"}
 
 
@@ -38,7 +42,7 @@ def roads(inputs: Inputs, _peers: Path) -> list[Row]:
     settings = {"commands": [shlex.join(["overhaul", *words]) for words in typed]}
     rows = comparing.rows_of(models, reference, "half", settings)
     for kind, name in PEERS.items():
-        rows += comparing.rows(f"half-peer-{kind}", name, _peer(inputs, kind, windows), reference, {})
+        rows += comparing.rows(f"half-peer-{kind}", name, _peer(inputs, kind, windows), reference, {"dtype": DTYPE})
     return rows
 
 
@@ -55,7 +59,7 @@ def _heldout(inputs: Inputs) -> Path:
 def _peer(inputs: Inputs, kind: str, windows: Path) -> dict[str, float]:
     """Perplexity and bytes of what bitsandbytes makes of the model through transformers."""
     out = inputs.work / f"half-peer-{kind}"
-    given = {"model": str(inputs.model), "out": str(out), "kind": kind, "windows": str(windows)}
+    given = {"model": str(inputs.model), "out": str(out), "kind": kind, "windows": str(windows), "dtype": DTYPE}
     with Side("half_bitsandbytes.py", given) as side:
         perplexity = side.turn().facts["perplexity"]
     return {"perplexity": perplexity, "size": float(artifact.size_on_disk(out))}

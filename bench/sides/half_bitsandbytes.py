@@ -9,17 +9,18 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 given = turn.settings()
 windows_NT = torch.from_numpy(np.load(given["windows"]))
+dtype = getattr(torch, given["dtype"])
 config = {
-    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
     "int8": BitsAndBytesConfig(load_in_8bit=True),
 }[given["kind"]]
 
 turn.wait()
-# What is not quantized, the embedding above all, stays in bf16 on disk as it was; products are fp32.
+# What is not quantized, the embedding above all, stays in bf16 on disk as it was.
 model = AutoModelForCausalLM.from_pretrained(given["model"], quantization_config=config, dtype=torch.bfloat16)
 model.save_pretrained(given["out"])
 del model
-scored = AutoModelForCausalLM.from_pretrained(given["out"], dtype=torch.float32).eval()
+scored = AutoModelForCausalLM.from_pretrained(given["out"], dtype=dtype).eval()
 total, count = 0.0, 0
 with torch.no_grad():
     for ids_T in windows_NT:
