@@ -18,6 +18,7 @@ class Trade:
         value: None is "not measured".
         is_cost: whether less of it is better.
         better: what a model with a better value is.
+        noise: relative difference below which two values count as equal.
     """
 
     name: str
@@ -25,8 +26,11 @@ class Trade:
     value: Callable[[Facts], float | None]
     is_cost: bool
     better: str
+    noise: float = 0.0
 
 
+SPEED_NOISE = 0.25
+"""Two speeds that are nearer, as shares, may be one: they are short timings on a machine that others use too."""
 SIZE = Trade(name="size", label="weights on disk", value=lambda one: one.bytes, is_cost=True, better="smaller")
 TRADES = (
     SIZE,
@@ -36,6 +40,7 @@ TRADES = (
         value=lambda one: one.tokens_per_second,
         is_cost=False,
         better="faster in prefill",
+        noise=SPEED_NOISE,
     ),
     Trade(
         name="decode",
@@ -43,26 +48,28 @@ TRADES = (
         value=lambda one: one.decode_tokens_per_second,
         is_cost=False,
         better="faster in decoding",
+        noise=SPEED_NOISE,
     ),
 )
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[bool]:
+def front(points: Sequence[tuple[float, float]], noise: float = 0.0) -> list[bool]:
     """For each point whether no other is at most as large in both coordinates and smaller in one.
 
-    Points that are equal do not beat each other.
+    Points that are equal do not beat each other, nor do those that differ in the first coordinate alone, by `noise`.
     """
-    return [not any(_beats(other, point) for other in points) for point in points]
+    return [not any(_beats(other, point, noise) for other in points) for point in points]
 
 
-def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    return one[0] <= other[0] and one[1] <= other[1] and one != other
+def _beats(one: tuple[float, float], other: tuple[float, float], noise: float) -> bool:
+    at_most = one[0] <= other[0] and one[1] <= other[1]
+    return at_most and (one[1] < other[1] or abs(one[0] - other[0]) > noise * abs(other[0]))
 
 
 def on_front(facts: Sequence[Facts], trade: Trade) -> list[bool]:
     """For each model whether no other is as good or better in both quality and the trade; never where unmeasured."""
     points = {index: point for index, one in enumerate(facts) if (point := _point(one, trade))}
-    best = dict(zip(points, front(list(points.values())), strict=True))
+    best = dict(zip(points, front(list(points.values()), trade.noise), strict=True))
     return [best.get(index, False) for index in range(len(facts))]
 
 

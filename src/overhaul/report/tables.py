@@ -17,7 +17,7 @@ from overhaul.report.numbers import (
     as_speed,
     interval_ends,
 )
-from overhaul.report.pareto import SIZE, fronts_of
+from overhaul.report.pareto import SIZE, SPEED_NOISE, fronts_of
 from overhaul.table import Row
 
 if TYPE_CHECKING:
@@ -123,14 +123,14 @@ def _columns(facts: Sequence[Facts], *, is_comparison: bool) -> list[_Column | _
             number=lambda one: one.tokens_per_second,
             text=as_speed,
             better="more",
-            tolerance=0.25,
+            tolerance=SPEED_NOISE,
         ),
         _Column(
             title="decode tokens/s",
             number=lambda one: one.decode_tokens_per_second,
             text=as_speed,
             better="more",
-            tolerance=0.25,
+            tolerance=SPEED_NOISE,
         ),
     ]
     if is_comparison:

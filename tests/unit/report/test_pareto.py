@@ -52,6 +52,14 @@ def test_less_bytes_and_more_speed_are_better() -> None:
     assert fronts_of([dense, small, fast]) == [("size", "prefill", "decode"), ("size",), ("prefill", "decode")]
 
 
+def test_speeds_of_one_quality_that_may_be_one_speed_do_not_beat_each_other() -> None:
+    same = [model(30, 100, speed) for speed in (100, 110, 120)]
+    slow, better = model(30, 100, 60), model(29, 100, 120)
+
+    assert on_front([*same, slow], PREFILL) == [True, True, True, False]
+    assert on_front([*same, better], PREFILL) == [False, False, False, True]
+
+
 def test_what_was_not_measured_is_on_no_front_and_beats_nothing() -> None:
     unknown = replace(DENSE, perplexity=None)
     sizeless = replace(DENSE, bytes=None)
