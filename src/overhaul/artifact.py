@@ -31,7 +31,11 @@ IMPORTANCE = "importance.safetensors"
 STATE = ".state"
 TRACKED = "overhaul"
 """What a tracker that writes files calls its folder, inside `STATE` while it trains."""
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+WEIGHTS = (
+    *("*.safetensors", "*.bin", "*.index.json"),
+    *("*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data", "*.pt", "*.pth", "*.ckpt", "*.ot"),
+)
+"""Files with weights, in this and in other programs' formats: they are those of the model before."""
 # Files that this project writes anew for every directory; everything else beside the weights is copied.
 _OWN = {RECORD, MASKS, IMPORTANCE, "recipe.yaml", "README.md", "report.html", "metrics.jsonl", "curves.png",
         "config.json", "generation_config.json", "source.json", "adapter_config.json"}  # fmt: skip
@@ -199,8 +203,18 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def size_on_disk(path: Path) -> int:
-    """Bytes of the weight files."""
-    return sum(file.stat().st_size for file in weight_files(path))
+    """Bytes of the weight files; an adapter's base, without which it is no model, counts with it."""
+    return sum(file.stat().st_size for at in dict.fromkeys(directories(path)) for file in weight_files(at))
+
+
+def check_files(ref: str) -> None:
+    """Raises `UserError` for a model that cannot be read, as far as that shows without its values."""
+    try:
+        _, base = directories(ref)
+        _read_json(base / "config.json")
+        check_weights(base)
+    except UserError as error:
+        raise UserError(f"{ref}: {error.given}", allowed=error.allowed, hint=error.hint) from error
 
 
 def check_weights(path: Path) -> None:

@@ -134,9 +134,14 @@ def compare(refs: Sequence[str], options: Options) -> Comparison:
     Args:
         refs: as `models_of` returns them, the reference first.
         options: which text, and how much of it.
+
+    Raises:
+        UserError: one of them cannot be read; said before any is measured.
     """
     device = machine.pick_device(options.device)
     dtype = machine.compute_dtype(options.dtype, device)
+    for ref in refs:  # not after minutes of measuring the others
+        artifacts.check_files(ref)
     facts: list[Facts] = []
     judges: list[Judge] = []
     changes: list[dict[str, Any]] = []

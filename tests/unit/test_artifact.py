@@ -99,12 +99,16 @@ def test_companions_are_copied_verbatim_and_the_parents_own_files_are_not(tiny: 
     for own in ("overhaul.json", "report.html", "README.md", "metrics.jsonl"):
         (parent / own).write_text("{}")
     (parent / ".state").mkdir()
+    for weights in ("tf_model.h5", "model.gguf", "flax_model.msgpack", "pytorch_model.bin"):
+        (parent / weights).write_text("those of the model before, in another format")
 
     out = write(artifact.load(parent), tmp_path / "out")
 
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
         assert (out / name).read_bytes() == (parent / name).read_bytes()
-    assert not {"overhaul.json", "report.html", "README.md", ".state"} & {path.name for path in out.iterdir()}
+    there = {path.name for path in out.iterdir()}
+    assert not {"overhaul.json", "report.html", "README.md", ".state"} & there
+    assert not {"tf_model.h5", "model.gguf", "flax_model.msgpack", "pytorch_model.bin"} & there
 
 
 def test_a_result_that_is_not_finite_is_not_written(tiny: Path, tmp_path: Path):

@@ -231,3 +231,27 @@ def test_the_chains_are_told(tiny: Path, tmp_path: Path):
     (chains,) = measured(tiny, tmp_path / "half").report.tables
 
     assert [row[:2] for row in chains.rows] == [(tiny.name, "as it came"), ("half", "prune magnitude")]
+
+
+def test_the_size_of_an_adapter_is_that_with_its_base(tiny: Path, tmp_path: Path):
+    words = ("--data", "sample", "--steps", "1", "--batch-size", "1", "--seq-len", "32", "--evaluate", "none")
+    done = typed("adapt", "lora", tiny, "-o", tmp_path / "adapter", "--no-merge", *words)
+    assert done.code == 0, done.err
+
+    dense, adapter = measured(tiny, tmp_path / "adapter").report.facts
+
+    assert dense.bytes is not None
+    assert adapter.bytes is not None
+    own = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert adapter.bytes == dense.bytes + own
+
+
+def test_a_model_that_cannot_be_read_is_said_before_any_is_measured(tiny: Path, tmp_path: Path):
+    shutil.copytree(tiny, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").unlink()
+
+    done = typed("compare", tiny, tmp_path / "broken")
+
+    assert done.code == 2
+    assert "broken has no weights" in done.err
+    assert "measuring" not in done.err
