@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from overhaul import evaluate, journal
 from overhaul.data import Data
 from overhaul.distillation import distillation_plan
+from overhaul.errors import Diverged, UserError
 from overhaul.method import Training
 from overhaul.progress import say
 from overhaul.shapes import Architecture, Shape
@@ -72,6 +73,9 @@ def try_each(
 
     Returns:
         The best candidate's model, trained, and all candidates in the order they were tried.
+
+    Raises:
+        UserError: the training of all of them diverged; of one that did the loss is infinite.
     """
     best, least, tried = None, math.inf, []
     stored = next(short.teacher.parameters()).dtype
@@ -79,21 +83,29 @@ def try_each(
         say(f"candidate {number} of {len(shapes)}: {shape}, {architecture.parameters(shape):,} parameters")
         student = make(shape)
         cut_loss = loss(student, windows_NT, work.dtype)
-        journal.note_tokens(work.train(short.plan(student, work.data), short).tokens)
-        student = student.to(stored)  # what is measured is what would be written
-        trained_loss = loss(student, windows_NT, work.dtype)
+        try:
+            journal.note_tokens(work.train(short.plan(student, work.data), short).tokens)
+            student = student.to(stored)  # what is measured is what would be written
+            trained_loss = loss(student, windows_NT, work.dtype)
+        except Diverged as error:
+            say(f"  {error.given}")
+            trained_loss = math.inf
         say(f"  held-out loss {cut_loss:.3f} right after the cut, {trained_loss:.3f} after {short.steps} steps")
         parameters = architecture.parameters(shape)
         tried.append(Candidate(shape=shape, parameters=parameters, cut_loss=cut_loss, trained_loss=trained_loss))
         if trained_loss < least:
             best, least = student, trained_loss
-    assert best is not None
+    if best is None:
+        raise UserError(
+            f"the short training of all {len(shapes)} candidates diverged", hint=f"--search-lr {short.lr / 10:g}"
+        )
     return best, tried
 
 
 def loss(model: nn.Module, windows_NT: Tensor, dtype: torch.dtype) -> float:
-    """Held-out loss in nats per token."""
-    return math.log(evaluate.perplexity(model, windows_NT, dtype=dtype).estimate.value)
+    """Held-out loss in nats per token; infinite where it is no number."""
+    perplexity = evaluate.perplexity(model, windows_NT, dtype=dtype).estimate.value
+    return math.log(perplexity) if math.isfinite(perplexity) else math.inf
 
 
 def note(tried: Sequence[Candidate], steps: int) -> None:

@@ -168,6 +168,7 @@ def distillation_plan(
         schedule=schedule(settings.schedule, settings.warmup, floor),
         watchers=(KeepZeros(),),
         finish=_without_map,
+        helpers=(_MAP,) if pairs else (),
     )
 
 

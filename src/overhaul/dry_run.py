@@ -49,7 +49,8 @@ def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, long
     elif data is not None:
         settings: Any = method
         say(f"{settings.samples} windows of {min(settings.seq_len, longest)} tokens from {data.corpus.name}")
-    say(f"writes {out}: weights ({size / 1e6:.0f} MB), overhaul.json, recipe.yaml, README.md, report.html")
+    weights = f"weights ({size / 1e6:.0f} MB)" if isinstance(method, Training) else "weights"  # others change the size
+    say(f"writes {out}: {weights}, overhaul.json, recipe.yaml, README.md, report.html")
 
 
 def _seconds_per_step(plan: Plan, method: Training, dtype: torch.dtype) -> float:

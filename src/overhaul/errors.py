@@ -33,6 +33,10 @@ class UserError(Exception):
         return "\n".join(parts)
 
 
+class Diverged(UserError):
+    """Training whose loss or gradient is no longer finite."""
+
+
 class UserErrors(UserError):
     """Several mistakes found in one reading, shown together."""
 

@@ -71,7 +71,8 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     """
     options, method = step.options, step.method
     path = pretrained.resolve(model)
-    artifacts.check_out(out, parent=path, resume=options.resume)
+    for read in (path, *map(pretrained.resolve, method.others())):
+        artifacts.check_out(out, parent=read, resume=options.resume)
     device = machine.pick_device(options.device)
     dtype = machine.compute_dtype(options.dtype, device)
     needs_data = not isinstance(method, Transform) or method.reads_data()
@@ -345,10 +346,12 @@ def run_recipe(plan: Recipe, *, command: str = "", told: Callable[[Outcome], Non
 def _refuse_other_step(out: Path, step: Step, model: str) -> None:
     """A finished directory is kept by --resume only if it is what the recipe would make."""
     last = artifacts.read_record(out)["lineage"][-1]
-    fields = _fields(step.method, _others(step.method))
-    parent = artifacts.weights_sha256(pretrained.resolve(model))
-    asked = (step.entry.verb, step.entry.name, fields, step.options.seed, _recorded(step.options), parent)
-    made = *(last[key] for key in ("verb", "method", "fields", "seed", "options")), last["parents"][0]["hash"]
+    others = _others(step.method)
+    parents = [artifacts.weights_sha256(pretrained.resolve(model)), *(other.hash for other in others)]
+    fields, options = _fields(step.method, others), _recorded(step.options)
+    asked = (step.entry.verb, step.entry.name, fields, step.options.seed, options, parents)
+    hashes = [parent["hash"] for parent in last["parents"]]
+    made = *(last[key] for key in ("verb", "method", "fields", "seed", "options")), hashes
     if list(made) != json.loads(json.dumps(asked)):
         raise UserError(
             f"{out} was made with other settings than the recipe has now",

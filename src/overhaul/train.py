@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from overhaul import checkpoint, machine, sharding
 from overhaul.artifact import TRACKED
-from overhaul.errors import Interrupted, UserError
+from overhaul.errors import Diverged, Interrupted, UserError
 from overhaul.interop.fused import fused
 from overhaul.method import Training
 from overhaul.objective import Batch, Forward, Mean, Objective, weighted_mean
@@ -51,6 +51,7 @@ class Plan:
         schedule: share of the run -> factor of the peak rate.
         watchers: change something on a timetable.
         finish: applied to the model after the last step: merge adapters, drop masks.
+        helpers: children of the model that are trained with it and that `finish` takes away, by name.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class Plan:
     schedule: Schedule = lambda share: 1.0
     watchers: tuple[Watcher, ...] = ()
     finish: Callable[[nn.Module], nn.Module] = lambda model: model
+    helpers: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -141,12 +143,15 @@ def train(
         quiet: no progress.
 
     Raises:
-        UserError: nothing is trainable, the loss is not finite, or the settings changed on resume.
+        UserError: nothing is trainable, or the settings changed on resume.
+        Diverged: the loss or a gradient is not finite.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
     trainable = [p for p in plan.model.parameters() if p.requires_grad]
     if not trainable:
         raise UserError("nothing is trainable: the plan selects no parameter", hint="select at least one group")
+    aside = {p for name in plan.helpers for p in plan.model.get_submodule(name).parameters()}
+    num_trained = sum(p.numel() for p in trainable if p not in aside)
     accelerator = Accelerator(cpu=trainable[0].device.type == "cpu", log_with=track, project_dir=state_dir)
     if track:
         accelerator.init_trackers(TRACKED, config={name: str(value) for name, value in settings.model_dump().items()})
@@ -154,7 +159,7 @@ def train(
     loss, trained = sharding.distribute(accelerator, whole, plan.optimizer)
     plan = replace(plan, model=trained.model)
     run = _Run(plan, settings, accelerator, loss, dtype)
-    run.history.trainable_parameters = sum(p.numel() for p in trainable)
+    run.history.trainable_parameters = num_trained
     asked = {"seed": seed, **settings.model_dump(), **(asked or {})}
     first = run.load(state_dir, asked) if resume and state_dir else 0
     plan.model.train()
@@ -260,7 +265,7 @@ class _Run:
                     terms = self.loss(batch)
                 loss = weighted_mean(terms, counts)
                 if not torch.isfinite(loss):
-                    raise UserError(**_blame(self.plan, batch, step, index, self.dtype))
+                    raise Diverged(**_blame(self.plan, batch, step, index, self.dtype))
                 # Data-parallel wrappers average gradients over processes; this makes it a sum.
                 (loss * self.accelerator.num_processes).backward()
             for name, mean in terms.items():
@@ -278,7 +283,7 @@ class _Run:
             names = [
                 n for n, p in self.plan.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
             ]
-            raise UserError(
+            raise Diverged(
                 f"the gradient is not finite at step {step}, " + (f"first in {names[0]}" if names else "as a whole"),
                 hint="a lower --lr, or --dtype fp32; checkpoints written before are kept",
             )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from overhaul.candidates import Candidate, ShortDistillation, note, try_each
 from overhaul.corpora import CorpusSpec, open_corpus
 from overhaul.cut import cut
 from overhaul.data import Data
+from overhaul.errors import Diverged, UserError
 from overhaul.interop import decoder
 from overhaul.shapes import Shape
 from overhaul.workspace import Workspace
@@ -67,6 +70,33 @@ def test_the_result_is_the_trained_candidate_with_the_least_loss(teacher: nn.Mod
     assert tried[0].parameters == sum(p.numel() for p in make(WIDE).parameters())
     assert notes.num_tokens == 2 * 3 * 2 * 32
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_a_candidate_whose_training_diverges_is_not_the_best(teacher: nn.Module, work: Workspace, make, monkeypatch):
+    windows_NT = work.data.windows("calib", seq_len=32, limit=2)
+    train = Workspace.train
+
+    def diverges_once(self: Workspace, plan: Any, settings: Any) -> Any:
+        monkeypatch.setattr(Workspace, "train", train)
+        raise Diverged("the loss is not finite at step 2")
+
+    monkeypatch.setattr(Workspace, "train", diverges_once)
+    with journal.recording() as notes:
+        best, tried = try_each(
+            [WIDE, SHALLOW], make, work, short(teacher), decoder.find(teacher).architecture, windows_NT
+        )
+        note(tried, 3)
+
+    assert decoder.find(best).shape == SHALLOW
+    assert math.isinf(tried[0].trained_loss)
+    assert notes.tables[0].title.startswith(str(SHALLOW))
+
+
+def test_if_all_diverge_the_search_says_so(teacher: nn.Module, work: Workspace, make):
+    windows_NT = work.data.windows("calib", seq_len=32, limit=2)
+
+    with journal.recording(), pytest.raises(UserError, match="all 1 candidates diverged"):
+        try_each([WIDE], make, work, short(teacher, lr=1e9, steps=12), decoder.find(teacher).architecture, windows_NT)
 
 
 def test_training_follows_the_original(teacher: nn.Module, work: Workspace, make):

@@ -149,6 +149,8 @@ class KnowledgeDistillation(Training):
             "floor": self.floor,
         }
         if self.top_k:
+            if self.states == ("auto",):
+                say("states: none, for the teacher's words are kept without its hidden states")
             return distillation_plan(model, self._cache(model), data, self, **how)
         teacher = self._load(model)
         _say_teacher(model, teacher, self.teacher)

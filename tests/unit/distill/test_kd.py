@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from command import Finished, overhaul, refused
@@ -69,6 +70,32 @@ def test_a_much_deeper_teacher_is_followed_through_its_hidden_states(tiny: Path,
         assert load_file(tmp_path / name / "model.safetensors").keys() == load_file(tiny / "model.safetensors").keys()
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("auto", "told", "alone")]
     assert weights[0] == weights[1] != weights[2]
+
+
+def test_the_learned_map_is_no_parameter_of_the_student(tiny: Path, deep: Path, tmp_path: Path):
+    assert distill(tiny, deep, tmp_path / "out", "--states", "embedding", "1").code == 0
+
+    (step,) = artifact.read_record(tmp_path / "out")["lineage"]
+    assert step["trainable_parameters"] == sum(p.numel() for p in artifact.load(tiny).model.parameters())
+
+
+def test_a_result_inside_the_teacher_is_refused(tiny: Path, deep: Path):
+    refused(distill(tiny, deep, deep / "out"), "is inside the model that is read")
+
+
+def test_a_recipe_does_not_keep_what_another_teacher_taught(tiny: Path, deep: Path, tmp_path: Path):
+    teacher, file = tmp_path / "teacher", tmp_path / "recipe.yaml"
+    shutil.copytree(deep, teacher)
+    step = f"{{verb: distill, method: kd, teacher: {teacher}, steps: 1, batch_size: 1, seq_len: 32}}"
+    file.write_text(f"model: {tiny}\nout: {tmp_path / 'runs'}\ndata: sample\nevaluate: none\nsteps:\n- {step}\n")
+    assert overhaul("run", file).code == 0
+    assert overhaul("run", file, "--resume").code == 0
+
+    tensors = load_file(teacher / "model.safetensors")
+    save_file(
+        {name: tensor * 1.01 for name, tensor in tensors.items()}, teacher / "model.safetensors", {"format": "pt"}
+    )
+    refused(overhaul("run", file, "--resume"), "other settings")
 
 
 def test_a_run_with_hidden_states_resumes_to_the_same_bytes(tiny: Path, deep: Path, tmp_path: Path):
