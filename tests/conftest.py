@@ -101,8 +101,9 @@ def _tiny_config(architecture: str, bias: bool) -> Any:
     from transformers import GPT2Config, LlamaConfig, OPTConfig
 
     match architecture:
-        case "llama":
-            heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        case "llama" | "llama-ungrouped":
+            groups = 2 if architecture == "llama" else 4
+            heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": groups}
             sizes: dict[str, Any] = {
                 "hidden_size": 64,
                 "intermediate_size": 128,

@@ -18,6 +18,9 @@ from overhaul.layers import swap
 from overhaul.layers.masked import MaskedLinear
 from overhaul.shapes import Axis, Shape
 
+_MOVED = (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj.")
+"""What the head residual changes: with groups only the first, for the heads of a group share keys and values."""
+
 NOBODY = -1
 """In `Kept.partners_LGK`: this head takes nothing over."""
 
@@ -79,11 +82,12 @@ def cut(model: nn.Module, kept: Kept) -> nn.Module:
     """
     found = decoders.find(model)
     smaller = _empty(found, kept)
+    moved = _MOVED if found.shape.heads == found.shape.kv_groups else _MOVED[:1]
     state = {}
     sources = _sources(found, smaller, kept)
     for name, (source, layer) in sources.items():
         parameter = model.get_parameter(source)
-        if kept.partners_LGK is not None and ".self_attn.q_proj." in source:
+        if kept.partners_LGK is not None and any(projection in source for projection in moved):
             parameter = with_residual(parameter, kept, layer, found.architecture.head_dim)
         state[name] = _sliced(parameter, found, source, kept, layer)
     smaller.load_state_dict(state, strict=False, assign=True)
@@ -143,15 +147,15 @@ def rows(kept: Kept, axis: Axis, layer: int, head_dim: int) -> Tensor:
     return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
-def with_residual(query: Tensor, kept: Kept, layer: int, head_dim: int) -> Tensor:
-    """A query projection, weight or bias, in which each kept head has moved away from its removed partner.
+def with_residual(projection: Tensor, kept: Kept, layer: int, head_dim: int) -> Tensor:
+    """A projection to heads, weight or bias, in which each kept head has moved away from its removed partner.
 
     head_i <- head_i + (head_i - head_partner), of the source's numbering; all others are as they were.
     """
     assert kept.partners_LGK is not None
     heads, partners = kept.heads_LGK[layer].flatten(), kept.partners_LGK[layer].flatten()
     heads, partners = heads[partners != NOBODY], partners[partners != NOBODY]
-    before = query.detach().unflatten(0, (-1, head_dim))
+    before = projection.detach().unflatten(0, (-1, head_dim))
     after = before.clone()
     after[heads] = 2 * before[heads] - before[partners]
     return after.flatten(0, 1)

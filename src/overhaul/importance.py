@@ -221,7 +221,7 @@ def choose(scores: Scores, source: Shape, target: Shape, layers_L: Tensor, *, re
         source: the shape of the model as it is.
         target: the shape to reach.
         layers_L: the layers that stay, ascending.
-        residual: kept query heads take over from the removed ones of their group.
+        residual: kept heads take over from the removed ones, with groups from those of their own.
     """
     each, in_group = target.heads // target.kv_groups, source.heads // source.kv_groups
     heads, groups, partners = [], [], []
@@ -230,7 +230,10 @@ def choose(scores: Scores, source: Shape, target: Shape, layers_L: Tensor, *, re
         score_GK = scores.head_LH[layer].view(source.kv_groups, in_group)
         picked = [highest(score_GK[group], each) + group * in_group for group in groups[-1].tolist()]
         heads.append(torch.stack(picked))
-        partner_of = _partners(score_GK, each)
+        if in_group == 1:  # every head has its own key and value: all heads are sorted together
+            partner_of = _partners(scores.group_LG[layer][None], target.heads)
+        else:
+            partner_of = _partners(score_GK, each)
         partners.append(partner_of[heads[-1]])
     return Kept(
         layers_L=layers_L,
@@ -270,6 +273,7 @@ class Source:
         samples: windows that were read.
         seq_len: tokens of each.
         over_batch, over_sequence: how windows and tokens were put together.
+        skipped_on: the text on which perplexity without each layer was taken, if it was.
     """
 
     weights_sha256: str
@@ -278,6 +282,7 @@ class Source:
     seq_len: int
     over_batch: How
     over_sequence: How
+    skipped_on: str = ""
 
 
 def note(scores: Scores, source: Source) -> None:
@@ -304,6 +309,7 @@ def read(
             source = Source(**{
                 name.name: json.loads(metadata[name.name]) if name.type == "int" else metadata[name.name]
                 for name in fields(Source)
+                if name.name in metadata
             })  # fmt: skip
             scores = Scores(**tensors)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

@@ -98,7 +98,7 @@ def _adapter(make: Callable[[Any, Choice], LinearLike]) -> Callable[[nn.Module, 
         if not names:
             raise UserError(
                 "the model has no masks: it is dense, or was pruned by another tool",
-                hint="overhaul prune magnitude MODEL --sparsity S first (zeros go first); or adapt lora",
+                hint="adapt perp --train norms, which needs none; prune first; or adapt lora",
             )
         layers: Any = swap(model, names, lambda old: make(old, choice))
         return [tensor for layer in layers.values() for tensor in (layer.lora_A, layer.lora_B)]

@@ -223,6 +223,19 @@ def test_head_residual_pairs_by_hand(keep: int, expected: dict[int, int]):
     assert {head: partner for head, partner in pairs if partner != NOBODY} == expected
 
 
+def test_without_groups_all_heads_are_partners():
+    source = Shape(layers=1, hidden=2, ffn=2, heads=4, kv_groups=4)
+    scores = scored(source, group_LG=torch.tensor([[3.0, 9.0, 1.0, 5.0]]))
+
+    target = Shape(layers=1, hidden=2, ffn=2, heads=3, kv_groups=3)
+    kept = choose(scores, source, target, torch.tensor([0]), residual=True)
+
+    # Sorted by score: 1, 3, 0, 2.
+    assert kept.heads_LGK.flatten().tolist() == [0, 1, 3]
+    assert kept.partners_LGK is not None
+    assert kept.partners_LGK.flatten().tolist() == [2, NOBODY, NOBODY]
+
+
 # Beside the weights.
 
 SOURCE = importance.Source(

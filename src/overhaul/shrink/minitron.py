@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -58,7 +59,9 @@ class Minitron(Pipeline):
         "block",
         description="Layers to cut: those that change their input least, or that perplexity needs least, or one range.",
     )
-    head_residual: bool = Field(False, description="Kept query heads take over from the removed ones of their group.")
+    head_residual: bool = Field(
+        False, description="Kept heads take over from removed ones; of a group only its queries, inside the group."
+    )
     scores: str | None = Field(
         None, description="Directory of an earlier target of the same model: its scores are read instead of the text."
     )
@@ -90,6 +93,8 @@ class Minitron(Pipeline):
             raise ValueError(f"{' and '.join(shape + size)}: a shape and a size exclude each other; leave one out")
         if len(size) == 2:
             raise ValueError("parameters and share are two ways to say a size; leave one out")
+        if self.scores is not None and (self.samples, self.seq_len) != (1024, 256):
+            raise ValueError("scores are read as they were taken: samples and seq_len have no effect; leave them out")
         if self.over_batch == "variance" and self.samples < 2 and self.scores is None:
             raise ValueError("the variance over windows needs two of them: samples 2 or more")
         return self
@@ -141,6 +146,9 @@ class Minitron(Pipeline):
 
         found = decoder.find(model)
         scores, source = self._scores(model, work)
+        skipped_on = f"{work.data.corpus.fingerprint}, windows of {self.search_seq_len}"
+        if source.skipped_on != skipped_on:
+            scores = replace(scores, skipped_L=None)
         layers = Depth(model, scores, by=self.depth, windows=lambda: self._windows(work.data), dtype=work.dtype)
 
         def make(shape: Shape) -> nn.Module:
@@ -149,7 +157,7 @@ class Minitron(Pipeline):
 
         smaller = self._best(model, found, make, work) if self._is_search() else make(self.target(found))
         layers.note(decoder.find(smaller).shape.layers)
-        importance.note(layers.scores, source)
+        importance.note(layers.scores, replace(source, skipped_on=skipped_on))
         return smaller
 
     def _best(self, model: nn.Module, found: Decoder, make: Callable[[Shape], nn.Module], work: Workspace) -> nn.Module:
@@ -211,6 +219,8 @@ class Minitron(Pipeline):
             )
         for name in ("hidden", "ffn"):
             _refuse_odd_width(name, getattr(target, name), getattr(source, name), self.multiple)
+        if self.head_residual:
+            _refuse_idle_residual(source, target)
         if target == source:
             raise UserError(f"the model already has this shape: {source}", hint="a smaller one")
         config_of(found, target, range(target.layers))
@@ -276,6 +286,19 @@ class Minitron(Pipeline):
             **self._how(),
         )
         return scores, source
+
+
+def _refuse_idle_residual(source: Shape, target: Shape) -> None:
+    """Raises `UserError` where no head is removed that another one could take over from."""
+    if source.heads == source.kv_groups:
+        idle, where = target.heads == source.heads, ""
+    else:
+        idle, where = target.heads // target.kv_groups == source.heads // source.kv_groups, " from groups that stay"
+    if idle:
+        raise UserError(
+            f"--head-residual lets heads take over from removed ones, and none are removed{where}",
+            hint="fewer --heads, or without --head-residual",
+        )
 
 
 def _refuse_odd_width(name: str, asked: int, there: int, multiple: int | None) -> None:

@@ -305,3 +305,43 @@ def test_an_odd_head(tiny: Path, tmp_path: Path):
     (odd / "config.json").write_text(json.dumps(config))
 
     refused(overhaul("shrink", "minitron", odd, "-o", tmp_path / "out", "--ffn", 64), "head_dim")
+
+
+def test_without_groups_the_head_residual_moves_keys_and_values_too(make_tiny: Callable[..., Path], shrink: Type):
+    model = make_tiny(architecture="llama-ungrouped")
+    words = ["--heads", 3, *SMALL]
+    plain, moved = shrink(model, "plain", *words), shrink(model, "moved", *words, "--head-residual")
+
+    before, after = load_file(plain / "model.safetensors"), load_file(moved / "model.safetensors")
+    changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_a_head_residual_that_would_do_nothing_is_refused(tiny: Path, tmp_path: Path):
+    for words in (["--ffn", 64], ["--heads", 2, "--kv-groups", 1]):
+        done = overhaul("shrink", "minitron", tiny, "-o", tmp_path / "out", "--head-residual", *words, *SMALL)
+        refused(done, "none are removed")
+
+
+def test_scores_are_read_as_they_were_taken(tiny: Path, shrink: Type, tmp_path: Path):
+    first = shrink(tiny, "first", "--ffn", 64, *SMALL)
+
+    done = overhaul("shrink", "minitron", tiny, "-o", tmp_path / "out", "--ffn", 32, "--scores", first, *SMALL)
+    refused(done, "samples and seq_len have no effect")
+
+
+def test_perplexity_without_a_layer_is_taken_again_on_another_text(tiny: Path, shrink: Type):
+    depth = ["--layers", 1, "--depth", "perplexity", *QUICK]
+    first = shrink(tiny, "first", *depth, "--search-seq-len", 32, "--samples", 4, "--seq-len", 32)
+    again = shrink(tiny, "again", *depth, "--search-seq-len", 32, "--scores", first)
+    other = shrink(tiny, "other", *depth, "--search-seq-len", 48, "--scores", first)
+
+    rises = [[row[2] for row in record(out)["tables"][0]["rows"]] for out in (first, again, other)]
+    assert rises[0] == rises[1] != rises[2]
+
+
+def test_a_result_inside_the_scores_directory_is_refused(tiny: Path, shrink: Type):
+    first = shrink(tiny, "first", "--ffn", 64, *SMALL)
+
+    done = overhaul("shrink", "minitron", tiny, "-o", first / "out", "--ffn", 32, "--scores", first, *QUICK)
+    refused(done, "is inside the model that is read")
