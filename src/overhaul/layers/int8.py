@@ -113,35 +113,39 @@ class Int8Linear(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(..., I)` of any float type to `(..., O)`, of autocast's type where that is on, else that of `x`."""
         y: Any = _Int8Product.apply(x, self) if x.requires_grad and torch.is_grad_enabled() else self.product(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias_O = self._parameters["bias"]
+        return y if bias_O is None else y + bias_O.to(y.dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T without the bias."""
-        dtype = product_dtype(x)
         compute = self._few if x.numel() <= self.few_rows * self.in_features else self._many
         if torch.is_autocast_enabled(x.device.type):
+            dtype = product_dtype(x)
             with torch.autocast(x.device.type, enabled=False):
                 y_NO = compute(x, dtype)
         else:
-            y_NO = compute(x, dtype)
+            y_NO = compute(x, x.dtype)
         return y_NO.view(*x.shape[:-1], self.out_features)
 
     def _few(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Activations in 16 bit with int8 weights."""
-        x_NI = x.reshape(-1, self.in_features)
-        if self.zero is not None or self.in_features % _LANES or x.device.type != "cpu" or not len(x_NI):
+        # A module's attributes are looked up slowly, and with one row that counts: `_buffers` is the dictionary behind.
+        tensors, x_NI = self._buffers, x.reshape(-1, self.in_features)
+        if tensors["zero"] is not None or self.in_features % _LANES or x.device.type != "cpu" or not len(x_NI):
             return F.linear(x_NI.to(dtype), self.dense().to(dtype))
-        if self.weight.data_ptr() % _ALIGNMENT:
+        weight_OI, (step_O, factor_O) = tensors["weight"], self._steps(dtype)
+        assert weight_OI is not None
+        if weight_OI.data_ptr() % _ALIGNMENT:
             with torch.inference_mode(False):
-                self.weight = self.weight.clone()
-        x16_NI, (step_O, factor_O) = x_NI.to(torch.bfloat16).contiguous(), self._steps(dtype)
+                tensors["weight"] = weight_OI = weight_OI.clone()
+        x16_NI = x_NI.to(torch.bfloat16).contiguous()
         if x16_NI.data_ptr() % _ALIGNMENT:
             x16_NI = x16_NI.clone()
-        y_NO = torch.ops.aten._weight_int8pack_mm(x16_NI, self.weight, factor_O)
+        y_NO = torch.ops.aten._weight_int8pack_mm(x16_NI, weight_OI, factor_O)
         if dtype != torch.bfloat16:
             y_NO = torch.mul(y_NO, step_O).to(dtype)
-        if self.outlier_columns is not None and self.outlier_weight is not None:
-            y_NO += x_NI[:, self.outlier_columns].to(dtype) @ self.outlier_weight.to(dtype).t()
+        if (columns_C := tensors["outlier_columns"]) is not None and self.outlier_weight is not None:
+            y_NO += x_NI[:, columns_C].to(dtype) @ self.outlier_weight.to(dtype).t()
         return y_NO
 
     def kept(self) -> tuple[Tensor, ...]:
@@ -154,9 +158,11 @@ class Int8Linear(PackedLinear):
         Sums that are wanted in bf16 get their steps there. Others get them afterwards, in fp32: torch's kernel for
         fp32 is a plain loop, and this way only x and the sums are rounded.
         """
-        key = (self.SCB, self.SCB._version if not self.SCB.is_inference() else 0, dtype)
+        constant_O = self._buffers["SCB"]
+        assert constant_O is not None
+        key = (constant_O, constant_O._version if not constant_O.is_inference() else 0, dtype)
         if self._kept is None or self._kept[0][0] is not key[0] or self._kept[0][1:] != key[1:]:
-            step_O = self.SCB * (1 / int8.LARGEST)
+            step_O = constant_O * (1 / int8.LARGEST)
             factor_O = step_O.to(dtype) if dtype == torch.bfloat16 else torch.ones_like(step_O, dtype=torch.bfloat16)
             self._kept = key, (step_O, factor_O)
         return self._kept[1]
