@@ -67,7 +67,7 @@ def rows(
         what, unit = QUANTITIES[quantity]
         yield Row(
             id=f"{prefix}/{quantity}",
-            kind="bench",
+            kind="model",
             what=f"{name}: {what}",
             unit=unit,
             values=(number,),

@@ -42,7 +42,7 @@ class Row:
 
     Attributes:
         id: `verb-method/what`; a later row with the same id replaces this one.
-        kind: a claim of a paper, or a comparison with a peer.
+        kind: a claim of a paper, a comparison with a peer, or a quantity of a model beside others of a folder.
         what: the statement's subject, as a table shows it.
         values: ours, one per seed or round.
         unit: of the values; empty for a plain number, `share` is shown in percent.
@@ -55,7 +55,7 @@ class Row:
     """
 
     id: str
-    kind: Literal["claim", "bench"]
+    kind: Literal["claim", "bench", "model"]
     what: str
     values: tuple[float, ...]
     unit: str = ""

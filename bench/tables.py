@@ -36,6 +36,7 @@ def _selected(rows: Sequence[Stored], prefix: str) -> list[Stored]:
 
 
 def _tables(rows: Sequence[Stored]) -> str:
+    models = [row for row in rows if row["kind"] == "model"]
     made = [
         _table(("what", "measured", "lowest to highest", "seeds", "target", "met"), claims, _claim)
         for claims in [[row for row in rows if row["kind"] == "claim"]]
@@ -45,12 +46,14 @@ def _tables(rows: Sequence[Stored]) -> str:
         for benches in [[row for row in rows if row["kind"] == "bench"]]
         if benches
     ]
+    if models:
+        made.append(_models(models))
     if not made:
         return NOTHING
     return "\n".join([*made, _where(rows)])
 
 
-def _table(head: Sequence[str], rows: Sequence[Stored], cells: Any) -> str:
+def _table(head: Sequence[str], rows: Sequence[Any], cells: Any) -> str:
     lines = [head, ["---"] * len(head), *(cells(row) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -73,6 +76,21 @@ def _bench(row: Stored) -> Sequence[str]:
         peer = number(sum(row["peer"]) / len(row["peer"]), row["unit"])
     ratio = f"{row['ratio']:.2f}" if row["ratio"] is not None else ""
     return row["what"], ours, peer, row["peer_name"], ratio, _target(row, "" if ratio else row["unit"]), _met(row)
+
+
+def _models(rows: Sequence[Stored]) -> str:
+    """A line for every model, its quantities side by side; the one they began with comes first."""
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        name, _, quantity = row["what"].rpartition(": ")
+        for model, numbers in ((row["peer_name"], row["peer"]), (name, row["values"])):
+            lines.setdefault(model, {})[quantity] = number(sum(numbers) / len(numbers), row["unit"])
+    quantities = sorted({quantity for line in lines.values() for quantity in line})
+    return _table(
+        ("model", *quantities),
+        list(lines.items()),
+        lambda line: (line[0], *(line[1].get(quantity, "") for quantity in quantities)),
+    )
 
 
 def _target(row: Stored, unit: str) -> str:

@@ -49,6 +49,23 @@ def test_a_prefix_selects_ids_or_a_kind(tmp_path: Path):
     assert tables.NOTHING in tables.filled("<!-- table: bench- -->\n<!-- end -->", stored)
 
 
+def test_models_of_a_folder_are_lines_and_their_quantities_columns(tmp_path: Path):
+    found = {"a": {"perplexity": 30.0, "bytes": 2e6}, "b": {"perplexity": 20.0}}
+    rows = [
+        Row(
+            id=f"half-{name}/{quantity}", kind="model", what=f"{name}: {quantity}",
+            unit="bytes" if quantity == "bytes" else "",
+            values=(value,), peer=(4e6 if quantity == "bytes" else 10.0,), peer_name="dense",
+        )
+        for name, numbers in found.items() for quantity, value in numbers.items()
+    ]  # fmt: skip
+
+    made = tables.filled("<!-- table: half- -->\n<!-- end -->", _stored(tmp_path, *rows))
+
+    assert "| model | bytes | perplexity |\n| --- | --- | --- |\n" in made
+    assert "| dense | 4 MB | 10 |\n| a | 2 MB | 30 |\n| b |  | 20 |\n" in made
+
+
 def test_recording_replaces_a_row_and_keeps_the_others(tmp_path: Path):
     _stored(
         tmp_path, Row(id="a", kind="claim", what="", values=(1.0,)), Row(id="b", kind="claim", what="", values=(2.0,))
