@@ -63,6 +63,12 @@ class Plan:
     finish: Callable[[nn.Module], nn.Module] = lambda model: model
     helpers: tuple[str, ...] = ()
 
+    @property
+    def num_trained(self) -> int:
+        """Trainable parameters, without those of the helpers."""
+        aside = {p for name in self.helpers for p in self.model.get_submodule(name).parameters()}
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad and p not in aside)
+
 
 @dataclass(slots=True)
 class History:
@@ -143,16 +149,13 @@ def train(
         quiet: no progress.
 
     Raises:
-        UserError: nothing is trainable, or the settings changed on resume.
-        Diverged: the loss or a gradient is not finite.
+        UserError: nothing is trainable, the settings changed on resume, or training `Diverged`.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
-    trainable = [p for p in plan.model.parameters() if p.requires_grad]
-    if not trainable:
+    num_trained, device = plan.num_trained, next(plan.model.parameters()).device
+    if not num_trained:
         raise UserError("nothing is trainable: the plan selects no parameter", hint="select at least one group")
-    aside = {p for name in plan.helpers for p in plan.model.get_submodule(name).parameters()}
-    num_trained = sum(p.numel() for p in trainable if p not in aside)
-    accelerator = Accelerator(cpu=trainable[0].device.type == "cpu", log_with=track, project_dir=state_dir)
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=track, project_dir=state_dir)
     if track:
         accelerator.init_trackers(TRACKED, config={name: str(value) for name, value in settings.model_dump().items()})
     whole = _Loss(plan.model, plan.objective)

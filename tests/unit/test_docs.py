@@ -89,7 +89,8 @@ def added(words: list[str]) -> Iterator[str]:
     wanted |= {
         flag: TINY[flag] for flag in TINY.keys() - ONLY_REPLACED if flag[2:].replace("-", "_") in kind.model_fields
     }
-    return iter([word for flag, value in wanted.items() if flag not in words for word in (flag, value)])
+    unread = {"--samples", "--seq-len"} if "--scores" in words else set()
+    return iter([word for flag, value in wanted.items() if flag not in {*words, *unread} for word in (flag, value)])
 
 
 def shrunk(path: Path, tiny: Path) -> list[tuple[int, str, object]]:
