@@ -2,7 +2,8 @@
 
 SmolLM2-135M with two thirds of its MLP neurons, cut by `shrink minitron`, on passages of Wikipedia. Three students
 see the same tokens in the same order under the same schedule: one learns the original's predictions, one the text, and
-one of the same shape begins at random. All have one learning rate, which was not tuned for any of them.
+one of the same shape begins at random. All have one learning rate, which was not tuned for any of them. They are judged
+on that corpus and on two others.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ CORPUS = "boolq-passages"
 SEEDS = (0, 1, 2)
 STEPS, BATCH_SIZE, SEQ_LEN, LR = 32, 2, 256, 3e-4
 FFN, SAMPLES = 1024, 32
+ELSEWHERE = ("sample", "manpages-en")
+"""Corpora that no student was trained on: novels and manual pages."""
 HELDOUT_WINDOWS = 32
 DTYPE = machine.compute_dtype("auto", torch.device("cpu"))
 HOW: dict[str, Any] = {
@@ -57,11 +60,16 @@ class Bench:
 
     dense: Artifact
     data: Callable[[int], Data]
-    heldout_NT: Tensor
+    heldout_NT: dict[str, Tensor]
 
-    def loss(self, model: nn.Module) -> float:
+    def loss(self, model: nn.Module, corpus: str = CORPUS) -> float:
         """Held-out loss in nats a token."""
-        return math.log(evaluate.perplexity(model, self.heldout_NT, dtype=DTYPE, batch_size=4).estimate.value)
+        windows_NT = self.heldout_NT[corpus]
+        return math.log(evaluate.perplexity(model, windows_NT, dtype=DTYPE, batch_size=4).estimate.value)
+
+    def losses(self, model: nn.Module) -> dict[str, float]:
+        """That on every corpus."""
+        return {corpus: self.loss(model, corpus) for corpus in self.heldout_NT}
 
     def student(self, seed: int) -> nn.Module:
         """The cut original; calibration text depends on the seed."""
@@ -72,11 +80,11 @@ class Bench:
         with torch.no_grad():
             return Minitron(ffn=FFN, samples=SAMPLES, seq_len=SEQ_LEN).run(self.dense.model, work)
 
-    def trained(self, plan: Plan, settings: Any, seed: int) -> float:
-        """The held-out loss after a plan."""
+    def trained(self, plan: Plan, settings: Any, seed: int) -> dict[str, float]:
+        """The held-out losses after a plan."""
         machine.seed_everything(seed)
         train(plan, settings, seed=seed, dtype=DTYPE, quiet=True)
-        return self.loss(plan.finish(plan.model.eval()))
+        return self.losses(plan.finish(plan.model.eval()))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +95,11 @@ def bench(smol: Path) -> Bench:
     def data(seed: int) -> Data:
         return Data(corpus, dense.processor, seed)
 
-    return Bench(dense, data, data(0).windows("heldout", seq_len=SEQ_LEN, limit=HELDOUT_WINDOWS))
+    texts = {CORPUS: data(0)} | {
+        name: Data(open_corpus(CorpusSpec(path=name)), dense.processor, 0) for name in ELSEWHERE
+    }
+    heldout_NT = {name: text.windows("heldout", seq_len=SEQ_LEN, limit=HELDOUT_WINDOWS) for name, text in texts.items()}
+    return Bench(dense, data, heldout_NT)
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +109,9 @@ def students(bench: Bench) -> dict[int, nn.Module]:
 
 
 @pytest.fixture(scope="module")
-def losses(bench: Bench, students: dict[int, nn.Module]) -> dict[str, list[float]]:
+def all_losses(bench: Bench, students: dict[int, nn.Module]) -> dict[str, list[dict[str, float]]]:
     """Held-out losses by seed: of the original, the cut, and what each way to train makes of the cut's shape."""
-    found: dict[str, list[float]] = {"teacher": [bench.loss(bench.dense.model)] * len(SEEDS)}
+    found: dict[str, list[dict[str, float]]] = {"teacher": [bench.losses(bench.dense.model)] * len(SEEDS)}
     for seed in SEEDS:
         student, data = students[seed], bench.data(seed)
         method = KnowledgeDistillation(teacher=str(bench.dense.path), **HOW)
@@ -109,15 +121,24 @@ def losses(bench: Bench, students: dict[int, nn.Module]) -> dict[str, list[float
             "clm": partial(_on_text, copy.deepcopy(student), data, method),
             "scratch": partial(_on_text, _random_twin(student, seed), data, method),
         }
-        found.setdefault("cut", []).append(bench.loss(student))
+        found.setdefault("cut", []).append(bench.losses(student))
         for name in list(plans):
             found.setdefault(name, []).append(bench.trained(plans.pop(name)(), method, seed))
-    results.record(
-        Row(id=f"distill-kd/loss-{name}", kind="claim", what=f"Held-out loss, {_TOLD[name]}", unit="nats",
-            values=tuple(values), seeds=SEEDS, settings=SETTINGS)
-        for name, values in found.items()
-    )  # fmt: skip
+    for corpus in bench.heldout_NT:
+        place = "" if corpus == CORPUS else f" on {corpus}"
+        results.record(
+            Row(id=f"distill-kd/loss-{name}{place.replace(' on ', '-')}", kind="claim", unit="nats",
+                what=f"Held-out loss{place}, {_TOLD[name]}",
+                values=tuple(one[corpus] for one in values), seeds=SEEDS, settings=SETTINGS)
+            for name, values in found.items()
+        )  # fmt: skip
     return found
+
+
+@pytest.fixture(scope="module")
+def losses(all_losses: dict[str, list[dict[str, float]]]) -> dict[str, list[float]]:
+    """Those on the corpus that was trained on."""
+    return {name: [one[CORPUS] for one in values] for name, values in all_losses.items()}
 
 
 _TOLD = {
@@ -147,6 +168,18 @@ def test_predictions_teach_more_than_the_text(losses):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("corpus", ELSEWHERE)
+def test_predictions_teach_more_than_the_text_where_the_text_is_another(all_losses, corpus):
+    """A student of the text also learns what is peculiar to it, which the teacher never knew."""
+    pairs = zip(all_losses["clm"], all_losses["kd"], strict=True)
+
+    _check(
+        id=f"distill-kd/ahead-of-text-{corpus}", target=Target(">", 0),
+        what=f"Held-out loss on {corpus} of the student of the text less that of the distilled one",
+        values=tuple(clm[corpus] - kd[corpus] for clm, kd in pairs),
+    )  # fmt: skip
+
+
 def test_a_cut_is_worth_more_than_random_weights(losses):
     pairs = zip(losses["scratch"], losses["clm"], strict=True)
 
@@ -161,7 +194,7 @@ def test_few_words_hold_most_of_the_divergence(bench, students, known):
     shares = []
     for student in students.values():
         with torch.no_grad():
-            batch = {"input_ids": bench.heldout_NT[:4]}
+            batch = {"input_ids": bench.heldout_NT[CORPUS][:4]}
             own_ND, theirs_NE = (hf.hidden_states(m, batch).flatten(0, 1) for m in (student, bench.dense.model))
             own, theirs = hf.head(student), hf.head(bench.dense.model)
             assert own is not None
