@@ -138,12 +138,12 @@ def convert(model: nn.Module, scheme: Scheme, widths: Widths = {}) -> int:  # no
     return flushed
 
 
-def round_in_place(model: nn.Module, scheme: Scheme, widths: Widths = {}) -> None:  # noqa: B006
+def round_in_place(model: nn.Module, scheme: Scheme) -> None:
     """Gives a dense model the weights that the blocks stand for, rounded once more to the type they have."""
     for stored in matrices(model, scheme):
         shape = (stored.weight.shape[0], stored.weight.shape[1])
         block = block_of(stored.block, shape)
-        encoded = encode(stored.weight, block, widths.get(stored.name, scheme.bits), scheme.scale)
+        encoded = encode(stored.weight, block, scheme.bits, scheme.scale)
         stored.weight.copy_(decode(encoded.values, encoded.scale, block))
 
 

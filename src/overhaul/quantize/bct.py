@@ -74,10 +74,10 @@ class Bct(Scheme, Transform):
         clamped = sorted({f"{m.block} of {m.name}" for m in matrices if is_clamped(m.block, _shape(m.weight))})
         if clamped:
             say(f"{len(clamped)} tensors are smaller than the block and become one as large as they are: {clamped[0]}")
-        widths = self._widths(model, matrices)
         if self.store == "dense":
-            blockwise.round_in_place(model, scheme, widths)
+            blockwise.round_in_place(model, scheme)
             return model
+        widths = self._widths(model, matrices)
         del matrices
         if flushed := blockwise.convert(model, scheme, widths):
             say(f"{flushed} blocks hold nothing above 2^-120 and became zero")
