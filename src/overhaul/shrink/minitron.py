@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 How = Literal["mean", "l2", "variance"]
 _SHAPE = ("layers", "hidden", "ffn", "kv_groups", "heads")
+_READING = ("samples", "seq_len")
 RANKING_WINDOWS = 16
 """Windows that rank candidates, and that measure what the model loses without a layer."""
 
@@ -93,7 +94,8 @@ class Minitron(Pipeline):
             raise ValueError(f"{' and '.join(shape + size)}: a shape and a size exclude each other; leave one out")
         if len(size) == 2:
             raise ValueError("parameters and share are two ways to say a size; leave one out")
-        if self.scores is not None and (self.samples, self.seq_len) != (1024, 256):
+        fields = type(self).model_fields
+        if self.scores is not None and any(getattr(self, name) != fields[name].default for name in _READING):
             raise ValueError("scores are read as they were taken: samples and seq_len have no effect; leave them out")
         if self.over_batch == "variance" and self.samples < 2 and self.scores is None:
             raise ValueError("the variance over windows needs two of them: samples 2 or more")
