@@ -368,7 +368,7 @@ def test_the_record_counts_what_was_taken_from_the_corpus(half: Path, tmp_path: 
 def test_bf16_models_train_with_and_without_bf16_hardware(
     make_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, fast_bf16: bool
 ):
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: fast_bf16)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: fast_bf16)
     bf16 = make_tiny(dtype="bfloat16")
     assert overhaul("prune", "magnitude", bf16, "-o", tmp_path / "half", "--evaluate", "none").code == 0
     flags = ("--data", "sample", "--steps", "1", "--seq-len", "32", "--train", train, "--evaluate", "none")
