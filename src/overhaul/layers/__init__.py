@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -61,6 +62,34 @@ class PackedLinear(Packed, LinearLike):
     """
 
     weight: Tensor
+
+
+class Adapter(LinearLike, ABC):
+    """A frozen linear map with an increment that is trained.
+
+    Attributes:
+        dropout: share of the increment's input that is dropped in training.
+        enabled: False computes the frozen base alone, such as for a reference model.
+    """
+
+    def __init__(self, base: nn.Linear | PackedLinear, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.dropout, self.enabled = dropout, True
+        self.train(base.training)
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, every adapter of `model` computes its frozen base: the reference model without a copy."""
+    layers = [module for module in model.modules() if isinstance(module, Adapter) and module.enabled]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 def swap(model: nn.Module, names: Iterable[str], make: Callable[[Any], Layer]) -> dict[str, Layer]:

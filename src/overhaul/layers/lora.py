@@ -5,9 +5,8 @@ Shapes: N tokens, I input features, O output features, R rank.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,31 +15,26 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
 from overhaul.errors import UserError
-from overhaul.layers import LinearLike, PackedLinear, to_linear
+from overhaul.layers import Adapter, PackedLinear, to_linear
 from overhaul.layers.masked import MaskedLinear
 from overhaul.machine import product_dtype
 
 
-class LowRank(LinearLike):
+class LowRank(Adapter):
     """A frozen linear map with two trained factors, `lora_A` (R, I) and `lora_B` (O, R), both fp32.
 
     Attributes:
         alpha: the increment is scaled by alpha / rank.
-        dropout: share of the adapter's input that is dropped in training.
-        enabled: False computes the frozen base alone, such as for a reference model.
     """
 
     def __init__(
         self, base: nn.Linear | PackedLinear, lora_A: Tensor, lora_B: Tensor, alpha: float, dropout: float = 0.0
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = base.in_features, base.out_features
+        super().__init__(base, dropout)
         device = base.weight.device
         self.lora_A = nn.Parameter(lora_A.to(device, torch.float32))
         self.lora_B = nn.Parameter(lora_B.to(device, torch.float32))
-        self.alpha, self.dropout = alpha, dropout
-        self.enabled = True
-        self.train(base.training)
+        self.alpha = alpha
 
     @property
     def rank(self) -> int:
@@ -197,20 +191,26 @@ def adapted(layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> 
     return LoRALinear.from_linear(layer, rank, alpha, dropout)
 
 
-@contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, every low-rank layer of `model` computes its frozen base: the reference model without a copy."""
-    layers = [module for module in model.modules() if isinstance(module, LowRank) and module.enabled]
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enabled = True
+def nearest_lora(
+    base: nn.Linear | PackedLinear, change_OI: Tensor, rank: int
+) -> tuple[LoRALinear | PackedLoRALinear, float]:
+    """The LoRA layer of this rank that is nearest to a change of the weight, and the share of its norm left out.
+
+    The singular values are split evenly between A and B; a rank above that of the change is filled up with zeros.
+    """
+    U_OK, values_K, V_KI = torch.linalg.svd(change_OI.detach().float(), full_matrices=False)
+    kept = min(rank, len(values_K))
+    roots_K = values_K[:kept].sqrt()
+    A_RI, B_OR = torch.zeros(rank, change_OI.shape[1]), torch.zeros(change_OI.shape[0], rank)
+    A_RI[:kept], B_OR[:, :kept] = roots_K[:, None] * V_KI[:kept], U_OK[:, :kept] * roots_K
+    error = float(values_K[kept:].norm() / values_K.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    kind: Any = PackedLoRALinear if isinstance(base, PackedLinear) else LoRALinear
+    return kind(base, A_RI, B_OR, float(rank)), error
 
 
-def refuse_pruned(model: nn.Module, names: Iterable[str]) -> None:
+def refuse_pruned(
+    model: nn.Module, names: Iterable[str], *, hint: str = "overhaul adapt perp --train mask_lora"
+) -> None:
     """Checks before training what `LoRALinear.merge` would find after it.
 
     Raises:
@@ -219,14 +219,14 @@ def refuse_pruned(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         layer = model.get_submodule(name)
         if isinstance(layer, MaskedLinear) and layer.num_pruned:
-            raise _would_densify(f"{name} has {layer.num_pruned:,} pruned weights")
+            raise _would_densify(f"{name} has {layer.num_pruned:,} pruned weights", hint)
 
 
-def _would_densify(given: str) -> UserError:
+def _would_densify(given: str, hint: str = "overhaul adapt perp --train mask_lora") -> UserError:
     return UserError(
-        f"{given}: merging a plain LoRA increment would fill them",
-        allowed="mask_lora trains with the mask on; lora_prune trains without it and masks at the merge",
-        hint="overhaul adapt perp --train mask_lora",
+        f"{given}: merging a plain increment would fill them",
+        allowed="mask_lora and adapt randlora train with the mask on; lora_prune masks at the merge",
+        hint=hint,
     )
 
 

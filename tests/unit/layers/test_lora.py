@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from overhaul.errors import UserError
-from overhaul.layers.lora import LoRALinear, adapters_off, refuse_pruned
+from overhaul.layers import adapters_off
+from overhaul.layers.lora import LoRALinear, refuse_pruned
 from overhaul.layers.masked import MaskedLinear
 
 RANK, ALPHA = 3, 6.0

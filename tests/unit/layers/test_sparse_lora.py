@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from overhaul.layers.lora import LoRALinear, LowRankLinear, adapters_off
+from overhaul.layers import adapters_off
+from overhaul.layers.lora import LoRALinear, LowRankLinear
 from overhaul.layers.masked import MaskedLinear
 from overhaul.layers.sparse_lora import LoRAPruneLinear, MaskLoRALinear, ScaleLoRALinear
 
