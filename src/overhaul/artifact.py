@@ -101,9 +101,9 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
     if (base / MASKS).is_file():
         apply_masks(model, base / MASKS)
     if adapter:
-        from overhaul.interop.peft import attach_adapter, merge_adapter
+        from overhaul.interop.peft import read_adapter
 
-        (attach_adapter if packing else merge_adapter)(model, adapter)
+        read_adapter(model, adapter, packed=bool(packing))
         model.eval()
     return Artifact(
         model=model.to(device),

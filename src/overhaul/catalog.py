@@ -86,6 +86,19 @@ ENTRIES = (
     ),
     Entry("adapt", "full", "adapt.full:Full", "Train every parameter; pruned weights stay zero."),
     Entry("adapt", "lora", "adapt.lora:LoRA", "Train low-rank increments of the linear layers."),
+    Entry(
+        "adapt",
+        "randlora",
+        "adapt.randlora:RandLoRA",
+        "Train full-rank increments with as few numbers as LoRA: scales of random bases that all layers share.",
+        17,
+    ),
+    Entry(
+        "adapt",
+        "vera",
+        "adapt.vera:VeRA",
+        "Train two vectors a layer that scale random low-rank factors which all layers share.",
+    ),
     Entry("adapt", "perp", "adapt.perp:Perp", "Win back a pruned model by training a small part of it.", 1),
     Entry(
         "distill",

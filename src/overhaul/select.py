@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,6 +66,12 @@ def select_linears(model: nn.Module, targets: Sequence[str] = ()) -> list[str]:
                 hint=did_you_mean(target, ends),
             )
     return [name for name in names if any(_ends_in(name, target) for target in targets)]
+
+
+def shapes_of(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of the linear layers called `names`, packed or not."""
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
 
 
 def _ends_in(name: str, target: str) -> bool:

@@ -33,6 +33,7 @@ SHRINK = ("shrink", "minitron", "--ffn", "64", *CALIBRATE)
 DISTILL = ("distill", "kd", "--teacher", ORIGIN, *TRAIN)
 INT8 = ("quantize", "int8")
 BCT = ("quantize", "bct")
+RANDLORA = ("adapt", "randlora", "--rank", "8", "--alpha", "160", *TRAIN)
 
 Command = tuple[str, ...]
 CHAINS: tuple[tuple[Command, ...], ...] = (
@@ -44,6 +45,7 @@ CHAINS: tuple[tuple[Command, ...], ...] = (
     (PRUNE, SHRINK, PERP),
     (SHRINK, DISTILL, INT8),
     (PRUNE, DISTILL, INT8),
+    (PRUNE, PERP, RANDLORA),
 )
 
 
