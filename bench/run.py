@@ -17,6 +17,7 @@ BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "help": startup.startup,
     "full": training.full,
     "lora": training.lora,
+    "randlora": training.randlora,
     "perp-norms": perp.norms,
     "perp-mask-lora": perp.mask_lora,
     "divergence": distill.divergence,

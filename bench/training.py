@@ -1,4 +1,4 @@
-"""`adapt full` against transformers' Trainer, `adapt lora` against peft: the same windows, one step a turn."""
+"""Ways to adapt against transformers' Trainer, peft and each other: the same windows, one step a turn."""
 
 from __future__ import annotations
 
@@ -44,8 +44,27 @@ def lora(inputs: Inputs, _peers: Path) -> list[Row]:
             given | {"base_dtype": base_dtype},
             (1.7, None),
             Side("train_ours.py", given | {"method": "lora"}),
-            Side("lora_peft.py", given | {"base_dtype": base_dtype}),
+            Side("adapter_peft.py", given | {"method": "lora", "base_dtype": base_dtype}),
         )
+    return rows
+
+
+def randlora(inputs: Inputs, _peers: Path) -> list[Row]:
+    """Rows of `adapt randlora`, against peft's and against this project's LoRA."""
+    given = _given(inputs, lr=1e-4)
+    compute = given["compute_dtype"]
+    ours, what = Side("train_ours.py", given | {"method": "randlora"}), "RandLoRA rank 32, all linear layers"
+    peers = {
+        "randlora": (
+            f"peft 0.21, plain loop, {in_words(compute)}, {compute} base",
+            Side("adapter_peft.py", given | {"method": "randlora", "base_dtype": compute}),
+            (2.0, None),
+        ),
+        "randlora-lora": ("adapt lora, rank 16", Side("train_ours.py", given | {"method": "lora"}), (1 / 1.6, None)),
+    }
+    rows = []
+    for slug, (name, peer, goals) in peers.items():
+        rows += _rows(slug, name, what, given, goals, ours, peer)
     return rows
 
 

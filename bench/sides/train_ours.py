@@ -1,4 +1,4 @@
-"""`overhaul adapt full|lora` by its library, one optimizer step a turn."""
+"""`overhaul adapt full|lora|randlora` by its library, one optimizer step a turn."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ import turn
 from overhaul import artifact, machine
 from overhaul.adapt.full import Full
 from overhaul.adapt.lora import LoRA
+from overhaul.adapt.randlora import RandLoRA
 from overhaul.stream import Batch, Repeat, Rows
 from overhaul.train import train
 from overhaul.watch import Watcher
@@ -30,7 +31,11 @@ class Turns(Watcher):
 given = turn.settings()
 dtype = getattr(torch, given["compute_dtype"])
 settings: dict[str, Any] = {key: given[key] for key in ("steps", "batch_size", "seq_len", "lr")} | {"save_every": 0}
-method = Full(**settings) if given["method"] == "full" else LoRA(**settings, rank=16, alpha=32)
+method = {
+    "full": Full(**settings),
+    "lora": LoRA(**settings, rank=16, alpha=32),
+    "randlora": RandLoRA(**settings, rank=32, alpha=640),
+}[given["method"]]
 
 turn.forget_peak()
 turn.wait()

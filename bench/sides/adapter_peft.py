@@ -1,9 +1,9 @@
-"""LoRA with peft in a plain loop, under bf16 autocast where bf16 is fast, one optimizer step a turn."""
+"""LoRA or RandLoRA with peft in a plain loop, under bf16 autocast where bf16 is fast, one optimizer step a turn."""
 
 import numpy as np
 import torch
 import turn
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, RandLoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 given = turn.settings()
@@ -16,7 +16,11 @@ model = AutoModelForCausalLM.from_pretrained(given["model"], dtype=getattr(torch
 turn.tell()
 
 torch.manual_seed(0)
-model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"))
+config = {
+    "lora": LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"),
+    "randlora": RandLoraConfig(r=32, randlora_alpha=640, target_modules="all-linear"),
+}[given["method"]]
+model = get_peft_model(model, config)
 model.train()
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=given["lr"], weight_decay=0.0)
 windows_NT = torch.from_numpy(np.load(given["windows"]))
