@@ -118,7 +118,7 @@ class Exchange:
 
 @pytest.fixture(scope="module")
 def found(smol: Path) -> dict[str, list[tuple[float, float, int]]]:
-    """(training loss, held-out loss, trained numbers) by method, one a seed, at the rate that trained best on a seed of its own."""
+    """(training loss, held-out loss, trained numbers) by method, one a seed; the rate is the best on another seed."""
     task = Exchange(smol)
     losses, chosen = {}, {}
     for name, (_, rates) in METHODS.items():
