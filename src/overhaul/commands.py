@@ -91,6 +91,9 @@ def compare_command(arguments: list[str]) -> None:
         evaluate: Annotated[str, tyro.conf.arg(name="data", help="Corpus whose held-out part is scored.")] = "sample"
         evaluate_windows: Annotated[int, tyro.conf.arg(name="windows", help="Held-out windows scored.")] = 16
         evaluate_seq_len: Annotated[int, tyro.conf.arg(name="seq-len", help="Tokens per window.")] = 512
+        task: Annotated[
+            str | None, tyro.conf.arg(help="Corpus the models were adapted to: gain, forgetting and costs as well.")
+        ] = None
         html: Annotated[Path | None, tyro.conf.arg(help="Write the report to this file.")] = None
         json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
 
@@ -103,7 +106,7 @@ def compare_command(arguments: list[str]) -> None:
     from overhaul.report.tables import json_rows, print_before_after
 
     options = checked(Options, given, where="compare")
-    found = compare(models_of(given.model), options)
+    found = compare(models_of(given.model), options, task=given.task)
     facts, warnings = found.report.facts, found.report.warnings
     if given.html:
         given.html.write_text(html_report(found.report))

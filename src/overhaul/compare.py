@@ -14,8 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from overhaul import adaptation, machine, pretrained
 from overhaul import artifact as artifacts
-from overhaul import machine, pretrained
+from overhaul.adaptation import Losses, Trial
 from overhaul.delta import Change
 from overhaul.errors import UserError
 from overhaul.journal import TableNote
@@ -125,7 +126,7 @@ def _origin(models: Iterable[Path]) -> tuple[Path, str] | None:
     return None
 
 
-def compare(refs: Sequence[str], options: Options) -> Comparison:
+def compare(refs: Sequence[str], options: Options, *, task: str | None = None) -> Comparison:
     """Measures models on one held-out text, and says which tensors differ from the reference's.
 
     Perplexity and texts come from a directory's record where it holds them for the same text; speeds are measured
@@ -134,15 +135,17 @@ def compare(refs: Sequence[str], options: Options) -> Comparison:
     Args:
         refs: as `models_of` returns them, the reference first.
         options: which text, and how much of it.
+        task: a corpus that the models were adapted to: what they won on it, lost elsewhere and cost is measured too.
 
     Raises:
-        UserError: one of them cannot be read; said before any is measured.
+        UserError: one of them cannot be read; said before any is measured. Or with a task, their tokenizers differ.
     """
     device = machine.pick_device(options.device)
     dtype = machine.compute_dtype(options.dtype, device)
     for ref in refs:  # not after minutes of measuring the others
         artifacts.check_files(ref)
     facts: list[Facts] = []
+    losses: list[Losses] = []
     judges: list[Judge] = []
     changes: list[dict[str, Any]] = []
     lineages: list[tuple[LineageStep, ...]] = []
@@ -155,6 +158,10 @@ def compare(refs: Sequence[str], options: Options) -> Comparison:
         facts.append(replace(known, label=label, path=ref, bytes=size, tokenizer=judge.tokenizer))
         judges.append(judge)
         lineages.append(made.lineage)
+        if task is not None:
+            adaptation.refuse_other_tokens([one.tokenizer for one in judges], [one.label for one in facts])
+            losses.append(_trial(task, judge).losses(made.model))
+            facts[-1] = _adapted(facts[-1], made, losses, lineages[0])
         if reference:
             changes.append({"model": ref, **difference(reference, made.model)})
         else:
@@ -172,6 +179,25 @@ def compare(refs: Sequence[str], options: Options) -> Comparison:
         warnings=warnings,
     )
     return Comparison(report, tuple(changes))
+
+
+def _trial(task: str, judge: Judge) -> Trial:
+    if judge.windows is None:
+        raise UserError("--task needs other text to see what was forgotten", hint="--data sample")
+    return Trial.of(task, judge.processor, judge.windows, judge.dtype)
+
+
+def _adapted(facts: Facts, made: artifacts.Artifact, losses: Sequence[Losses], base: tuple[LineageStep, ...]) -> Facts:
+    """The facts with what the model won, lost and cost since the reference."""
+    rows, spent = adaptation.metrics(facts.label, losses[-1], losses[0]), adaptation.cost(made, base)
+    return replace(
+        facts,
+        metrics=(*facts.metrics, *rows),
+        seconds=spent.seconds,
+        peak_rss_bytes=spent.peak_rss_bytes,
+        trainable_parameters=spent.trainable_parameters,
+        stored_bytes=spent.stored_bytes if len(losses) > 1 else 0,
+    )
 
 
 def labels_of(refs: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from overhaul.cross_entropy import token_nll
 from overhaul.interop import hf
 from overhaul.progress import Bar
 from overhaul.questions import Question
+from overhaul.stream import IGNORED
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +107,48 @@ def perplexity(
     return Perplexity(estimate, statistics.median(speeds))
 
 
+@dataclass(frozen=True, slots=True)
+class WindowLosses:
+    """Sums of negative log-likelihoods in nats, and how many tokens they are over, one each a window."""
+
+    sums_N: np.ndarray
+    counts_N: np.ndarray
+
+
+@torch.no_grad()
+def window_losses(
+    model: nn.Module,
+    windows_NT: Tensor,
+    labels_NT: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 2,
+) -> WindowLosses:
+    """Losses of the tokens that `labels_NT` does not ignore; the first token of a window is not scored."""
+    model.eval()
+    sums = []
+    kept_NT = (labels_NT[:, 1:] != IGNORED).double()
+    with machine.autocast(next(model.parameters()).device, dtype):
+        for ids_BT, kept_BT in zip(windows_NT.split(batch_size), kept_NT.split(batch_size), strict=True):
+            sums.append((next_token_nll(model, ids_BT).double() * kept_BT).sum(1))
+    return WindowLosses(torch.cat(sums).numpy(), kept_NT.sum(1).numpy())
+
+
+def bootstrap_ratio(
+    sums_N: np.ndarray, counts_N: np.ndarray, *, seed: int = 0, draws: int = 2000, share: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of sum of sums over sum of counts, over windows."""
+    picks = np.random.default_rng(seed).integers(0, len(sums_N), (draws, len(sums_N)))
+    ratios = sums_N[picks].sum(1) / np.maximum(counts_N[picks].sum(1), 1)
+    low, high = np.quantile(ratios, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
+
+
 def bootstrap_interval(
     values_N: np.ndarray, *, seed: int = 0, draws: int = 2000, share: float = 0.95
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values_N`."""
-    picks = np.random.default_rng(seed).integers(0, len(values_N), (draws, len(values_N)))
-    low, high = np.quantile(values_N[picks].mean(1), [(1 - share) / 2, (1 + share) / 2])
-    return float(low), float(high)
+    return bootstrap_ratio(values_N, np.ones(len(values_N)), seed=seed, draws=draws, share=share)
 
 
 def choice_accuracy(

@@ -12,6 +12,8 @@ from overhaul.table import Curve, Row
 
 BITS_PER_BYTE = "bits per byte"
 """The metric that compares models of different tokenizers."""
+TASK_LOSS, TASK_GAIN, FORGETTING = "task loss", "task gain", "forgetting"
+"""The metrics of adaptations, in nats a token: see `overhaul.adaptation`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,7 @@ class Facts:
         nonzero_share_blocks: share of non-zeros in the linear layers of the blocks, which pruning touches.
         nonzero_share_all: the same over all parameters, embeddings and norms included.
         bytes: weights on disk.
+        stored_bytes: what has to be kept beside the reference of a comparison of adaptations.
         dtype: dtype on disk.
         perplexity: on `corpus`, in windows of `seq_len` tokens.
         metrics: other measurements, one per metric name.
@@ -59,6 +62,7 @@ class Facts:
     nonzero_share_blocks: float | None = None
     nonzero_share_all: float | None = None
     bytes: int | None = None
+    stored_bytes: int | None = None
     dtype: str = ""
     perplexity: Row | None = None
     corpus: str = ""
@@ -100,8 +104,13 @@ def same_tokens(one: Facts, other: Facts) -> bool:
 
 
 def quality(facts: Facts) -> Row | None:
-    """What a model is judged by: bits per byte where it had to be taken, else perplexity; less is better in both."""
-    return next((row for row in facts.metrics if row.metric == BITS_PER_BYTE), facts.perplexity)
+    """What a model is judged by: task loss or bits per byte where that was taken, else perplexity; less is better."""
+    return next((row for row in facts.metrics if row.metric in (TASK_LOSS, BITS_PER_BYTE)), facts.perplexity)
+
+
+def metric(facts: Facts, name: str) -> float | None:
+    """The value of a further metric; None where it was not measured."""
+    return next((row.value for row in facts.metrics if row.metric == name), None)
 
 
 HISTORY_LABELS = {

@@ -15,8 +15,8 @@ from markupsafe import Markup
 
 from overhaul.report.facts import Facts, LayerFacts, Recovery, quality
 from overhaul.report.figures import bar_chart, by_label, finite_points, heat_map, line_chart
-from overhaul.report.numbers import as_interval, as_percent, as_quantity, as_size, as_speed
-from overhaul.report.pareto import TRADES, Trade, on_front
+from overhaul.report.numbers import as_interval, as_percent, as_quantity
+from overhaul.report.pareto import Trade, on_front, trades_of
 from overhaul.report.scatter import Point, scatter_chart
 from overhaul.table import Curve, LayerMap
 
@@ -67,7 +67,7 @@ def trade_figures(facts: Sequence[Facts]) -> list[Figure]:
     """A scatter chart for every trade that two models at least were measured in."""
     return [
         _trade_figure(facts, trade)
-        for trade in TRADES
+        for trade in trades_of(facts)
         if sum(quality(one) is not None and trade.value(one) is not None for one in facts) > 1
     ]
 
@@ -80,8 +80,7 @@ def _trade_figure(facts: Sequence[Facts], trade: Trade) -> Figure:
         if (row := quality(one)) is not None and (value := trade.value(one)) is not None
     ]
     metric = measured[0][1].metric
-    text = as_size if trade.is_cost else as_speed
-    number = as_size if trade.is_cost else _tick
+    number = trade.text if trade.is_cost else _tick
     points = [
         Point(
             label=one.label,
@@ -111,7 +110,7 @@ def _trade_figure(facts: Sequence[Facts], trade: Trade) -> Figure:
         ),
         header=("model", metric, trade.label, "on the front"),
         rows=tuple(
-            (one.label, as_interval(row), text(value), "yes" if is_best else "no")
+            (one.label, as_interval(row), trade.text(value), "yes" if is_best else "no")
             for one, row, value, is_best in measured
         ),
         csv=as_csv(

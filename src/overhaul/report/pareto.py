@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from overhaul.report.facts import Facts, quality
+from overhaul.report.facts import FORGETTING, TASK_LOSS, Facts, metric, quality
+from overhaul.report.numbers import as_count, as_duration, as_size, as_speed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,8 +18,9 @@ class Trade:
         label: of its axis.
         value: None is "not measured".
         is_cost: whether less of it is better.
-        better: what a model with a better value is.
+        better: what a model with a better value is, or does.
         noise: relative difference below which two values count as equal.
+        text: how a value is written.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Trade:
     is_cost: bool
     better: str
     noise: float = 0.0
+    text: Callable[[float | None], str] = as_size
 
 
 SPEED_NOISE = 0.25
@@ -41,6 +44,7 @@ TRADES = (
         is_cost=False,
         better="faster in prefill",
         noise=SPEED_NOISE,
+        text=as_speed,
     ),
     Trade(
         name="decode",
@@ -49,8 +53,56 @@ TRADES = (
         is_cost=False,
         better="faster in decoding",
         noise=SPEED_NOISE,
+        text=as_speed,
     ),
 )
+ADAPTATION_TRADES = (
+    Trade(
+        name="forgetting",
+        label="forgetting, nats a token",
+        value=lambda one: metric(one, FORGETTING),
+        is_cost=True,
+        better="less forgetful",
+        text=lambda nats: f"{nats:.3f}",
+    ),
+    Trade(
+        name="trained",
+        label="trained numbers",
+        value=lambda one: one.trainable_parameters,
+        is_cost=True,
+        better="of fewer trained numbers",
+        text=as_count,
+    ),
+    Trade(
+        name="stored",
+        label="bytes beside the base",
+        value=lambda one: one.stored_bytes,
+        is_cost=True,
+        better="smaller to keep",
+    ),
+    Trade(
+        name="memory",
+        label="peak memory",
+        value=lambda one: one.peak_rss_bytes,
+        is_cost=True,
+        better="made in less memory",
+    ),
+    Trade(
+        name="time",
+        label="time to make",
+        value=lambda one: one.seconds,
+        is_cost=True,
+        better="made sooner",
+        noise=SPEED_NOISE,
+        text=as_duration,
+    ),
+)
+"""What is paid for the gain on a task; where that is known, these are what models are compared by."""
+
+
+def trades_of(facts: Sequence[Facts]) -> tuple[Trade, ...]:
+    """What is traded between these models."""
+    return ADAPTATION_TRADES if any(metric(one, TASK_LOSS) is not None for one in facts) else TRADES
 
 
 def front(points: Sequence[tuple[float, float]], noise: float = 0.0) -> list[bool]:
@@ -81,5 +133,5 @@ def _point(facts: Facts, trade: Trade) -> tuple[float, float] | None:
 
 def fronts_of(facts: Sequence[Facts]) -> list[tuple[str, ...]]:
     """For each model the names of the trades on whose front it is."""
-    on = {trade.name: on_front(facts, trade) for trade in TRADES}
+    on = {trade.name: on_front(facts, trade) for trade in trades_of(facts)}
     return [tuple(name for name, best in on.items() if best[index]) for index in range(len(facts))]

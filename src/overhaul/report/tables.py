@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from overhaul.report.facts import BITS_PER_BYTE, Facts, same_tokens
+from overhaul.report.facts import BITS_PER_BYTE, TASK_LOSS, Facts, same_tokens
 from overhaul.report.numbers import (
     MISSING,
     as_count,
@@ -31,6 +31,7 @@ DIRECTION: Mapping[str, Better] = {
     BITS_PER_BYTE: "less",
     "loss": "less",
     "error": "less",
+    TASK_LOSS: "less",
     "accuracy": "more",
 }
 """Which way a metric improves, by its name up to the first slash; other metrics are never marked."""
@@ -133,12 +134,15 @@ def _columns(facts: Sequence[Facts], *, is_comparison: bool) -> list[_Column | _
             tolerance=SPEED_NOISE,
         ),
     ]
-    if is_comparison:
+    if is_comparison and all(one.stored_bytes is None for one in facts):
         return columns
-    # Peak memory and time belong to the verb that made a directory: costs, not qualities, so never marked.
+    if is_comparison:
+        columns.append(_Column(title="trained", number=lambda one: one.trainable_parameters, text=as_count))
+        columns.append(_Column(title="beside the base", number=lambda one: one.stored_bytes, text=as_size))
+    # Peak memory and time belong to what made a directory: costs, not qualities, so never marked.
     columns.append(_Column(title="peak memory", number=lambda one: one.peak_rss_bytes, text=as_size))
     columns.append(_Column(title="time", number=lambda one: one.seconds, text=as_duration))
-    if any(one.trainable_share is not None for one in facts):
+    if not is_comparison and any(one.trainable_share is not None for one in facts):
         columns.append(_Column(title="trained", number=lambda one: one.trainable_share, text=as_percent))
     return columns
 
@@ -154,8 +158,8 @@ def _metric_column(metric: str) -> _MetricColumn:
 def before_after(facts: Sequence[Facts], *, is_comparison: bool = False) -> BeforeAfter:
     """The table's content; `facts[0]` is what the others are compared with.
 
-    In a comparison a last column says against what no other model is a better trade (see `pareto`), and nothing is
-    said of what making a model cost: that is known of its last step only.
+    In a comparison a last column says against what no other model is a better trade (see `pareto`). What making a
+    model cost is said where its steps since the reference were added up, which a comparison of adaptations does.
 
     A metric is worse when its value lies beyond the reference's 95% interval; parameters and size when they
     grew; tokens/s when it fell by more than a quarter: such timings vary from run to run.
@@ -180,6 +184,11 @@ def _note(facts: Sequence[Facts], *, is_comparison: bool) -> str:
         sentences.append(f"Perplexity over {measured.perplexity.count:,} tokens {corpus}{windows}, 95% interval.")
     sentences.append("Non-zero share of the blocks' linear layers, and of all parameters.")
     sentences.append("Prefill: a forward pass over the windows. Decode: greedy, one text at a time.")
+    if task := next((row for one in facts for row in one.metrics if row.metric == TASK_LOSS), None):
+        sentences.append(
+            f"Task loss over {task.count:,} tokens; task gain and forgetting are differences from {facts[0].label}, on "
+            "the task's text and on that of the perplexity, in nats a token. Costs: of all steps since the reference."
+        )
     if is_comparison:
         sentences.append("On the front: no other model is both better and, in the quantity named, cheaper or faster.")
     else:
