@@ -184,10 +184,8 @@ def _train(
     if method.checkpoint_activations:
         inner: Any = parent.model
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if method.in_stages() and num_processes > 1:
+    if method.in_parts() and num_processes > 1:
         raise UserError("a method that trains part after part runs on one process", hint="without accelerate launch")
-    if method.in_stages() and options.resume:
-        say("a method that trains in stages writes no checkpoints: this step begins anew")
     if options.track:
         _refuse_track(options.track, method)
     asked = {
@@ -199,20 +197,21 @@ def _train(
         **flat_fields(method.model_dump(mode="json")),
     }
     histories, stored = [], next(parent.model.parameters()).dtype
-    for plan in method.stages(parent.model, data):
+    for number, plan in enumerate(method.stages(parent.model, data), 1):
         try:
             history = train(
                 plan,
                 method,
                 seed=options.seed,
                 dtype=dtype,
-                state_dir=None if method.in_stages() else out / artifacts.STATE,
+                state_dir=out / artifacts.STATE / (f"stage-{number:03d}" if method.in_stages() else ""),
                 resume=options.resume,
+                goes_on=method.in_stages(),
                 asked=asked,
                 # A part of a model predicts no tokens.
-                evaluate=None if method.in_stages() else judge.perplexity,
+                evaluate=None if method.in_parts() else judge.perplexity,
                 track=options.track,
-                quiet=method.in_stages(),
+                quiet=method.in_parts(),
             )
         except Interrupted as stopped:
             raise _resumable(stopped, method, out) from None
@@ -221,12 +220,12 @@ def _train(
     if not has_adapters(parent.model):
         # What is measured from here on is what will be written.
         parent.model.to(stored)
-    return parent.model, History.joined(histories)
+    return parent.model, History.joined(histories, in_parts=method.in_parts())
 
 
 def _resumable(stopped: Interrupted, method: Training, out: Path) -> Interrupted:
     """What to tell after Ctrl-C."""
-    if method.in_stages() or (not method.save_every and not (out / artifacts.STATE).exists()):
+    if not method.save_every and not (out / artifacts.STATE).exists():
         return Interrupted(f"{stopped}; nothing of this step was written")
     words = [*(word for word in sys.argv[1:] if word != "--resume"), "--resume"]
     launch = ["accelerate", "launch", "...", "-m"] if "WORLD_SIZE" in os.environ else []
@@ -303,7 +302,7 @@ def _refuse_track(tracker: str, method: Training) -> None:
         raise UserError(f"--track {tracker}: the package is not installed", hint=f"pip install {tracker}")
     if method.in_stages():
         raise UserError(
-            "--track follows one training; this method trains part after part", hint="metrics.jsonl has every point"
+            "--track follows one training; this one is several, one after the other", hint="metrics.jsonl has every point"
         )
 
 

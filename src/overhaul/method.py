@@ -121,12 +121,17 @@ class Training(Method, ABC):
     def stages(self, model: nn.Module, data: Data) -> Iterator[Plan]:
         """Plans that are run one after the other; the next is asked for when the one before is finished.
 
-        One plan for most methods; a method that trains part after part yields one for each.
+        One plan for most methods; a method that trains part after part, or in rounds, yields one for each. A run that
+        is resumed goes through all of them again, each as its last checkpoint left it.
         """
         yield self.plan(model, data)
 
     def in_stages(self) -> bool:
-        """Whether there is more than one plan: then a checkpoint of one would not be one of the run."""
+        """Whether there is more than one plan: then each has checkpoints of its own."""
+        return False
+
+    def in_parts(self) -> bool:
+        """Whether each plan trains a part of the model that predicts no tokens by itself."""
         return False
 
 

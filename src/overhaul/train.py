@@ -81,18 +81,25 @@ class History:
     seconds: float = 0.0
 
     @classmethod
-    def joined(cls, stages: Sequence[History]) -> History:
-        """The histories of plans run one after the other: points say their stage, costs add up."""
-        points = [
-            point | ({"stage": number} if len(stages) > 1 else {})
-            for number, stage in enumerate(stages, 1)
-            for point in stage.points
-        ]
+    def joined(cls, stages: Sequence[History], *, in_parts: bool = False) -> History:
+        """The histories of plans run one after the other: points say their stage, costs add up.
+
+        Args:
+            stages: one history a plan.
+            in_parts: each trained another part of the model; else all went through the whole, and steps count on.
+        """
+        points: list[dict[str, Any]] = []
+        steps = tokens = 0
+        for number, stage in enumerate(stages, 1):
+            before = {} if in_parts else {"step": steps, "tokens": tokens}
+            told = {"stage": number} if len(stages) > 1 else {}
+            points += [point | {key: point[key] + count for key, count in before.items()} | told for point in stage.points]
+            steps, tokens = steps + len(stage.points), tokens + stage.tokens
         return cls(
             points,
-            trainable_parameters=sum(stage.trainable_parameters for stage in stages),
+            trainable_parameters=(sum if in_parts else max)(stage.trainable_parameters for stage in stages),
             optimizer_bytes=max((stage.optimizer_bytes for stage in stages), default=0),
-            tokens=sum(stage.tokens for stage in stages),
+            tokens=tokens,
             seconds=sum(stage.seconds for stage in stages),
         )
 
@@ -129,6 +136,7 @@ def train(
     dtype: torch.dtype = torch.float32,
     state_dir: Path | None = None,
     resume: bool = False,
+    goes_on: bool = False,
     asked: dict[str, Any] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     track: str | None = None,
@@ -143,6 +151,7 @@ def train(
         dtype: type of the matrix products (autocast).
         state_dir: where checkpoints go; None writes none.
         resume: go on from the newest checkpoint in `state_dir`, bit for bit.
+        goes_on: other plans follow: a checkpoint after the last step too, so that resuming need not run this one again.
         asked: further settings that must not change on resume.
         evaluate: held-out perplexity, called every `settings.eval_every` steps.
         track: a tracker that accelerate knows, to which every point is mirrored.
@@ -194,12 +203,14 @@ def train(
                 raise Interrupted(f"stopped after step {step} of {settings.steps}")
     for watcher in plan.watchers:
         watcher.end(plan.model)
+    if first < settings.steps:
+        run.history.optimizer_bytes = run.optimizer_bytes()
+        if state_dir and goes_on and settings.save_every:
+            run.save(state_dir, settings.steps, asked)
     sharding.gather(trained, into=whole)
     whole.eval()
     for tracker in accelerator.trackers:
         tracker.finish()
-    state = plan.optimizer.state.values()
-    run.history.optimizer_bytes = sum(v.nbytes for s in state for v in s.values() if isinstance(v, Tensor))
     return run.history
 
 
@@ -300,20 +311,29 @@ class _Run:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
 
+    def optimizer_bytes(self) -> int:
+        """What the optimizer holds by now, on this process."""
+        states = self.plan.optimizer.state.values()
+        return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
+
     def save(self, state_dir: Path, step: int, asked: dict[str, Any]) -> None:
-        """Writes a checkpoint: all processes put it together, the first one writes."""
+        """Writes a checkpoint: all processes put it together, the first one writes.
+
+        After the last step the optimizer has done its work: the checkpoint is there without it, and alone.
+        """
+        is_done = step == self.settings.steps
+        self.history.optimizer_bytes = self.optimizer_bytes()
         tensors = sharding.whole(checkpoint.trained_tensors(self.plan.model))
         state = {
-            "optimizer": sharding.whole(self.plan.optimizer.state_dict()),
+            "optimizer": None if is_done else sharding.whole(self.plan.optimizer.state_dict()),
             "stream": self.plan.stream.state_dict(),
             "watchers": [watcher.state_dict() for watcher in self.plan.watchers],
             "random": machine.rng_state(),
             "history": self.history,
         }
         if self.accelerator.is_main_process:
-            checkpoint.write(
-                state_dir, step, tensors=tensors, state=state, asked=_plain(asked), keep=self.settings.keep
-            )
+            keep = 1 if is_done else self.settings.keep
+            checkpoint.write(state_dir, step, tensors=tensors, state=state, asked=_plain(asked), keep=keep)
 
     def load(self, state_dir: Path, asked: dict[str, Any]) -> int:
         """Goes on from the newest checkpoint; returns the steps it had done, 0 where there is none."""
@@ -322,7 +342,9 @@ class _Run:
             return 0
         checkpoint.refuse_changes(newest, _plain(asked), free=FREE_ON_RESUME)
         state = checkpoint.read(newest, self.plan.model)
-        sharding.load_optimizer(self.plan.optimizer, state["optimizer"])
+        self.plan.optimizer.state.clear()
+        if state["optimizer"]:
+            sharding.load_optimizer(self.plan.optimizer, state["optimizer"])
         self.plan.stream.load_state_dict(state["stream"])
         for watcher, saved in zip(self.plan.watchers, state["watchers"], strict=True):
             watcher.load_state_dict(saved)

@@ -74,23 +74,39 @@ def test_ctrl_c_before_the_work_leaves_nothing(tiny: Path, tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_while_training_in_stages_promises_no_resume(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+STAGES = {
+    "reconstruct": ["perp", "--reconstruct", "--granularity", "attn_mlp", "--samples", "4"],
+}
+
+
+@pytest.mark.parametrize("method", STAGES)
+@pytest.mark.parametrize("at", [5, 8, 11])
+def test_ctrl_c_in_any_stage_resumes_to_the_same_bytes(
+    method: str, at: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Reconstruction trains block after block and writes no checkpoints."""
+    """Stages of four steps: the interruption comes early, at the end of a stage, and when one is done already."""
     from overhaul import train
 
     assert overhaul("prune", "magnitude", tiny, "-o", tmp_path / "half", *QUICK).code == 0
-    step = train._Run.step
+    name, *flags = STAGES[method]
+    words = ["adapt", name, tmp_path / "half", *flags, "--data", "sample", "--steps", "4", "--seq-len", "32",
+             "--batch-size", "2", "--save-every", "2", *QUICK]  # fmt: skip
+    assert overhaul(*words, "-o", tmp_path / "whole").code == 0
+    step, done = train._Run.step, []
 
     def interrupted(run: train._Run, number: int) -> dict[str, object]:
-        signal.raise_signal(signal.SIGINT)
+        done.append(number)
+        if len(done) == at:
+            signal.raise_signal(signal.SIGINT)
         return step(run, number)
 
     monkeypatch.setattr(train._Run, "step", interrupted)
-    words = ["--reconstruct", "--samples", "4", *TRAIN, *QUICK]
-    done = overhaul("adapt", "perp", tmp_path / "half", "-o", tmp_path / "out", *words)
+    stopped = overhaul(*words, "-o", tmp_path / "out")
+    assert stopped.code == 130
+    assert "--resume" in stopped.err
+    resumed = overhaul(*words, "-o", tmp_path / "out", "--resume")
 
-    assert done.code == 130
-    assert "nothing of this step was written" in done.err
-    assert not (tmp_path / "out").exists()
+    assert resumed.code == 0, resumed.err
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert len(done) == len((whole / "metrics.jsonl").read_text().splitlines()), "no step was taken twice"
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

@@ -87,6 +87,10 @@ class Perp(Training):
         """With `reconstruct` every block is a stage."""
         return self.reconstruct
 
+    def in_parts(self) -> bool:
+        """The blocks are such parts."""
+        return self.reconstruct
+
     def stages(self, model: nn.Module, data: Data) -> Iterator[Plan]:
         """One plan, or with `reconstruct` one for each block, made when the block before is finished."""
         if not self.reconstruct:
