@@ -101,6 +101,20 @@ ENTRIES = (
     ),
     Entry("adapt", "perp", "adapt.perp:Perp", "Win back a pruned model by training a small part of it.", 1),
     Entry(
+        "adapt",
+        "hft",
+        "adapt.hft:HalfFineTuning",
+        "Train a random half of the matrices and leave the other as it is: what the model knew is kept longer.",
+        44,
+    ),
+    Entry(
+        "adapt",
+        "half-reset",
+        "adapt.half_reset:HalfReset",
+        "Put a random half of a tuned model's matrices back to its base: knowledge returns, most of the skill stays.",
+        44,
+    ),
+    Entry(
         "distill",
         "kd",
         "distill.kd:KnowledgeDistillation",

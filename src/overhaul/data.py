@@ -17,6 +17,7 @@ from torch import Tensor
 from overhaul.corpora import Corpus
 from overhaul.documents import Row, row_text
 from overhaul.errors import UserError
+from overhaul.lineage import LineageStep
 from overhaul.method import Training
 from overhaul.stream import Batch, Encoded, Map, Pack, Repeat, Rows, Shuffle, Stream, Take
 
@@ -36,6 +37,7 @@ class Data:
         dtype: of matrix products when something is measured on it.
         dense_tensors: prefix of names -> the weights before pruning, without the prefix, read from the ancestor's
             files; None when the lineage names no dense ancestor that is still there.
+        lineage: what was done to the model before.
     """
 
     corpus: Corpus
@@ -44,6 +46,7 @@ class Data:
     model: str = ""
     dtype: torch.dtype = torch.float32
     dense_tensors: Callable[[str], dict[str, Tensor]] | None = None
+    lineage: tuple[LineageStep, ...] = ()
 
     def encode(self, row: Row) -> Encoded:
         """One document as tokens, closed by the end-of-sequence token, which is trained on.

@@ -41,9 +41,14 @@ def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, long
         tokens = method.steps * method.batch_size * method.accumulate * method.seq_len
         say(f"trains {trained:,} parameters ({trained / parameters:.3%}): {MASTER_BYTES * trained / 1e6:.1f} MB of")
         say("  fp32 weights, gradients and optimizer states" + (", at a time" if method.in_stages() else ""))
-        say(f"{method.steps} steps, {tokens:,} tokens\n{plan.stream.describe().tree()}")
+        each = " in each stage" if method.in_stages() else ""
+        say(f"{method.steps} steps, {tokens:,} tokens{each}\n{plan.stream.describe().tree()}")
         seconds = _seconds_per_step(plan, method, dtype) * method.steps
-        say(f"about {seconds:.0f} s" + (" for the first of several" if method.in_stages() else "") + ", from a step tried")
+        say(
+            f"about {seconds:.0f} s"
+            + (" for the first of several" if method.in_stages() else "")
+            + ", from a step tried"
+        )
     elif isinstance(method, Pipeline) and (lines := method.outline(parent.model)):
         say("\n".join(lines))
     elif data is not None:

@@ -91,7 +91,13 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     _refuse_adapter_of_adapter(method, parent)
     _refuse_long_windows(method, parent)
     data = (
-        Data(corpus, parent.processor, options.seed, dense_tensors=artifacts.dense_ancestor(parent))
+        Data(
+            corpus,
+            parent.processor,
+            options.seed,
+            dense_tensors=artifacts.dense_ancestor(parent),
+            lineage=parent.lineage,
+        )
         if corpus and needs_data
         else None
     )
@@ -302,7 +308,8 @@ def _refuse_track(tracker: str, method: Training) -> None:
         raise UserError(f"--track {tracker}: the package is not installed", hint=f"pip install {tracker}")
     if method.in_stages():
         raise UserError(
-            "--track follows one training; this one is several, one after the other", hint="metrics.jsonl has every point"
+            "--track follows one training; this one is several, one after the other",
+            hint="metrics.jsonl has every point",
         )
 
 

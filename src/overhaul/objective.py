@@ -187,6 +187,22 @@ class CrossEntropy(Term):
         return linear_cross_entropy(predicting(forward.outputs().hidden), head.weight, labels_N, head.bias)
 
 
+class Anchor(Term):
+    """The squared distance of parameters from where they began, `||theta - theta_0||^2`."""
+
+    name = "anchor"
+
+    def __init__(self, start: Mapping[str, Tensor]) -> None:
+        self.start = start
+
+    def total(self, forward: Forward, batch: Batch) -> Tensor:
+        own = dict(forward.model.named_parameters())
+        return torch.stack([(own[name] - start).square().sum() for name, start in self.start.items()]).sum()
+
+    def count(self, batch: Batch) -> int:
+        return 1  # of each micro-batch the same, so that their mean is it
+
+
 def predicting(values_BTX: Tensor | None) -> Tensor:
     """`(N, X)` values at the places that predict a token, as `batch["labels"][:, 1:]` has them in order."""
     assert values_BTX is not None

@@ -31,11 +31,15 @@ def distribute(accelerator: Accelerator, loss: Loss, optimizer: torch.optim.Opti
     """
     if accelerator.num_processes == 1:
         return loss, loss
-    # accelerate takes a launch on CPUs for plain data parallelism even if FSDP was asked for.
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if is_sharded():
         twin = _sharded(loss, optimizer)
         return twin, twin
     return accelerator.prepare_model(loss), loss
+
+
+def is_sharded() -> bool:
+    """Whether the launch asked for FSDP; on CPUs accelerate takes such a launch for plain data parallelism."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _sharded(loss: Loss, optimizer: torch.optim.Optimizer) -> Loss:

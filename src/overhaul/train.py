@@ -35,6 +35,9 @@ Schedule = Callable[[float], float]
 
 FREE_ON_RESUME = ("save_every", "keep", "eval_every")
 
+_COUNTED = ("step", "tokens", "seconds")
+"""What in a point of the history counts on from the first point."""
+
 _TERM = "loss/"
 """In a point of the history, what the mean of a term is called begins so."""
 
@@ -89,17 +92,16 @@ class History:
             in_parts: each trained another part of the model; else all went through the whole, and steps count on.
         """
         points: list[dict[str, Any]] = []
-        steps = tokens = 0
         for number, stage in enumerate(stages, 1):
-            before = {} if in_parts else {"step": steps, "tokens": tokens}
+            last = points[-1] if points and not in_parts else {}
+            counted = [{key: point[key] + last[key] for key in _COUNTED if key in last} for point in stage.points]
             told = {"stage": number} if len(stages) > 1 else {}
-            points += [point | {key: point[key] + count for key, count in before.items()} | told for point in stage.points]
-            steps, tokens = steps + len(stage.points), tokens + stage.tokens
+            points += [point | counts | told for point, counts in zip(stage.points, counted, strict=True)]
         return cls(
             points,
             trainable_parameters=(sum if in_parts else max)(stage.trainable_parameters for stage in stages),
             optimizer_bytes=max((stage.optimizer_bytes for stage in stages), default=0),
-            tokens=tokens,
+            tokens=sum(stage.tokens for stage in stages),
             seconds=sum(stage.seconds for stage in stages),
         )
 
@@ -164,6 +166,8 @@ def train(
     num_trained, device = plan.num_trained, next(plan.model.parameters()).device
     if not num_trained:
         raise UserError("nothing is trainable: the plan selects no parameter", hint="select at least one group")
+    if any(not parameter.requires_grad for group in plan.optimizer.param_groups for parameter in group["params"]):
+        raise UserError("the optimizer holds frozen parameters", hint="an optimizer that is made after the freezing")
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=track, project_dir=state_dir)
     if track:
         accelerator.init_trackers(TRACKED, config={name: str(value) for name, value in settings.model_dump().items()})
@@ -206,7 +210,7 @@ def train(
     if first < settings.steps:
         run.history.optimizer_bytes = run.optimizer_bytes()
         if state_dir and goes_on and settings.save_every:
-            run.save(state_dir, settings.steps, asked)
+            run.save(state_dir, settings.steps, asked, is_done=True)
     sharding.gather(trained, into=whole)
     whole.eval()
     for tracker in accelerator.trackers:
@@ -316,12 +320,11 @@ class _Run:
         states = self.plan.optimizer.state.values()
         return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
-    def save(self, state_dir: Path, step: int, asked: dict[str, Any]) -> None:
+    def save(self, state_dir: Path, step: int, asked: dict[str, Any], *, is_done: bool = False) -> None:
         """Writes a checkpoint: all processes put it together, the first one writes.
 
-        After the last step the optimizer has done its work: the checkpoint is there without it, and alone.
+        When all is done, the watchers' work too, the checkpoint is there without the optimizer, and alone.
         """
-        is_done = step == self.settings.steps
         self.history.optimizer_bytes = self.optimizer_bytes()
         tensors = sharding.whole(checkpoint.trained_tensors(self.plan.model))
         state = {

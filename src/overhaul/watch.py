@@ -31,6 +31,33 @@ class Watcher:
         """Takes over what `state_dict` returned."""
 
 
+class Moments(Watcher):
+    """Keeps what optimizers know of parameters that rest, for the optimizer that trains them next."""
+
+    def __init__(self) -> None:
+        self.resting: dict[str, dict[str, Any]] = {}
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.names: dict[Tensor, str] = {}
+
+    def hand_over(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Gives the optimizer, which has done nothing yet, what is known of its parameters."""
+        trained = {p for group in optimizer.param_groups for p in group["params"]}
+        self.optimizer, self.names = optimizer, {p: name for name, p in model.named_parameters() if p in trained}
+        for parameter, name in self.names.items():
+            if name in self.resting:
+                optimizer.state[parameter] = self.resting.pop(name)
+
+    def end(self, model: nn.Module) -> None:
+        assert self.optimizer
+        self.resting |= {name: self.optimizer.state[p] for p, name in self.names.items() if self.optimizer.state.get(p)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"resting": self.resting}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.resting = state["resting"]
+
+
 class KeepZeros(Watcher):
     """Sets the pruned weights of every `MaskedLinear` back to zero after each step."""
 

@@ -38,11 +38,12 @@ def half(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module", params=["adapt full", "distill kd"])
+@pytest.fixture(scope="module", params=["adapt full", "adapt hft", "distill kd"])
 def method(request: pytest.FixtureRequest, make_tiny: Callable[..., Path]) -> list[str]:
     """Verb and method, and what it needs; distillation with hidden states, whose weight is that of the step before."""
     teacher = ["--states", "embedding", "layers", "--teacher", str(make_tiny(tie=False, bias=True))]
-    return [*request.param.split(), *(teacher if request.param == "distill kd" else [])]
+    more = {"distill kd": teacher, "adapt hft": ["--rounds", "2"]}
+    return [*request.param.split(), *more.get(request.param, [])]
 
 
 @pytest.fixture(scope="module")

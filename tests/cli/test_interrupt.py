@@ -76,6 +76,9 @@ def test_ctrl_c_before_the_work_leaves_nothing(tiny: Path, tmp_path: Path, monke
 
 STAGES = {
     "reconstruct": ["perp", "--reconstruct", "--granularity", "attn_mlp", "--samples", "4"],
+    "rounds": ["hft", "--rounds", "3"],
+    "moments": ["hft", "--rounds", "3", "--keep-moments"],
+    "soft": ["hft", "--rounds", "3", "--soft", "0.1"],
 }
 
 

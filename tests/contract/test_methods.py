@@ -51,8 +51,9 @@ def tiny_form(entry: Entry, **changed: object) -> list[str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _teacher(make_tiny: Make) -> None:
+def _others(make_tiny: Make) -> None:
     EXTRA["kd"] = ["--teacher", str(make_tiny(tie=False, bias=True))]
+    EXTRA["half-reset"] = ["--base", str(make_tiny(dtype="bfloat16"))]
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,14 @@ def test_perp_of_everything_is_full_training_with_the_zeros_kept(half: Path, tmp
     assert_equal(weights(tmp_path / "perp"), weights(tmp_path / "full"))
 
 
+def test_half_fine_tuning_of_everything_is_full_training_with_the_zeros_kept(half: Path, tmp_path: Path):
+    for method, flags in (("hft", ("--share", "1")), ("full", ())):
+        done = overhaul("adapt", method, half, "-o", tmp_path / method, *SHORT, "--weight-decay", "0.1", *flags)
+        assert done.code == 0, done.err
+
+    assert_equal(weights(tmp_path / "hft"), weights(tmp_path / "full"))
+
+
 @pytest.mark.parametrize("group", ["norms", "mask_lora"])
 def test_perp_changes_nothing_but_what_it_trains(half: Path, tmp_path: Path, group: str):
     done = overhaul("adapt", "perp", half, "-o", tmp_path / "out", *SHORT, "--train", group)
