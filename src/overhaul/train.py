@@ -163,11 +163,8 @@ def train(
         UserError: nothing is trainable, the settings changed on resume, or training `Diverged`.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
+    _refuse_untrainable(plan)
     num_trained, device = plan.num_trained, next(plan.model.parameters()).device
-    if not num_trained:
-        raise UserError("nothing is trainable: the plan selects no parameter", hint="select at least one group")
-    if any(not parameter.requires_grad for group in plan.optimizer.param_groups for parameter in group["params"]):
-        raise UserError("the optimizer holds frozen parameters", hint="an optimizer that is made after the freezing")
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=track, project_dir=state_dir)
     if track:
         accelerator.init_trackers(TRACKED, config={name: str(value) for name, value in settings.model_dump().items()})
@@ -216,6 +213,13 @@ def train(
     for tracker in accelerator.trackers:
         tracker.finish()
     return run.history
+
+
+def _refuse_untrainable(plan: Plan) -> None:
+    if not plan.num_trained:
+        raise UserError("nothing is trainable: the plan selects no parameter", hint="select at least one group")
+    if any(not parameter.requires_grad for group in plan.optimizer.param_groups for parameter in group["params"]):
+        raise UserError("the optimizer holds frozen parameters", hint="an optimizer that is made after the freezing")
 
 
 class _Run:

@@ -30,6 +30,8 @@ PERP_NORMS = ("adapt", "perp", "--train", "norms", *TRAIN)
 """What was cut and never pruned has no masks for the adapters of PERP."""
 FULL = ("adapt", "full", *TRAIN)
 SHRINK = ("shrink", "minitron", "--ffn", "64", *CALIBRATE)
+HFT = ("adapt", "hft", *TRAIN)
+HALF_RESET = ("adapt", "half-reset", "--base", ORIGIN)
 DISTILL = ("distill", "kd", "--teacher", ORIGIN, *TRAIN)
 INT8 = ("quantize", "int8")
 BCT = ("quantize", "bct")
@@ -46,6 +48,8 @@ CHAINS: tuple[tuple[Command, ...], ...] = (
     (SHRINK, DISTILL, INT8),
     (PRUNE, DISTILL, INT8),
     (PRUNE, PERP, RANDLORA),
+    (HFT, INT8),
+    (PRUNE, HFT, HALF_RESET, HFT),
 )
 
 

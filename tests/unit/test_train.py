@@ -55,6 +55,17 @@ def descent(values: list[float], *, batch_size: int = 1, lr: float = 0.5, **more
     return Plan(model=point, objective=Distance(), stream=targets(values, batch_size), optimizer=optimizer, **more)
 
 
+def test_an_optimizer_that_was_made_before_the_freezing_is_refused():
+    model = nn.ModuleList([Point(), Point()])
+    plan = Plan(
+        model=model, objective=Distance(), stream=targets([1.0], 1), optimizer=torch.optim.SGD(model.parameters())
+    )
+    model[1].requires_grad_(False)
+
+    with pytest.raises(UserError, match="frozen parameters"):
+        train(plan, Full(steps=1), quiet=True)
+
+
 def test_descent_on_a_parabola_is_the_closed_form():
     plan = descent([1.0])
 
