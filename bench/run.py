@@ -18,6 +18,7 @@ BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "full": training.full,
     "lora": training.lora,
     "randlora": training.randlora,
+    "hft": training.hft,
     "perp-norms": perp.norms,
     "perp-mask-lora": perp.mask_lora,
     "divergence": distill.divergence,

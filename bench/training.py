@@ -68,6 +68,18 @@ def randlora(inputs: Inputs, _peers: Path) -> list[Row]:
     return rows
 
 
+def hft(inputs: Inputs, _peers: Path) -> list[Row]:
+    """Rows of `adapt hft` against this project's full tuning: with the embedding, and with the blocks alone."""
+    given, rows = _given(inputs, lr=5e-5), []
+    for slug, what in (
+        ("hft", "half of the matrices"),
+        ("hft-blocks", "half of the blocks' matrices and no embedding"),
+    ):
+        ours, peer = (Side("train_ours.py", given | {"method": method}) for method in (slug, "full"))
+        rows += _rows(slug, "adapt full", what, given, (1 / 0.95, None), ours, peer, state=0.6)
+    return rows
+
+
 def _given(inputs: Inputs, lr: float) -> dict[str, Any]:
     windows = inputs.train_windows(STEPS * BATCH_SIZE, SEQ_LEN)
     sizes = {"steps": STEPS, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "lr": lr}
@@ -82,6 +94,7 @@ def _rows(
     goals: tuple[float | None, float | None],
     ours: Side,
     peer: Side,
+    state: float | None = None,
 ) -> list[Row]:
     faster, smaller = goals
     own, theirs = in_turn(ours, peer, pieces=2 + STEPS)
@@ -114,7 +127,19 @@ def _rows(
             target=Target("<=", smaller) if smaller else None,
             **common,
         ),
+        *([_state_row(f"adapt-{method}/{slug}-state", what, own, theirs, state, common)] if state else []),
     ]
+
+
+def _state_row(
+    id: str, what: str, own: Sequence[Turn], theirs: Sequence[Turn], target: float, common: dict[str, Any]
+) -> Row:
+    """What gradients and optimizer hold after a step, at most."""
+    most, most_theirs = (float(max(turn.facts.get("state_bytes", 0) for turn in turns)) for turns in (own, theirs))
+    told = f"Training {what}: gradients and optimizer states"
+    return Row(
+        id=id, what=told, unit="bytes", values=(most,), peer=(most_theirs,), target=Target("<=", target), **common
+    )
 
 
 def _speeds(turns: Sequence[Turn]) -> tuple[float, ...]:

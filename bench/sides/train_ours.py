@@ -1,4 +1,4 @@
-"""`overhaul adapt full|lora|randlora` by its library, one optimizer step a turn."""
+"""`overhaul adapt full|lora|randlora|hft` by its library, one optimizer step a turn."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ import turn
 
 from overhaul import artifact, machine
 from overhaul.adapt.full import Full
+from overhaul.adapt.hft import HalfFineTuning
 from overhaul.adapt.lora import LoRA
 from overhaul.adapt.randlora import RandLoRA
 from overhaul.stream import Batch, Repeat, Rows
@@ -18,13 +19,18 @@ from overhaul.watch import Watcher
 
 
 class Turns(Watcher):
-    """Ends a turn after each step."""
+    """Ends a turn after each step, and tells what optimizer and gradients hold."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
 
     def start(self, model: torch.nn.Module) -> None:
         turn.wait()
 
     def step(self, model: torch.nn.Module, step: int) -> None:
-        turn.tell()
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        turn.tell(state_bytes=sum(value.nbytes for value in [*states, *gradients] if isinstance(value, torch.Tensor)))
         turn.wait()
 
 
@@ -35,6 +41,8 @@ method = {
     "full": Full(**settings),
     "lora": LoRA(**settings, rank=16, alpha=32),
     "randlora": RandLoRA(**settings, rank=32, alpha=640),
+    "hft": HalfFineTuning(**settings),
+    "hft-blocks": HalfFineTuning(**settings, freeze_embeddings=True),
 }[given["method"]]
 
 turn.forget_peak()
@@ -48,7 +56,8 @@ turn.tell()
 machine.seed_everything(0)
 windows = [{"input_ids": ids_T, "labels": ids_T} for ids_T in torch.from_numpy(np.load(given["windows"]))]
 rows = Repeat(Rows(windows, name="bench", fingerprint="bench"))
-data: Any = SimpleNamespace(training=lambda method: Batch(rows, batch_size=method.batch_size))
+source = Batch(rows, batch_size=method.batch_size)
+data: Any = SimpleNamespace(training=lambda _: source, seed=0, lineage=())
 plan = method.plan(made.model, data)
-plan = replace(plan, watchers=(*plan.watchers, Turns()))
+plan = replace(plan, watchers=(*plan.watchers, Turns(plan.optimizer)))
 train(plan, method, dtype=dtype, quiet=True)

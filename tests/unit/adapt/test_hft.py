@@ -113,6 +113,26 @@ def test_optimizer_and_gradients_are_there_for_the_trained_half_only(tiny: Path,
     assert [p.grad is not None for p in model.parameters()] == [p.requires_grad for p in model.parameters()]
 
 
+def test_recomputed_activations_give_the_same_where_the_first_block_is_frozen(tiny: Path, tmp_path: Path):
+    """The checkpointed block then has no input with a gradient."""
+    flags = ("--level", "layer", "--freeze-embeddings")
+    seed = next(seed for seed in range(9) if not any(".layers.0." in name for name in _layer_draw(tiny, seed)))
+    plain, recomputed = (
+        hft(tiny, tmp_path / name, *flags, "--seed", seed, *more)
+        for name, more in (("plain", ()), ("recomputed", ("--checkpoint-activations",)))
+    )
+
+    assert changed(tiny, recomputed) == changed(tiny, plain) == _layer_draw(tiny, seed)
+    for name, tensor in weights(plain).items():
+        assert_close(weights(recomputed)[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def _layer_draw(model: Path, seed: int) -> set[str]:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model)
+    choice = HalfFineTuning(level="layer", freeze_embeddings=True)
+    return set(train_half(loaded, choice, seed=seed, draw=1).names)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_moments_are_dropped_or_kept_at_a_new_draw(tiny: Path, data: Data, keep: bool):
     method, steps = HalfFineTuning(**SETTINGS, rounds=2, keep_moments=keep), []
