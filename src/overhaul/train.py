@@ -163,8 +163,7 @@ def train(
         UserError: nothing is trainable, the settings changed on resume, or training `Diverged`.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
-    _refuse_untrainable(plan)
-    num_trained, device = plan.num_trained, next(plan.model.parameters()).device
+    num_trained, device = _num_trained(plan), next(plan.model.parameters()).device
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=track, project_dir=state_dir)
     if track:
         accelerator.init_trackers(TRACKED, config={name: str(value) for name, value in settings.model_dump().items()})
@@ -179,11 +178,10 @@ def train(
     for watcher in plan.watchers:
         watcher.start(plan.model)
     began = time.perf_counter() - run.history.seconds
-    quiet = quiet or not accelerator.is_main_process
     with (
         _interruptible() as interrupted,
         fused(plan.model),
-        Bar("training", settings.steps, done=first, quiet=quiet) as bar,
+        Bar("training", settings.steps, done=first, quiet=quiet or not accelerator.is_main_process) as bar,
     ):
         for step in range(first + 1, settings.steps + 1):
             point = run.step(step)
@@ -204,10 +202,10 @@ def train(
                 raise Interrupted(f"stopped after step {step} of {settings.steps}")
     for watcher in plan.watchers:
         watcher.end(plan.model)
-    if first < settings.steps:
-        run.history.optimizer_bytes = run.optimizer_bytes()
-        if state_dir and goes_on and settings.save_every:
-            run.save(state_dir, settings.steps, asked, is_done=True)
+    # An optimizer that was left out of a checkpoint holds nothing any more.
+    run.history.optimizer_bytes = run.optimizer_bytes() or run.history.optimizer_bytes
+    if state_dir and goes_on and settings.save_every and first < settings.steps:
+        run.save(state_dir, settings.steps, asked, is_done=True)
     sharding.gather(trained, into=whole)
     whole.eval()
     for tracker in accelerator.trackers:
@@ -215,11 +213,13 @@ def train(
     return run.history
 
 
-def _refuse_untrainable(plan: Plan) -> None:
+def _num_trained(plan: Plan) -> int:
+    """Parameters that are trained; raises `UserError` where there are none, or the optimizer holds frozen ones."""
     if not plan.num_trained:
         raise UserError("nothing is trainable: the plan selects no parameter", hint="select at least one group")
     if any(not parameter.requires_grad for group in plan.optimizer.param_groups for parameter in group["params"]):
         raise UserError("the optimizer holds frozen parameters", hint="an optimizer that is made after the freezing")
+    return plan.num_trained
 
 
 class _Run:
