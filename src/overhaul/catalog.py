@@ -99,6 +99,13 @@ ENTRIES = (
         "adapt.vera:VeRA",
         "Train two vectors a layer that scale random low-rank factors which all layers share.",
     ),
+    Entry(
+        "adapt",
+        "sltrain",
+        "adapt.sltrain:SLTrain",
+        "Replace every linear layer by thin factors plus a sparse matrix, and train those: fewer numbers to hold.",
+        53,
+    ),
     Entry("adapt", "perp", "adapt.perp:Perp", "Win back a pruned model by training a small part of it.", 1),
     Entry(
         "adapt",

@@ -28,7 +28,7 @@ from overhaul.judge import Judge
 from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
 from overhaul.method import Measure, Method, Pipeline, Training, Transform
 from overhaul.options import DEFAULT_CORPUS, PASSING_OPTIONS, Options
-from overhaul.packed import format_of, is_packed, trains_adapters
+from overhaul.packed import format_of, is_packed, is_quantized, trains_adapters
 from overhaul.progress import say
 from overhaul.recipe import Recipe, Step
 from overhaul.report.facts import Facts
@@ -280,6 +280,12 @@ def _refuse_packed(method: Method, parent: Artifact) -> None:
     if is_packed(parent.model) and not fits:
         inner: Any = parent.model
         how = format_of(inner.config.quantization_config)
+        if not is_quantized(parent.model):
+            raise UserError(
+                f"{parent.name} holds factors in place of weights ({how}), which cannot be pruned, cut or quantized",
+                allowed="adapt sltrain trains them on, and merges them without --no-merge; adapt lora trains on top",
+                hint="the same training without --no-merge",
+            )
         raise UserError(
             f"{parent.name} is quantized ({how}): packed weights cannot be pruned, cut or trained as a whole",
             allowed="adapt lora trains adapters on top of int8 layers; measure, generate and compare read it",

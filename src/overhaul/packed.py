@@ -1,4 +1,4 @@
-"""Models whose weights lie as integers on disk: how they are read, and written again.
+"""Models whose weights lie on disk as integers or as factors: how they are read, and written again.
 
 `config.json` says under `quantization_config` which format it is: by `quant_method` where transformers reads it too,
 by `format` where only this project does. transformers refuses a configuration without `quant_method`; by an unknown
@@ -28,6 +28,7 @@ FORMATS = {
     "bct": "overhaul.bct.format",
     "bitsandbytes": "overhaul.interop.bitsandbytes",
     "overhaul-int8": "overhaul.interop.bitsandbytes",
+    "sltrain": "overhaul.factored",
 }
 """`quant_method` or `format` -> the module that knows it."""
 
@@ -40,8 +41,13 @@ SHARD = "5GB"
 
 
 def is_packed(model: nn.Module) -> bool:
-    """Whether some weights of the model are stored as integers."""
+    """Whether some weights of the model are stored in a form of their own."""
     return any(isinstance(module, Packed) for module in model.modules())
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether some weights of the model are stored as integers."""
+    return any(isinstance(module, Packed) and module.stores_integers for module in model.modules())
 
 
 def trains_adapters(model: nn.Module) -> bool:

@@ -134,7 +134,7 @@ def card(made: Artifact, report: Report, out: Path, *, adapter: bool) -> str:
     named = pretrained.NAMED.get(base)
     used = {step.data.name: step.data for step in made.lineage if step.data}
     methods = dict.fromkeys(catalog.find(step.verb, step.method).load() for step in made.lineage)
-    relation: Relation = "adapter" if adapter else "quantized" if packed.is_packed(made.model) else "finetune"
+    relation: Relation = "adapter" if adapter else "quantized" if packed.is_quantized(made.model) else "finetune"
     return model_card(
         report,
         name=out.name,
@@ -149,8 +149,11 @@ def card(made: Artifact, report: Report, out: Path, *, adapter: bool) -> str:
 
 def _is_stock(made: Artifact) -> bool:
     """Whether plain transformers loads it."""
+    if not packed.is_packed(made.model):
+        return True
+    model: Any = made.model
     writers = [catalog.find(step.verb, step.method).load() for step in made.lineage]
-    return not packed.is_packed(made.model) or all(method.writes_stock for method in writers)
+    return "quant_method" in model.config.quantization_config and all(method.writes_stock for method in writers)
 
 
 def inherited_license(path: Path) -> str:

@@ -29,6 +29,7 @@ PERP = ("adapt", "perp", *TRAIN)
 PERP_NORMS = ("adapt", "perp", "--train", "norms", *TRAIN)
 """What was cut and never pruned has no masks for the adapters of PERP."""
 FULL = ("adapt", "full", *TRAIN)
+SLTRAIN = ("adapt", "sltrain", "--rank", "6", *TRAIN)
 SHRINK = ("shrink", "minitron", "--ffn", "64", *CALIBRATE)
 HFT = ("adapt", "hft", *TRAIN)
 HALF_RESET = ("adapt", "half-reset", "--base", ORIGIN)
@@ -45,6 +46,8 @@ CHAINS: tuple[tuple[Command, ...], ...] = (
     (PRUNE, PERP, BCT),
     (SHRINK, PERP_NORMS),
     (PRUNE, SHRINK, PERP),
+    (SLTRAIN, INT8),
+    (SLTRAIN, PRUNE, PERP),
     (SHRINK, DISTILL, INT8),
     (PRUNE, DISTILL, INT8),
     (PRUNE, PERP, RANDLORA),

@@ -24,6 +24,7 @@ Run = Callable[..., Path]
 
 # What a method needs beside the tiny form of its shape, and which parent it is for.
 EXTRA: dict[str, list[str]] = {
+    "sltrain": ["--rank", "6"],
     "minitron": ["--layers", "1", "--hidden", "48", "--ffn", "64", "--kv-groups", "1", "--heads", "2"],
 }
 NEEDS_A_PRUNED_PARENT = {"perp"}

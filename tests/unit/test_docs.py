@@ -41,9 +41,10 @@ RECIPES = [pytest.param(path, id=path.stem) for path in sorted((ROOT / "recipes"
 
 # What makes a documented command tiny; a flag is replaced where it is given, and added where the command knows it.
 TINY = {"--steps": "2", "--seq-len": "32", "--samples": "4", "--windows": "2", "--limit": "4", "--tokens": "2",
-        "--layers": "1", "--ffn": "64", "--search-steps": "1", "--search-seq-len": "32"}  # fmt: skip
+        "--layers": "1", "--ffn": "64", "--rank": "6", "--search-steps": "1",
+        "--search-seq-len": "32"}  # fmt: skip
 # Of these only what is given is replaced: a shape has as many numbers as its author wanted.
-ONLY_REPLACED = {"--layers", "--ffn"}
+ONLY_REPLACED = {"--layers", "--ffn", "--rank"}
 TINY_RECIPE = {"steps": 1, "seq_len": 32, "samples": 4, "eval_every": 0, "search_steps": 1, "search_seq_len": 32}
 
 Type = Callable[[str], None]

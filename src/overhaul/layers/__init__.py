@@ -34,20 +34,22 @@ class LinearLike(nn.Module, ABC):
 
 
 class Packed(nn.Module, ABC):
-    """A module whose weights are stored as integers: a form for disk and inference, which is neither pruned nor merged.
+    """A module whose weights lie on disk in a form of their own, which is neither pruned nor merged: integers, factors.
 
-    Its tensors are buffers; `state_dict` is what lies on disk.
+    `state_dict` is what lies on disk. Integers are buffers.
 
     Attributes:
         trains_adapters: whether gradients pass through it as through the layer it stands for.
+        stores_integers: whether it is quantized.
     """
 
     trains_adapters: ClassVar[bool] = True
+    stores_integers: ClassVar[bool] = True
 
     @property
     @abstractmethod
     def num_weights(self) -> int:
-        """How many numbers of the dense model it stands for."""
+        """How many numbers of the dense model it stands for, beside its own parameters."""
 
     @abstractmethod
     def num_nonzero(self) -> int:
@@ -55,10 +57,10 @@ class Packed(nn.Module, ABC):
 
 
 class PackedLinear(Packed, LinearLike):
-    """A linear map stored as integers; `merge` gives the dequantized layer back.
+    """A linear map stored in a form of its own; `merge` gives the dense layer that it stands for.
 
     Attributes:
-        weight: the integers, or what of them tells the device.
+        weight: the integers, or what tells the device.
     """
 
     weight: Tensor
