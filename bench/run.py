@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import distill, half, int8, perp, pruning, recipes, startup, training
+from bench import distill, half, int8, perp, pruning, recipes, sltrain, startup, training
 from bench.inputs import Inputs
 from bench.results import ROOT, Row, record
 from bench.tables import number
@@ -19,6 +19,7 @@ BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "lora": training.lora,
     "randlora": training.randlora,
     "hft": training.hft,
+    "sltrain": sltrain.scratch,
     "perp-norms": perp.norms,
     "perp-mask-lora": perp.mask_lora,
     "divergence": distill.divergence,

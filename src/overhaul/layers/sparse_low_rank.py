@@ -121,7 +121,7 @@ class SLTrainLinear(PackedLinear):
         if support == "largest":
             support_K = rest.abs().topk(count).indices.sort().values.to(index_dtype(rest.numel()))
         else:
-            support_K = draw_support(*weight_OI.shape, count, generator).to(rest.device)
+            support_K = draw_support(linear.out_features, linear.in_features, count, generator).to(rest.device)
         made = cls(A_RI, B_OR, rest.index_select(0, support_K), support_K, linear.bias, alpha)
         return made.train(linear.training)
 
