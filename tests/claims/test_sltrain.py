@@ -1,8 +1,9 @@
 """SLTrain (Han et al., 2024) at the size of a laptop: what the paper claims of training from scratch, and a conversion.
 
-From scratch: a Llama of four layers on passages of Wikipedia, the same tokens in the same order for all: dense, SLTrain,
-and low-rank with at least as many parameters as SLTrain. Each has the best of three learning rates, chosen on the first
-seed. The dense ones are then converted with three kinds of support and trained on. SmolLM2-135M is converted too.
+From scratch: a Llama of four layers on passages of Wikipedia, the same tokens in the same order for all: dense,
+SLTrain, and low-rank with at least as many parameters as SLTrain. Each has the best of three learning rates, chosen on
+the first seed. The dense ones are then converted with three kinds of support and trained on. SmolLM2-135M is converted
+too.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def losses(bench: Bench, models: dict[str, list[nn.Module]]) -> dict[str, list[f
 def test_the_low_rank_model_has_no_fewer_parameters(bench):
     sltrain, lower, dense = (_num_parameters(bench.fresh(kind, 0)) for kind in ("sltrain", "low-rank", "dense"))
 
-    assert sltrain <= lower < 1.02 * sltrain < dense
+    assert sltrain <= lower < 1.04 * sltrain < dense  # one rank more is 3%
 
 
 def test_it_ends_below_the_low_rank_model_of_its_size(losses):
