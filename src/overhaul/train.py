@@ -167,8 +167,7 @@ def train(
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=track, project_dir=state_dir)
     if track:
         accelerator.init_trackers(TRACKED, config={name: str(value) for name, value in settings.model_dump().items()})
-    whole = _Loss(plan.model, plan.objective)
-    loss, trained = sharding.distribute(accelerator, whole, plan.optimizer)
+    loss, trained = sharding.distribute(accelerator, whole := _Loss(plan.model, plan.objective), plan.optimizer)
     plan = replace(plan, model=trained.model)
     run = _Run(plan, settings, accelerator, loss, dtype)
     run.history.trainable_parameters = num_trained
