@@ -201,8 +201,7 @@ def train(
                 raise Interrupted(f"stopped after step {step} of {settings.steps}")
     for watcher in plan.watchers:
         watcher.end(plan.model)
-    # An optimizer that was left out of a checkpoint holds nothing any more.
-    run.history.optimizer_bytes = run.optimizer_bytes() or run.history.optimizer_bytes
+    run.history.optimizer_bytes = run.optimizer_bytes()
     if state_dir and goes_on and settings.save_every and first < settings.steps:
         run.save(state_dir, settings.steps, asked, is_done=True)
     sharding.gather(trained, into=whole)
@@ -321,7 +320,9 @@ class _Run:
     def optimizer_bytes(self) -> int:
         """What the optimizer holds by now, on this process."""
         states = self.plan.optimizer.state.values()
-        return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
+        held = sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
+        # One that was left out of a checkpoint, as all was done, holds nothing any more.
+        return held or self.history.optimizer_bytes
 
     def save(self, state_dir: Path, step: int, asked: dict[str, Any], *, is_done: bool = False) -> None:
         """Writes a checkpoint: all processes put it together, the first one writes.
