@@ -1,8 +1,9 @@
 """Half Fine-Tuning (Hui et al., 2024) on a real model: is less forgotten for as much that is learnt?
 
 SmolLM2-135M learns narrow tasks that are generated (a rule on a few letters), of which only the answer is trained on.
-What it forgets is the loss on passages of Wikipedia. Full tuning and HFT see the same rows in the same order at the
-same rate, which was not tuned for either, and are compared where their losses on held-out rows of the task are equal.
+What it forgets is a rise of the loss on passages of Wikipedia. Full tuning and HFT see the same rows in the same order
+at one rate, at which full tuning forgets within these steps (at 1e-4 neither does), and are compared where their losses
+on held-out rows of the task are equal.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * 3600)]
 
 SEEDS = (0, 1, 2)
 CORPUS, TASK, SEQUENCE = "boolq-passages", "reverse", ("reverse", "next", "double")
-STEPS, BATCH_SIZE, SEQ_LEN, LR, EVERY = 40, 2, 256, 1e-4, 8
+STEPS, BATCH_SIZE, SEQ_LEN, LR, EVERY = 32, 2, 256, 4e-4, 4
 SEQUENCE_STEPS, SEQUENCE_LEN = 16, 128
-HELDOUT_WINDOWS, TASK_WINDOWS = 16, 4
+HELDOUT_WINDOWS, TASK_WINDOWS = 12, 4
 DTYPE = machine.compute_dtype("auto", torch.device("cpu"))
 HOW: dict[str, Any] = {"batch_size": BATCH_SIZE, "lr": LR, "schedule": "constant", "save_every": 0}
 SETTINGS = {
