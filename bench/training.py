@@ -52,19 +52,16 @@ def lora(inputs: Inputs, _peers: Path) -> list[Row]:
 def randlora(inputs: Inputs, _peers: Path) -> list[Row]:
     """Rows of `adapt randlora`, against peft's and against this project's LoRA."""
     given = _given(inputs, lr=1e-4)
-    compute = given["compute_dtype"]
-    ours, what = Side("train_ours.py", given | {"method": "randlora"}), "RandLoRA rank 32, all linear layers"
-    peers = {
-        "randlora": (
-            f"peft 0.21, plain loop, {in_words(compute)}, {compute} base",
-            Side("adapter_peft.py", given | {"method": "randlora", "base_dtype": compute}),
-            (2.0, None),
-        ),
-        "randlora-lora": ("adapt lora, rank 16", Side("train_ours.py", given | {"method": "lora"}), (1 / 1.6, None)),
-    }
+    compute, what = given["compute_dtype"], "RandLoRA rank 32, all linear layers"
+    peft_name = f"peft 0.21, plain loop, {in_words(compute)}, {compute} base"
+    of_peft, of_lora = given | {"method": "randlora", "base_dtype": compute}, given | {"method": "lora"}
     rows = []
-    for slug, (name, peer, goals) in peers.items():
-        rows += _rows(slug, name, what, given, goals, ours, peer)
+    for slug, name, goal, script, settings in (
+        ("randlora", peft_name, 2.0, "adapter_peft.py", of_peft),
+        ("randlora-lora", "adapt lora, rank 16", 1 / 1.6, "train_ours.py", of_lora),
+    ):
+        ours = Side("train_ours.py", given | {"method": "randlora"})
+        rows += _rows(slug, name, what, given, (goal, None), ours, Side(script, settings))
     return rows
 
 
