@@ -17,6 +17,15 @@ QUANTITIES = {
     "prefill": ("reading", "tokens/s"),
     "decode": ("writing", "tokens/s"),
 }
+ADAPTED = {
+    "gain": ("task gain", "nats"),
+    "forgetting": ("forgetting", "nats"),
+    "trained": ("trained numbers", "count"),
+    "stored": ("beside the base", "bytes"),
+    "memory": ("peak memory", "bytes"),
+    "time": ("time", "s"),
+}
+"""What `compare --task` adds; none of it has the reference."""
 Model = Mapping[str, Any]
 """A row of `overhaul compare --json`."""
 
@@ -41,6 +50,35 @@ def numbers(model: Model) -> dict[str, float]:
         "prefill": model["tokens_per_second"],
         "decode": model["decode_tokens_per_second"],
     }
+
+
+def adapted(model: Model) -> dict[str, float]:
+    """By quantity, of a model that was compared on a task."""
+    metrics = {row["metric"]: row["value"] for row in model["metrics"]}
+    return {
+        "gain": metrics["task gain"],
+        "forgetting": metrics["forgetting"],
+        "trained": float(model["trainable_parameters"]),
+        "stored": float(model["stored_bytes"]),
+        "memory": float(model["peak_rss_bytes"]),
+        "time": model["seconds"],
+    }
+
+
+def adapted_rows(models: Iterable[Model], prefix: str, settings: Mapping[str, Any]) -> list[Row]:
+    """All quantities of adapted models, with the fronts that each is on."""
+    return [
+        Row(
+            id=f"{prefix}-{model['label']}/{quantity}",
+            kind="model",
+            what=f"{model['label']}: {ADAPTED[quantity][0]}",
+            unit=ADAPTED[quantity][1],
+            values=(number,),
+            settings={**settings, "on the front": ", ".join(model["fronts"]) or "none"},
+        )
+        for model in models
+        for quantity, number in adapted(model).items()
+    ]
 
 
 def rows_of(models: Iterable[Model], reference: Model, prefix: str, settings: Mapping[str, Any]) -> list[Row]:

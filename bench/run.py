@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import distill, half, int8, perp, pruning, recipes, sltrain, startup, training
+from bench import distill, half, int8, perp, pruning, recipes, sltrain, startup, training, which
 from bench.inputs import Inputs
 from bench.results import ROOT, Row, record
 from bench.tables import number
@@ -28,6 +28,7 @@ BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "wanda": pruning.wanda,
     "sparsegpt": pruning.sparsegpt,
     "half": half.roads,
+    "which-adapter": which.candidates,
     "recipe-minitron": recipes.minitron,
     "wanda-fp32-peer": pruning.wanda_fp32_peer,
     "sparsegpt-fp32-peer": pruning.sparsegpt_fp32_peer,

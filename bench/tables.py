@@ -83,7 +83,8 @@ def _models(rows: Sequence[Stored]) -> str:
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
         name, _, quantity = row["what"].rpartition(": ")
-        for model, numbers in ((row["peer_name"], row["peer"]), (name, row["values"])):
+        reference = [(row["peer_name"], row["peer"])] if row["peer"] else []
+        for model, numbers in (*reference, (name, row["values"])):
             lines.setdefault(model, {})[quantity] = number(sum(numbers) / len(numbers), row["unit"])
     quantities = sorted({quantity for line in lines.values() for quantity in line})
     return _table(

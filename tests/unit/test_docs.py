@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 SOURCE = Path(package.__file__).parent
 TUTORIAL = DOCS / "tutorials" / "halve-a-model.md"
+WHICH = DOCS / "tutorials" / "which-adapter.md"
 HALF = DOCS / "tutorials" / "half-the-size.md"
 PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
 HEADINGS = [
@@ -174,6 +175,16 @@ def test_the_roads_to_half_the_size_run(type_command: Type):
     made = {path.name for path in Path("runs/half").iterdir() if path.is_dir()}
     assert made == {"int8", "blocks", "shrunk", "distilled", "distilled-int8", "pruned", "won-back", "won-back-int8"}
     assert Path("runs/half/compare.html").read_text().count('class="point ') == 3 * (1 + len(made))
+
+
+def test_the_candidates_for_a_task_are_trained_and_compared(type_command: Type):
+    exec(blocks(WHICH, "python")[0], {})  # writes the task
+    for command in commands(WHICH):
+        type_command(command)
+
+    made = {path.name for path in Path("runs/which").iterdir() if path.is_dir()}
+    assert made == {"full", "half", "lora", "randlora", "vera"}
+    assert "less forgetful than" in Path("runs/which/compare.html").read_text()
 
 
 @pytest.mark.parametrize("page", [TUTORIAL, DOCS / "reference" / "errors.md"], ids=lambda page: page.stem)
