@@ -122,6 +122,13 @@ ENTRIES = (
         44,
     ),
     Entry(
+        "adapt",
+        "repair",
+        "adapt.repair:Repair",
+        "Scale down the singular directions of a tuned model that its base does not know; needs no data.",
+        22,
+    ),
+    Entry(
         "distill",
         "kd",
         "distill.kd:KnowledgeDistillation",
@@ -146,6 +153,13 @@ ENTRIES = (
         "measure.outliers:MeasureOutliers",
         "Dimensions of the hidden states with large values in many layers, and what is lost without them.",
         5,
+    ),
+    Entry(
+        "measure",
+        "spectra",
+        "measure.spectra:MeasureSpectra",
+        "Singular directions of tuned models that their base does not know, and the rank of the change.",
+        22,
     ),
 )
 

@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from overhaul.dry_run import say_plan
 from overhaul.errors import Interrupted, UserError
 from overhaul.judge import Judge
 from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
-from overhaul.method import Measure, Method, Pipeline, Training, Transform
+from overhaul.method import Difference, Measure, Method, Pipeline, Training, Transform
 from overhaul.options import DEFAULT_CORPUS, PASSING_OPTIONS, Options
 from overhaul.packed import format_of, is_packed, is_quantized, trains_adapters
 from overhaul.progress import say
@@ -69,8 +69,9 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
         UserError: the input is wrong; nothing was written.
         Interrupted: Ctrl-C while training; a checkpoint was written.
     """
-    options, method = step.options, step.method
     path = pretrained.resolve(model)
+    step = replace(step, method=step.method.at(path))
+    options, method = step.options, step.method
     for read in (path, *map(pretrained.resolve, method.others())):
         artifacts.check_out(out, parent=read, resume=options.resume)
     device = machine.pick_device(options.device)
@@ -358,9 +359,11 @@ def run_recipe(plan: Recipe, *, command: str = "", told: Callable[[Outcome], Non
 def _refuse_other_step(out: Path, step: Step, model: str) -> None:
     """A finished directory is kept by --resume only if it is what the recipe would make."""
     last = artifacts.read_record(out)["lineage"][-1]
-    others = _others(step.method)
-    parents = [artifacts.weights_sha256(pretrained.resolve(model)), *(other.hash for other in others)]
-    fields, options = _fields(step.method, others), _recorded(step.options)
+    path = pretrained.resolve(model)
+    method = step.method.at(path)
+    others = _others(method)
+    parents = [artifacts.weights_sha256(path), *(other.hash for other in others)]
+    fields, options = _fields(method, others), _recorded(step.options)
     asked = (step.entry.verb, step.entry.name, fields, step.options.seed, options, parents)
     hashes = [parent["hash"] for parent in last["parents"]]
     made = *(last[key] for key in ("verb", "method", "fields", "seed", "options")), hashes
@@ -372,7 +375,15 @@ def _refuse_other_step(out: Path, step: Step, model: str) -> None:
 
 
 def measure(method: Measure, models: Sequence[str], options: Options) -> Table:
-    """Runs a measure on several models, one in memory at a time."""
+    """Runs a measure on several models, one in memory at a time; of differences, the first model is the base.
+
+    Raises:
+        UserError: a model cannot be read, or there is no other one than the base.
+    """
+    if isinstance(method, Difference):
+        if len(models) < 2:
+            raise UserError(f"{models[0]} alone has no difference", hint="the base first, then what was made of it")
+        return sum((method.between(models[0], tuned) for tuned in models[1:]), Table(()))
     device = machine.pick_device(options.device)
     dtype = machine.compute_dtype(options.dtype, device)
     corpus = open_data(options) if method.needs_corpus else NO_CORPUS

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Self
+
     from torch import nn
 
     from overhaul.data import Data
@@ -50,6 +53,13 @@ class Method(Settings, ABC):
     def others(self) -> tuple[str, ...]:
         """The models it reads beside the one it changes, as the user named them; they go into the lineage."""
         return ()
+
+    def at(self, path: Path) -> Self:
+        """The method for the model in a directory: what its settings leave to that model is filled in.
+
+        Raises `UserError` where the directory does not tell it.
+        """
+        return self
 
     def check(self, model: nn.Module, data: Data | None) -> None:
         """Raises `UserError` for what model and data show before anything is measured or changed.
@@ -163,3 +173,27 @@ class Measure(Method, ABC):
     @abstractmethod
     def measure(self, model: nn.Module, data: Data) -> Table:
         """One row per number."""
+
+
+class Difference(Measure):
+    """Numbers about what was made of a base: it reads directories, the base's first, and no corpus."""
+
+    needs_corpus: ClassVar[bool] = False
+
+    def measure(self, model: nn.Module, data: Data) -> Table:
+        """A model in memory is not enough.
+
+        Raises:
+            UserError: always; there is `between`.
+        """
+        from overhaul.errors import UserError
+
+        raise UserError("one model alone has no difference", hint="between(base, tuned), with directories")
+
+    @abstractmethod
+    def between(self, base: str, tuned: str) -> Table:
+        """One row per number.
+
+        Args:
+            base, tuned: models as the user named them.
+        """

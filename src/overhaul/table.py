@@ -5,6 +5,7 @@ A measure that has more to show than its rows adds curves and maps of layers; wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ class LayerMap:
         values: (layer, number), such as (`model.layers.3.mlp.down_proj`, 6.0); None is "not measured".
         meaning: the quantity in a sentence, for the caption.
         is_share: whether the numbers are shares of a whole, from 0 to 1.
+        across: what lies from left to right.
     """
 
     model: str
@@ -65,24 +67,34 @@ class LayerMap:
     values: tuple[tuple[str, float | None], ...]
     meaning: str = ""
     is_share: bool = False
+    across: str = "block"
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows in the order they were measured, and the pictures that go with them."""
+    """Rows in the order they were measured, the pictures that go with them, and what is to be known beside.
+
+    Attributes:
+        rows, curves, maps: the numbers and their pictures.
+        details: one record for each thing that the rows sum up, such as a matrix, all with the same keys.
+        notes: sentences about what was measured.
+    """
 
     rows: tuple[Row, ...]
     curves: tuple[Curve, ...] = ()
     maps: tuple[LayerMap, ...] = ()
+    details: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """`{"rows": [{"model":, "metric":, "value":, "low":, "high":, "count":}]}`, and `curves`, `maps` if any."""
+        """`{"rows": [{"model":, "metric":, "value":, "low":, "high":, "count":}]}`, and the other parts if any."""
         parts = {"rows": self.rows, "curves": self.curves, "maps": self.maps}
-        return {
-            name: [asdict(part) for part in part_list]
-            for name, part_list in parts.items()
-            if part_list or name == "rows"
-        }
+        found = {name: [asdict(part) for part in part_list] for name, part_list in parts.items()}
+        found |= {"details": [dict(detail) for detail in self.details], "notes": list(self.notes)}
+        return {name: part for name, part in found.items() if part or name == "rows"}
 
     def __add__(self, other: Table) -> Table:
-        return Table(self.rows + other.rows, self.curves + other.curves, self.maps + other.maps)
+        notes = tuple(dict.fromkeys(self.notes + other.notes))
+        return Table(
+            self.rows + other.rows, self.curves + other.curves, self.maps + other.maps, self.details + other.details, notes
+        )

@@ -96,3 +96,5 @@ def print_table(table: Any, *, as_json: bool) -> None:
         return
     for row in table.rows:
         print(f"{row.model}  {row.metric} {row.value:.4g}  [{row.low:.4g}, {row.high:.4g}]  over {row.count:,}")
+    for note in table.notes:
+        print(f"note: {note}")

@@ -52,7 +52,7 @@ def write_directory(
         if has_adapters(made.model):
             from overhaul.interop.peft import write_adapter
 
-            write_adapter(made.model, made.path, directory)
+            write_adapter(made.model, artifacts.directories(made.path)[1], directory)
             artifacts.copy_companions(made.path, directory)
         else:
             artifacts.write_model(made, directory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,40 @@ def read_adapter(model: nn.Module, directory: Path, *, packed: bool) -> None:
 
         inner: Any = model
         PeftModel.from_pretrained(inner, str(directory)).merge_and_unload()
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLoRA:
+    """Factors A (R, I) and B (O, R) by layer, in fp32, and what their product is multiplied by."""
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    rank: int
+    scale: float
+
+
+def why_not_plain(directory: Path) -> str:
+    """What makes an adapter something else than factors of one rank and one scale; empty for a plain LoRA."""
+    config = json.loads((directory / CONFIG).read_text())
+    if config.get("peft_type") != "LORA":
+        return str(config.get("peft_type"))
+    odd = [name for name in _VARIANTS if config.get(name) and name != "use_rslora"]
+    if config.get("bias", "none") != "none":
+        odd.append(f"bias={config['bias']}")
+    if any("lora_embedding" in key for key in _stored(directory)[0]):
+        odd.append("adapted embeddings")
+    return ", ".join(odd)
+
+
+def plain_lora(directory: Path) -> PlainLoRA:
+    """Reads an adapter that `why_not_plain` has nothing against, with its true scale: alpha / r, or alpha / sqrt(r)."""
+    config = json.loads((directory / CONFIG).read_text())
+    tensors, _ = _stored(directory)
+    rank = int(config["r"])
+    factors = {
+        name: (tensors[f"{name}.lora_A.weight"].float(), tensors[f"{name}.lora_B.weight"].float())
+        for name in _layers_in(tensors, ".lora_A.weight")
+    }
+    return PlainLoRA(factors, rank, config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank))
 
 
 _VARIANTS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")

@@ -194,7 +194,14 @@ def adapted(layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> 
 def nearest_lora(
     base: nn.Linear | PackedLinear, change_OI: Tensor, rank: int
 ) -> tuple[LoRALinear | PackedLoRALinear, float]:
-    """The LoRA layer of this rank that is nearest to a change of the weight, and the share of its norm left out.
+    """The LoRA layer of this rank that is nearest to a change of the weight, and the share of its norm left out."""
+    A_RI, B_OR, error = factored(change_OI, rank)
+    kind: Any = PackedLoRALinear if isinstance(base, PackedLinear) else LoRALinear
+    return kind(base, A_RI, B_OR, float(rank)), error
+
+
+def factored(change_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """A (R, I) and B (O, R) whose product is nearest to a change, and the share of its norm left out.
 
     The singular values are split evenly between A and B; a rank above that of the change is filled up with zeros.
     """
@@ -204,8 +211,7 @@ def nearest_lora(
     A_RI, B_OR = torch.zeros(rank, change_OI.shape[1]), torch.zeros(change_OI.shape[0], rank)
     A_RI[:kept], B_OR[:, :kept] = roots_K[:, None] * V_KI[:kept], U_OK[:, :kept] * roots_K
     error = float(values_K[kept:].norm() / values_K.norm().clamp_min(torch.finfo(torch.float32).tiny))
-    kind: Any = PackedLoRALinear if isinstance(base, PackedLinear) else LoRALinear
-    return kind(base, A_RI, B_OR, float(rank)), error
+    return A_RI, B_OR, error
 
 
 def refuse_pruned(

@@ -141,6 +141,7 @@ def heat_map(
     *,
     highest: float,
     title: str,
+    across: str = "block",
 ) -> Markup:
     """Blocks from left to right, projections from top to bottom; the darker, the higher.
 
@@ -149,6 +150,7 @@ def heat_map(
         text: how a value is written, in the tooltips and the scale.
         highest: the value at full strength.
         title: for screen readers.
+        across: what the blocks are called below.
     """
     cells = [(*placed(name), name, number) for name, number in values]
     blocks = list(dict.fromkeys(block for block, _, _, _ in cells))
@@ -169,7 +171,7 @@ def heat_map(
     every = max(1, math.ceil(len(blocks) / 10))
     for index in range(0, len(blocks), every):
         marks.append(text_mark(left + step * (index + 0.5), bottom + 14, blocks[index], anchor="middle"))
-    marks.append(text_mark(left - 8, bottom + 14, "block", anchor="end"))
+    marks.append(text_mark(left - 8, bottom + 14, across, anchor="end"))
     marks += _scale(left, bottom + 30, text(0.0), text(highest))
     return svg_of(max(right, left + 200) + 4, bottom + 46, marks, title=title)
 

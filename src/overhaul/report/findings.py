@@ -220,8 +220,8 @@ def _map_figure(one: LayerMap, highest: float) -> Figure:
     title = f"{one.model}: {_map_finding(one, text)}"
     return Figure(
         title=title,
-        caption=f"{one.meaning or one.quantity.capitalize()}, per linear layer.",
-        svg=heat_map(one.values, text, highest=highest, title=title),
+        caption=f"{one.meaning or one.quantity.capitalize()}{', per linear layer' if one.across == 'block' else ''}.",
+        svg=heat_map(one.values, text, highest=highest, title=title, across=one.across),
         header=("layer", one.quantity),
         rows=tuple((name, text(number)) for name, number in one.values),
         csv=as_csv(("layer", one.quantity), [(name, _raw(number)) for name, number in one.values]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -69,10 +70,29 @@ def html_measured(table: Table, *, title: str, command: str, environment: Mappin
             csv_url=csv_url(as_csv(names, [[str(getattr(row, name)) for name in names] for row in table.rows])),
             charts=curve_figures(table.curves),
             maps=map_figures(table.maps),
+            details=_details(table),
+            notes=table.notes,
             command=command,
             environment=environment,
         )
     )
+
+
+def _details(table: Table) -> dict[str, Any] | None:
+    """Titles, rows and CSV of the records; lists in a cell are written with semicolons."""
+    if not table.details:
+        return None
+    names = list(table.details[0])
+    rows = [[_cell(detail[name]) for name in names] for detail in table.details]
+    return {"columns": names, "rows": rows, "csv_url": csv_url(as_csv(names, rows))}
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{name} {_cell(one)}" for name, one in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "; ".join(map(_cell, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _environment() -> Environment:
