@@ -154,12 +154,13 @@ def _measure(entry: catalog.Entry, arguments: list[str]) -> None:
     """`overhaul measure METHOD MODEL [MODEL ...]`."""
     import tyro
 
-    from overhaul.method import Measure
+    from overhaul.method import Difference, Measure
     from overhaul.options import Options
 
     method_class = entry.load()
     assert issubclass(method_class, Measure)
-    only = (*(("data", "field") if method_class.needs_corpus else ()), "seed", "dtype", "device")
+    runs = () if issubclass(method_class, Difference) else ("dtype", "device")
+    only = (*(("data", "field") if method_class.needs_corpus else ()), "seed", *runs)
     kind = dataclasses.make_dataclass(
         "Measure",
         [

@@ -94,6 +94,7 @@ def compare_command(arguments: list[str]) -> None:
         task: Annotated[
             str | None, tyro.conf.arg(help="Corpus the models were adapted to: gain, forgetting and costs as well.")
         ] = None
+        spectra: Annotated[Flag[bool], tyro.conf.arg(help="Also count singular directions that are new.")] = False
         html: Annotated[Path | None, tyro.conf.arg(help="Write the report to this file.")] = None
         json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
 
@@ -106,12 +107,13 @@ def compare_command(arguments: list[str]) -> None:
     from overhaul.report.tables import json_rows, print_before_after
 
     options = checked(Options, given, where="compare")
-    found = compare(models_of(given.model), options, task=given.task)
+    found = compare(models_of(given.model), options, task=given.task, spectra=given.spectra)
     facts, warnings = found.report.facts, found.report.warnings
     if given.html:
         given.html.write_text(html_report(found.report))
     if given.json:
-        print_json({"rows": json_rows(facts), "changes": found.changes, "warnings": warnings})
+        told = {"rows": json_rows(facts), "changes": found.changes, "warnings": warnings}
+        print_json(told | ({"spectra": found.spectra} if given.spectra else {}))
         return
     from rich.console import Console
 
@@ -123,6 +125,10 @@ def compare_command(arguments: list[str]) -> None:
         others = f", {change['other_tensors']} have no counterpart" if change["other_tensors"] else ""
         print(f"\n{change['model']}: {change['changed_tensors']} of {change['tensors']} tensors differ from "
               f"{facts[0].path}{others}{most}")  # fmt: skip
+    for one in found.spectra:
+        rank = f"; stable rank of the change {one['stable rank']:.3g}" if one["stable rank"] else ""
+        print(f"{one['model']}: {one['intruders']:g} intruders ({one['per 1,000']:.3g} per 1,000 vectors) "
+              f"against {one['base']}{rank}")  # fmt: skip
 
 
 def generate_command(arguments: list[str]) -> None:

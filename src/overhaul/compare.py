@@ -25,6 +25,8 @@ from overhaul.layers import LinearLike, Packed
 from overhaul.lineage import LineageStep, Parent
 from overhaul.options import Options
 from overhaul.report.facts import Facts, Report
+from overhaul.report.numbers import as_quantity
+from overhaul.stored import base_of
 
 _MARKS = ("config.json", "adapter_config.json")
 """Either of them makes a directory a model."""
@@ -37,10 +39,12 @@ class Comparison:
     Attributes:
         report: facts of every model, the reference first.
         changes: for every model but the reference, which tensors differ from the reference's.
+        spectra: if asked for, what tuning did to the singular vectors of every model whose base is there.
     """
 
     report: Report
     changes: tuple[Mapping[str, Any], ...]
+    spectra: tuple[Mapping[str, Any], ...] = ()
 
 
 def models_of(refs: Sequence[str]) -> list[str]:
@@ -126,7 +130,7 @@ def _origin(models: Iterable[Path]) -> tuple[Path, str] | None:
     return None
 
 
-def compare(refs: Sequence[str], options: Options, *, task: str | None = None) -> Comparison:
+def compare(refs: Sequence[str], options: Options, *, task: str | None = None, spectra: bool = False) -> Comparison:
     """Measures models on one held-out text, and says which tensors differ from the reference's.
 
     Perplexity and texts come from a directory's record where it holds them for the same text; speeds are measured
@@ -136,6 +140,7 @@ def compare(refs: Sequence[str], options: Options, *, task: str | None = None) -
         refs: as `models_of` returns them, the reference first.
         options: which text, and how much of it.
         task: a corpus that the models were adapted to: what they won on it, lost elsewhere and cost is measured too.
+        spectra: also look at the singular vectors; a minute for each base, which is kept, and less for each model.
 
     Raises:
         UserError: one of them cannot be read; said before any is measured. Or with a task, their tokenizers differ.
@@ -170,15 +175,45 @@ def compare(refs: Sequence[str], options: Options, *, task: str | None = None) -
     if len({judge.tokenizer for judge in judges}) > 1:
         facts = [judge.with_bits_per_byte(one) for judge, one in zip(judges, facts, strict=True)]
         warnings = (_other_tokens(facts),)
+    found = spectra_of(refs) if spectra else ()
     report = Report(
         title=f"{len(facts) - 1} model{'s' if len(facts) > 2 else ''} compared with {facts[0].label}",
         facts=tuple(facts),
         is_comparison=True,
-        tables=_chains(facts, lineages),
+        tables=(*_chains(facts, lineages), *_spectra_table(found)),
         environment={**machine.versions(), "hardware": machine.hardware(device)},
         warnings=warnings,
     )
-    return Comparison(report, tuple(changes))
+    return Comparison(report, tuple(changes), found)
+
+
+_SPECTRA = {
+    "intruders": "intruders",
+    "per 1,000": "intruders per 1,000 vectors",
+    "stable rank": "stable rank of the change, median",
+    "entropy rank": "entropy rank of the change, median",
+}
+"""What a line of spectra shows, by the metrics of `measure spectra`."""
+
+
+def spectra_of(refs: Sequence[str]) -> tuple[dict[str, Any], ...]:
+    """Intruders and rank of the change of every model whose base is known and there, with layers of the same shapes."""
+    from overhaul.measure.spectra import MeasureSpectra
+
+    found = []
+    for ref in refs:
+        if (base := base_of(ref)) is not None:
+            rows = {row.metric: row.value for row in MeasureSpectra.model_validate({}).between(base, ref).rows}
+            found.append({"model": ref, "base": base, **{name: rows.get(metric) for name, metric in _SPECTRA.items()}})
+    return tuple(found)
+
+
+def _spectra_table(found: Sequence[Mapping[str, Any]]) -> tuple[TableNote, ...]:
+    if not found:
+        return ()
+    rows = tuple((one["model"], one["base"], *(as_quantity(one[name]) for name in _SPECTRA)) for one in found)
+    title = "Singular directions that the base does not know, and the rank of the change"
+    return (TableNote(title=title, columns=("model", "base", *_SPECTRA), rows=rows),)
 
 
 def _trial(task: str, judge: Judge) -> Trial:

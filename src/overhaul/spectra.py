@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 from overhaul import disk
 from overhaul.fetch import cache_directory
@@ -34,8 +34,8 @@ NULL = 1e-6
 """Base vectors with a singular value of at most this share of the largest span nothing that the base can do."""
 SAME = 1e-4
 """Base vectors whose singular values differ by no more than this share may be turned within their subspace at will."""
-_ROWS = 256
-"""Rows that are in double precision at once."""
+_PARTS = 8
+"""Of a matrix, one after the other in double precision: all at once would take twice its memory."""
 _FORMAT = 1
 """Goes up when what is in a cached file, or the arithmetic that makes it, changes."""
 
@@ -48,6 +48,15 @@ class Triplets:
     values_R: Tensor
     right_IK: Tensor
 
+    def side(self, side: Side) -> Tensor:
+        """The vectors of one side."""
+        return self.left_OK if side == "left" else self.right_IK
+
+
+def sides(vectors: Vectors) -> tuple[Side, ...]:
+    """The sides that are compared."""
+    return ("left", "right") if vectors == "both" else (vectors,)
+
 
 def singular(weight_OI: Tensor, count: int | None = None) -> Triplets:
     """A singular value decomposition by the Gram matrix of the shorter side.
@@ -59,10 +68,13 @@ def singular(weight_OI: Tensor, count: int | None = None) -> Triplets:
     squares_S, short_SS = torch.linalg.eigh(_gram(long_LS))
     values_S = squares_S.flip(0).clamp_min(0).sqrt()
     short_SK = short_SS.flip(1)[:, : count or len(values_S)]
+    del short_SS
     inverse_K = torch.where(values_S > NULL * values_S[0], 1 / values_S, 0.0)[: short_SK.shape[1]]
-    scaled_SK = short_SK * inverse_K
-    long_LK = torch.cat([(rows.double() @ scaled_SK).float() for rows in long_LS.split(_ROWS)])
-    pair = (F.normalize(long_LK, dim=0), short_SK.float())
+    long_LK = torch.empty(len(long_LS), short_SK.shape[1])
+    for rows, made in zip(_parts(long_LS), _parts(long_LK), strict=True):
+        made.copy_((rows.double() @ short_SK).mul_(inverse_K))
+    long_LK.div_(long_LK.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny))
+    pair = (long_LK, short_SK.float())
     left_OK, right_IK = pair if long_LS is weight_OI else pair[::-1]
     return Triplets(left_OK, values_S.float(), right_IK)
 
@@ -73,10 +85,14 @@ def singular_values(weight_OI: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(_gram(long_LS)).flip(0).clamp_min(0).sqrt().float()
 
 
+def _parts(long_LS: Tensor) -> tuple[Tensor, ...]:
+    return long_LS.split(math.ceil(len(long_LS) / _PARTS))
+
+
 def _gram(long_LS: Tensor) -> Tensor:
     width = long_LS.shape[1]
     gram_SS = torch.zeros(width, width, dtype=torch.float64, device=long_LS.device)
-    for rows in long_LS.split(_ROWS):
+    for rows in _parts(long_LS):
         wide = rows.double()
         gram_SS.addmm_(wide.t(), wide)
     return gram_SS
@@ -266,9 +282,8 @@ def _compare(
     change_R = singular_values(weight_OI)
     del weight_OI
     seen = [
-        compared(known_vectors(lambda: base.read(name), side, cache, base_sha256), own_DK)
-        for side, own_DK in (("left", triplets.left_OK), ("right", triplets.right_IK))
-        if vectors in (side, "both")
+        compared(known_vectors(lambda: base.read(name), side, cache, base_sha256), triplets.side(side))
+        for side in sides(vectors)
     ]
     return {
         "values_K": triplets.values_R[:count].clone(),
@@ -287,8 +302,7 @@ def known_vectors(
 
     def make() -> dict[str, Tensor]:
         triplets = singular(read())
-        vectors_DR = triplets.left_OK if side == "left" else triplets.right_IK
-        return {"vectors_DR": vectors_DR[:, : known(triplets.values_R)], "values_R": triplets.values_R}
+        return {"vectors_DR": triplets.side(side)[:, : known(triplets.values_R)], "values_R": triplets.values_R}
 
     kept = cache.kept((sha256 or _sha256(read()), side), make)
     return kept["vectors_DR"], kept["values_R"]

@@ -48,7 +48,8 @@ def stored(ref: str) -> Stored:
     names = {f"{name}.weight" for name in shapes}
     files = {key: file for file in artifacts.weight_files(base) for key in _keys(file)}
     is_adapter = path != base
-    if not names <= files.keys() or (is_adapter and why_not_plain(path)):
+    is_packed = getattr(artifacts.read_config(ref), "quantization_config", None) is not None
+    if is_packed or not names <= files.keys() or (is_adapter and why_not_plain(path)):
         return _loaded(ref, path)
     lora = plain_lora(path) if is_adapter else None
 
@@ -94,7 +95,8 @@ def _finite(read: Callable[[str], Tensor], ref: str) -> Callable[[str], Tensor]:
         if not weight_OI.isfinite().all():
             bad = int((~weight_OI.isfinite()).sum())
             raise UserError(
-                f"{ref}: tensor {name}.weight has {bad} values that are NaN or infinite", hint="a sound copy of the model"
+                f"{ref}: tensor {name}.weight has {bad} values that are NaN or infinite",
+                hint="a sound copy of the model",
             )
         return weight_OI
 

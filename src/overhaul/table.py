@@ -96,5 +96,9 @@ class Table:
     def __add__(self, other: Table) -> Table:
         notes = tuple(dict.fromkeys(self.notes + other.notes))
         return Table(
-            self.rows + other.rows, self.curves + other.curves, self.maps + other.maps, self.details + other.details, notes
+            self.rows + other.rows,
+            self.curves + other.curves,
+            self.maps + other.maps,
+            self.details + other.details,
+            notes,
         )

@@ -53,8 +53,11 @@ def tiny_form(entry: Entry, **changed: object) -> list[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _others(make_tiny: Make) -> None:
-    EXTRA["kd"] = ["--teacher", str(make_tiny(tie=False, bias=True))]
+    other = str(make_tiny(tie=False, bias=True))
+    EXTRA["kd"] = ["--teacher", other]
     EXTRA["half-reset"] = ["--base", str(make_tiny(dtype="bfloat16"))]
+    # Layers of the same shapes; as a measure of a difference reads a second model, it stands behind the first.
+    EXTRA["repair"], EXTRA["spectra"] = ["--base", other], [other]
 
 
 @pytest.fixture(scope="session")

@@ -126,15 +126,13 @@ class Repair(Transform):
 
     def _correction(self, base: Stored, name: str, weight_OI: Tensor, cache: Cache) -> tuple[Tensor, int]:
         """What is to be added to a tuned weight, and how many directions it scales."""
-        from overhaul.spectra import compared, known_vectors, singular
+        from overhaul.spectra import compared, known_vectors, sides, singular
 
         # As many again, for others of the nearest ranks.
         triplets = singular(weight_OI, min(2 * self.k, *weight_OI.shape))
-        sides = (("left", triplets.left_OK), ("right", triplets.right_IK))
         near_SK = [
-            compared(known_vectors(lambda: base.read(name), side, cache), own_DK)[1]
-            for side, own_DK in sides
-            if self.vectors in (side, "both")
+            compared(known_vectors(lambda: base.read(name), side, cache), triplets.side(side))[1]
+            for side in sides(self.vectors)
         ]
         is_new = [all(near_K[place] < self.eps for near_K in near_SK) for place in range(len(near_SK[0]))]
         places = [place for place, new in enumerate(is_new[: self.k]) if new]

@@ -172,7 +172,7 @@ def _maps(found: Sequence[Matrix], eps: float, model: str) -> tuple[LayerMap, ..
             model=f"{model}, {most.name}",
             quantity="cosine",
             values=cosines,
-            meaning="Absolute cosines of the first singular vectors of the base, from top to bottom, with the tuned ones",
+            meaning="Absolute cosines of the base's first singular vectors, from top to bottom, with the tuned ones",
             is_share=True,
             across="tuned",
         ),
