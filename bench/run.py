@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import distill, half, int8, perp, pruning, recipes, sltrain, startup, training, which
+from bench import distill, half, int8, perp, pruning, recipes, sltrain, spectra, startup, training, which
 from bench.inputs import Inputs
 from bench.results import ROOT, Row, record
 from bench.tables import number
@@ -25,6 +25,7 @@ BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "divergence": distill.divergence,
     "distill-step": distill.step,
     "int8": int8.int8,
+    "spectra": spectra.spectra,
     "wanda": pruning.wanda,
     "sparsegpt": pruning.sparsegpt,
     "half": half.roads,
