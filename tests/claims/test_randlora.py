@@ -39,12 +39,12 @@ SIZE, BASE_RANK, LORA_RANK = 64, 10, 4
 MATRIX_SEEDS = tuple(range(5))
 
 CORPUS, EXCHANGED = "boolq-passages", 256
-STEPS, BATCH_SIZE, SEQ_LEN, LAST = 48, 2, 128, 8
+STEPS, BATCH_SIZE, SEQ_LEN, LAST = 32, 2, 128, 8
 SEEDS, TUNING_SEED = (0, 1, 2), 100
 DTYPE = machine.compute_dtype("auto", torch.device("cpu"))
 HOW: dict[str, Any] = {"steps": STEPS, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "save_every": 0}
 METHODS = {
-    "randlora": (partial(RandLoRA, rank=64, alpha=1280), (3e-4, 1e-3, 3e-3)),
+    "randlora": (partial(RandLoRA, rank=64, alpha=1280), (1e-3, 3e-3, 1e-2)),
     "lora": (partial(LoRA, rank=3, alpha=6), (1e-3, 3e-3, 1e-2)),
     "vera": (partial(VeRA, rank=256), (1e-2, 3e-2, 1e-1)),
 }
