@@ -27,7 +27,7 @@ from overhaul.divergence import (
 )
 from overhaul.interop import hf
 from overhaul.objective import Balanced, Batch, CrossEntropy, Forward, Objective, Term, predicting
-from overhaul.optim.adamw import adamw
+from overhaul.optim.build import build
 from overhaul.stream import IGNORED, Map
 from overhaul.teacher_cache import TeacherCache
 from overhaul.train import Plan, schedule
@@ -134,7 +134,7 @@ def distillation_plan(
     pairs: Pairs = (),
     floor: float = FLOOR,
 ) -> Plan:
-    """All of the student's parameters under AdamW, to predict what the teacher predicts.
+    """All of the student's parameters, to predict what the teacher predicts.
 
     Args:
         student: changed in place; masks of a pruned one are kept.
@@ -164,7 +164,7 @@ def distillation_plan(
         model=student,
         objective=objective + ce_weight * CrossEntropy() if ce_weight else objective,
         stream=stream,
-        optimizer=adamw(student.parameters(), lr=settings.lr, weight_decay=settings.weight_decay),
+        optimizer=build(settings, student.parameters(), model=student),
         schedule=schedule(settings.schedule, settings.warmup, floor),
         watchers=(KeepZeros(),),
         finish=_without_map,

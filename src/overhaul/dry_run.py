@@ -11,12 +11,13 @@ import torch
 from overhaul.artifact import Artifact
 from overhaul.data import Data
 from overhaul.method import Pipeline, Training
+from overhaul.optim.build import state_bytes
 from overhaul.progress import say
 from overhaul.recipe import Step
 from overhaul.train import Plan, train
 
-MASTER_BYTES = 16
-"""Of a trained parameter under AdamW: fp32 weight, gradient and two moments."""
+MASTER_BYTES = 4
+"""Of a trained parameter's fp32 weight, and of its gradient."""
 
 
 def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, longest: int, dtype: torch.dtype) -> None:
@@ -38,8 +39,9 @@ def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, long
         method = data.steps_for(method)
         plan = next(method.stages(parent.model, data))
         trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
+        megabytes = _training_bytes(plan, method) / 1e6
         tokens = method.steps * method.batch_size * method.accumulate * method.seq_len
-        say(f"trains {trained:,} parameters ({trained / parameters:.3%}): {MASTER_BYTES * trained / 1e6:.1f} MB of")
+        say(f"trains {trained:,} parameters ({trained / parameters:.3%}): {megabytes:.1f} MB of")
         say("  fp32 weights, gradients and optimizer states" + (", at a time" if method.in_stages() else ""))
         each = " in each stage" if method.in_stages() else ""
         say(f"{method.steps} steps, {tokens:,} tokens{each}\n{plan.stream.describe().tree()}")
@@ -56,6 +58,13 @@ def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, long
         say(f"{settings.samples} windows of {min(settings.seq_len, longest)} tokens from {data.corpus.name}")
     weights = f"weights ({size / 1e6:.0f} MB)" if isinstance(method, Training) else "weights"  # others change the size
     say(f"writes {out}: {weights}, overhaul.json, recipe.yaml, README.md, report.html")
+
+
+def _training_bytes(plan: Plan, method: Training) -> int:
+    """Of trained weights, their gradients, and what the optimizer keeps; with `per_layer` one gradient at a time."""
+    sizes = [p.numel() for p in plan.model.parameters() if p.requires_grad]
+    gradients = max(sizes, default=0) if method.per_layer else sum(sizes)
+    return MASTER_BYTES * (sum(sizes) + gradients) + state_bytes(plan.optimizer)
 
 
 def _seconds_per_step(plan: Plan, method: Training, dtype: torch.dtype) -> float:

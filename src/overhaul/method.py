@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,6 +95,35 @@ class Transform(Method, ABC):
         """
 
 
+class Projection(Settings):
+    """The subspace in which `--optimizer galore` and `fira` keep their moments, and what `fira` adds from outside."""
+
+    rank: Positive = Field(64, description="Directions kept of each matrix's gradient.")
+    gap: Positive = Field(200, description="Steps between two choices of the subspace.")
+    scale: Rate = Field(1.0, description="Factor of the update inside it; pre-training scripts have 0.25.")
+    side: Literal["std", "reverse_std", "left", "right", "full"] = Field(
+        "std", description="Singular vectors that span it: std those of the smaller side, full both."
+    )
+    subspace: Literal["svd", "randomized", "warm"] = Field(
+        "svd", description="How it is found: exactly, by random products, or by turning the one before."
+    )
+    residual: Literal["released", "orthogonal"] = Field(
+        "released", description="What fira adds: G - scale R Q, as its authors' code, or G - R Q, as their paper."
+    )
+    scaling: Literal["column", "matrix", "none"] = Field(
+        "column", description="By which norms fira scales it: of columns, of the matrix, or not at all."
+    )
+    limiter: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        1.01, description="Largest growth of its norm from step to step; 0 switches the limiter off."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Projection:
+        if self.side == "full" and self.scaling == "column":
+            raise ValueError("side full leaves no columns whose norms could scale; use scaling matrix or none")
+        return self
+
+
 Steps = Annotated[int, Field(gt=0, description="Optimizer steps.")]
 BatchSize = Annotated[int, Field(gt=0, description="Windows per micro-batch and process.")]
 SeqLen = Annotated[int, Field(gt=1, description="Tokens per window.")]
@@ -117,12 +146,42 @@ class Training(Method, ABC):
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
     weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay.")
     clip: NonNegative = Field(1.0, description="Largest gradient norm; 0 switches clipping off.")
+    optimizer: Literal["adamw", "adamw8bit", "galore", "fira"] = Field(
+        "adamw", description="Update rule: AdamW, with moments of 8 bits, or with moments of low-rank gradients."
+    )
+    projection: Projection = Field(Projection.model_validate({}), description="Of --optimizer galore and fira.")
+    per_layer: bool = Field(
+        False, description="Update each parameter in the backward pass and free its gradient at once; needs --clip 0."
+    )
     checkpoint_activations: bool = Field(
         False, description="Recompute each block in the backward pass: less memory, a third more time."
     )
     eval_every: Natural = Field(0, description="Steps between held-out perplexities; 0 measures before and after only.")
     save_every: Natural = Field(50, description="Steps between checkpoints for --resume; 0 writes none.")
     keep: Positive = Field(2, description="Checkpoints kept while training.")
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> Self:
+        chosen = sorted(self.projection.model_dump(exclude_defaults=True))
+        if self.optimizer not in ("galore", "fira") and chosen:
+            raise ValueError(f"projection.{chosen[0]} is read by optimizer galore and fira, not by {self.optimizer}")
+        if self.optimizer == "galore" and (outside := {"residual", "scaling", "limiter"} & set(chosen)):
+            raise ValueError(f"projection.{min(outside)} is of what fira adds to galore; use optimizer fira")
+        return self
+
+    @model_validator(mode="after")
+    def _per_layer_sees_one_gradient(self) -> Self:
+        if self.per_layer and self.clip:
+            raise ValueError(
+                f"per_layer cannot clip: the norm of all gradients is known when the first are gone; use clip 0, "
+                f"not {self.clip:g}"
+            )
+        if self.per_layer and self.accumulate > 1:
+            raise ValueError(
+                f"per_layer updates after every backward pass; use accumulate 1, not {self.accumulate}, "
+                "and a larger batch_size"
+            )
+        return self
 
     @abstractmethod
     def plan(self, model: nn.Module, data: Data) -> Plan:

@@ -245,9 +245,10 @@ def _plain(value: Any) -> Any:
 def schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors."""
     options = Options.model_json_schema()["properties"]
-    steps = []
+    steps, groups = [], {}
     for entry in filter(catalog.changes, catalog.ENTRIES):
         own = entry.load().model_json_schema()
+        groups |= own.get("$defs", {})
         fixed = {"verb": {"const": entry.verb}, "method": {"const": entry.name}}
         extra = {key: options[key] for key in _STEP}
         steps.append({
@@ -266,5 +267,6 @@ def schema() -> dict[str, Any]:
             "steps": {"type": "array", "items": {"oneOf": steps}},
         },
         "required": ["model", "out", "steps"],
+        "$defs": groups,
         "additionalProperties": False,
     }  # fmt: skip

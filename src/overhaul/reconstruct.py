@@ -18,7 +18,7 @@ from overhaul.errors import UserError
 from overhaul.journal import note_part, note_tokens
 from overhaul.layers.masked import MaskedLinear
 from overhaul.objective import Batch, Forward, Term
-from overhaul.optim.adamw import adamw
+from overhaul.optim.build import build
 from overhaul.stream import Batch as Batches
 from overhaul.stream import Repeat, Rows, Shuffle
 from overhaul.train import Plan, schedule
@@ -109,7 +109,7 @@ def _plan(part: Part, method: Perp, seed: int) -> Plan:
         model=part.module,
         objective=Reconstruction(part.run),
         stream=Batches(Repeat(Shuffle(rows, seed=seed)), batch_size=min(method.batch_size, len(windows))),
-        optimizer=adamw(selected.parameters, lr=method.lr, weight_decay=method.weight_decay),
+        optimizer=build(method, selected.parameters),
         schedule=schedule(method.schedule, method.warmup),
         watchers=(KeepZeros(),) if "full" in method.train else (),
         finish=lambda module: selected.finish(module).to(dtype),

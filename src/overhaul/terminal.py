@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from overhaul.errors import UserError, UserErrors, from_pydantic
+from overhaul.method import Settings
 
 
 def parse(kind: type[Any], arguments: Sequence[str], *, prog: str, description: str) -> Any:
@@ -27,10 +28,19 @@ def flags(settings: type[Any], *, without: Sequence[str] = ()) -> list[tuple[str
     made = []
     for name, info in settings.model_fields.items():
         if name not in without:
-            kind = Annotated[info.annotation, tyro.conf.arg(help=info.description or "")]
             default = dataclasses.field() if info.is_required() else dataclasses.field(default=info.default)
+            inner: Any = info.annotation
+            if _is_settings(inner):
+                inner = dataclasses.make_dataclass(inner.__name__, flags(inner), kw_only=True, frozen=True)
+                default = dataclasses.field(default=inner())
+            kind = Annotated[inner, tyro.conf.arg(help=info.description or "")]
             made.append((name, kind, default))
     return made
+
+
+def _is_settings(annotation: Any) -> bool:
+    """Whether a field is a group of settings, whose flags are `--field.name`."""
+    return isinstance(annotation, type) and issubclass(annotation, Settings)
 
 
 def checked(settings: type[Any], given: Any, *, where: str) -> Any:
@@ -38,6 +48,8 @@ def checked(settings: type[Any], given: Any, *, where: str) -> Any:
     from pydantic import ValidationError
 
     values = {name: getattr(given, name) for name in settings.model_fields if hasattr(given, name)}
+    values = {name: vars(value) if dataclasses.is_dataclass(value) else value
+              for name, value in values.items()}  # fmt: skip
     try:
         return settings(**values)
     except ValidationError as error:

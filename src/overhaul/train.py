@@ -26,6 +26,7 @@ from overhaul.errors import Diverged, Interrupted, UserError
 from overhaul.interop.fused import fused
 from overhaul.method import Training
 from overhaul.objective import Batch, Forward, Mean, Objective, weighted_mean
+from overhaul.optim import per_layer
 from overhaul.progress import Bar
 from overhaul.stream import Stream
 from overhaul.watch import Watcher
@@ -180,6 +181,7 @@ def train(
     with (
         _interruptible() as interrupted,
         fused(plan.model),
+        run.updates(),
         Bar("training", settings.steps, done=first, quiet=quiet or not accelerator.is_main_process) as bar,
     ):
         for step in range(first + 1, settings.steps + 1):
@@ -237,9 +239,21 @@ class _Run:
         self.device = self.trainable[0].device
         self.peak_rates = [group["lr"] for group in plan.optimizer.param_groups]
         self.history = History()
+        self.number = 0
+        self.take_norm: per_layer.TakeNorm | None = None
+
+    @contextlib.contextmanager
+    def updates(self) -> Iterator[None]:
+        """Inside, parameters are updated all at once after the backward pass, or one by one within it."""
+        if not self.settings.per_layer:
+            yield
+            return
+        with per_layer.updating(self.plan.optimizer, self._refuse_not_finite) as self.take_norm:
+            yield
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its point of the history."""
+        self.number = step
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         drawn = [next(self.plan.stream) for _ in range(self.settings.accumulate * processes)]
         counts = _sum_counts([self.plan.objective.counts(batch) for batch in drawn])
@@ -254,7 +268,7 @@ class _Run:
             nonlocal totals, norm
             self.plan.optimizer.zero_grad(set_to_none=True)
             totals, loss = self._backward(own, counts, step)
-            norm = self._clip(step)
+            norm = self.take_norm() if self.take_norm else self._clip()
             return loss
 
         self.plan.optimizer.step(closure)  # pyright: ignore - torch types the closure as returning float
@@ -296,18 +310,21 @@ class _Run:
         weights = {name: weight for name, (weight, _) in self.plan.objective.named().items()}
         return sums, torch.stack([weights[name] * total / max(counts[name], 1) for name, total in sums.items()]).sum()
 
-    def _clip(self, step: int) -> Tensor:
+    def _clip(self) -> Tensor:
         limit = self.settings.clip or math.inf
         norm = sharding.whole(torch.nn.utils.clip_grad_norm_(self.trainable, limit))
-        if not torch.isfinite(norm):
-            names = [
-                n for n, p in self.plan.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
-            ]
-            raise Diverged(
-                f"the gradient is not finite at step {step}, " + (f"first in {names[0]}" if names else "as a whole"),
-                hint="a lower --lr, or --dtype fp32; checkpoints written before are kept",
-            )
+        self._refuse_not_finite(norm)
         return norm
+
+    def _refuse_not_finite(self, norm: Tensor) -> None:
+        """Raises `Diverged`, naming the first parameter whose gradient is not finite."""
+        if torch.isfinite(norm):
+            return
+        names = [n for n, p in self.plan.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        raise Diverged(
+            f"the gradient is not finite at step {self.number}, " + (f"first in {names[0]}" if names else "as a whole"),
+            hint="a lower --lr, or --dtype fp32; checkpoints written before are kept",
+        )
 
     def agreed(self, interrupted: threading.Event) -> bool:
         """Whether any process was interrupted: then all stop after the same step."""
@@ -320,7 +337,9 @@ class _Run:
     def optimizer_bytes(self) -> int:
         """What the optimizer holds by now, on this process."""
         states = self.plan.optimizer.state.values()
-        held = sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
+        # By identity: a table of 8-bit states is one for all parameters.
+        tensors = {id(v): v for state in states for v in state.values() if isinstance(v, Tensor)}
+        held = sum(tensor.nbytes for tensor in tensors.values())
         # One that was left out of a checkpoint, as all was done, holds nothing any more.
         return held or self.history.optimizer_bytes
 

@@ -22,10 +22,10 @@ class Full(Training):
     keep_zeros: bool = Field(True, description="Hold the pruned weights of a pruned model at zero.")
 
     def plan(self, model: nn.Module, data: Data) -> Plan:
-        """All parameters under AdamW; with `keep_zeros` masks are enforced after every step, else they are dropped."""
+        """All parameters; with `keep_zeros` masks are enforced after every step, else they are dropped."""
         from overhaul.layers.masked import without_masks
         from overhaul.objective import CrossEntropy
-        from overhaul.optim.adamw import adamw
+        from overhaul.optim.build import build
         from overhaul.train import Plan, schedule
         from overhaul.watch import KeepZeros
 
@@ -34,7 +34,7 @@ class Full(Training):
             model=model,
             objective=CrossEntropy(),
             stream=data.training(self),
-            optimizer=adamw(model.parameters(), lr=self.lr, weight_decay=self.weight_decay),
+            optimizer=build(self, model.parameters(), model=model),
             schedule=schedule(self.schedule, self.warmup),
             watchers=(KeepZeros(),) if self.keep_zeros else (),
             finish=(lambda model: model) if self.keep_zeros else without_masks,

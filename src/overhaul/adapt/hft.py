@@ -97,7 +97,7 @@ class HalfFineTuning(Halves, Training):
 
     def _round(self, model: nn.Module, half: Half, stream: Stream, moments: Moments | None) -> Plan:
         from overhaul.objective import Anchor, CrossEntropy
-        from overhaul.optim.adamw import adamw
+        from overhaul.optim.build import build
         from overhaul.train import Plan, schedule
         from overhaul.watch import KeepZeros
 
@@ -105,7 +105,7 @@ class HalfFineTuning(Halves, Training):
         for parameter in held.values():
             parameter.requires_grad_(True)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = adamw(trained, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = build(self, trained, model=model)
         if moments:
             moments.hand_over(model, optimizer)
         # After the optimizer, which makes trained parameters fp32.

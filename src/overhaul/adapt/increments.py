@@ -39,7 +39,7 @@ class Increments(Training):
         """
         from overhaul.layers import merge_all
         from overhaul.objective import CrossEntropy
-        from overhaul.optim.adamw import adamw
+        from overhaul.optim.build import build
         from overhaul.select import select_linears
         from overhaul.train import Plan, schedule
 
@@ -51,7 +51,7 @@ class Increments(Training):
             model=model,
             objective=CrossEntropy(),
             stream=data.training(self),
-            optimizer=adamw(trained, lr=self.lr, weight_decay=self.weight_decay),
+            optimizer=build(self, trained, model=model),
             schedule=schedule(self.schedule, self.warmup),
             finish=self.finish,
         )

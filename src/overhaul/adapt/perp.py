@@ -61,13 +61,13 @@ class Perp(Training):
         return tuple(dict.fromkeys(groups))
 
     def plan(self, model: nn.Module, data: Data) -> Plan:
-        """The selected parts under AdamW on the language-model loss.
+        """The selected parts on the language-model loss.
 
         Raises:
             UserError: a group that the model does not have, or `lora` on a pruned model.
         """
         from overhaul.objective import CrossEntropy
-        from overhaul.optim.adamw import adamw
+        from overhaul.optim.build import build
         from overhaul.train import Plan, schedule
         from overhaul.trainable import prepare
         from overhaul.watch import KeepZeros
@@ -77,7 +77,7 @@ class Perp(Training):
             model=model,
             objective=CrossEntropy(),
             stream=data.training(self),
-            optimizer=adamw(selected.parameters, lr=self.lr, weight_decay=self.weight_decay),
+            optimizer=build(self, selected.parameters, model=model),
             schedule=schedule(self.schedule, self.warmup),
             watchers=(KeepZeros(),) if "full" in self.train else (),
             finish=selected.finish,

@@ -69,7 +69,7 @@ class SLTrain(Training):
         from overhaul.factored import convert, factored_layers
         from overhaul.layers import dequantize_all
         from overhaul.objective import CrossEntropy
-        from overhaul.optim.adamw import adamw
+        from overhaul.optim.build import build
         from overhaul.train import Plan, schedule
 
         self.check(model, data)
@@ -87,7 +87,7 @@ class SLTrain(Training):
             model=model,
             objective=CrossEntropy(),
             stream=data.training(self),
-            optimizer=adamw(trained, lr=self.lr, weight_decay=self.weight_decay),
+            optimizer=build(self, trained, model=model),
             schedule=schedule(self.schedule, self.warmup),
             finish=dequantize_all if self.merge else lambda model: model,
         )

@@ -138,7 +138,7 @@ class KnowledgeDistillation(Training):
         return depth < NEARLY_KEPT * teacher_depth
 
     def plan(self, model: nn.Module, data: Data) -> Plan:
-        """All parameters under AdamW on the divergence from the teacher; masks of a pruned student are enforced."""
+        """All parameters on the divergence from the teacher; masks of a pruned student are enforced."""
         from overhaul.distillation import distillation_plan
         from overhaul.interop import hf
 
