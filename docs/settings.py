@@ -5,6 +5,7 @@ python docs/settings.py
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,18 @@ def table(kind: type[Any], shared: type[Any] | None = None) -> str:
 
 def rows(kind: type[Any]) -> list[str]:
     """The fields of a pydantic class as rows of the table."""
-    return [
-        f"| `{name}` | {_default(schema.get('default'))} | {_values(schema)} | {schema.get('description', '')} |"
-        for name, schema in kind.model_json_schema()["properties"].items()
-    ]
+    schema = kind.model_json_schema()
+    return list(_rows(schema["properties"], schema.get("$defs", {})))
+
+
+def _rows(fields: dict[str, Any], groups: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The rows of some fields; those of a group of settings follow it, under dotted names."""
+    for name, schema in fields.items():
+        group = schema.get("$ref", "").rpartition("/")[-1]
+        values, default = ("", "") if group else (_values(schema), _default(schema.get("default")))
+        yield f"| `{prefix}{name}` | {default} | {values} | {schema.get('description', '')} |"
+        if group:
+            yield from _rows(groups[group]["properties"], groups, f"{prefix}{name}.")
 
 
 def _default(value: Any) -> str:

@@ -86,3 +86,15 @@ def flat_fields(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = flat_fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
         flat |= nested
     return flat
+
+
+def nested_fields(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What `flat_fields` made flat, as it was."""
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *groups, last = name.split(".")
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = value
+    return nested

@@ -16,7 +16,7 @@ from overhaul import catalog, packed, pretrained, recipe
 from overhaul.artifact import Artifact
 from overhaul.journal import Notes, TableNote
 from overhaul.judge import Judge
-from overhaul.lineage import LineageStep
+from overhaul.lineage import LineageStep, nested_fields
 from overhaul.report.card import CardData, Relation, model_card, overhaul_snippet
 from overhaul.report.facts import Facts, Report, curves_of_history
 from overhaul.report.figures import curves_png
@@ -124,7 +124,7 @@ def replay(lineage: Sequence[LineageStep], out: Path) -> str:
     steps: list[tuple[str, str, dict[str, Any]]] = []
     for step in lineage:
         # All fields, not only the chosen ones: a later version may have other defaults.
-        steps.append((step.verb, step.method, {**step.fields, **step.options}))
+        steps.append((step.verb, step.method, {**nested_fields(step.fields), **step.options}))
     return recipe.to_yaml(base, steps, out=f"{out.name}-again")
 
 

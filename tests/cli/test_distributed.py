@@ -38,12 +38,16 @@ def half(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module", params=["adapt full", "adapt hft", "distill kd"])
+@pytest.fixture(
+    scope="module", params=["adapt full", "adapt full fira", "adapt full galore", "adapt hft", "distill kd"]
+)
 def method(request: pytest.FixtureRequest, make_tiny: Callable[..., Path]) -> list[str]:
     """Verb and method, and what it needs; distillation with hidden states, whose weight is that of the step before."""
+    verb, name, *optimizer = request.param.split()
+    projected = ["--optimizer", *optimizer, "--projection.rank", "8", "--projection.gap", "2"] if optimizer else []
     teacher = ["--states", "embedding", "layers", "--teacher", str(make_tiny(tie=False, bias=True))]
-    more = {"distill kd": teacher, "adapt hft": ["--rounds", "2"]}
-    return [*request.param.split(), *more.get(request.param, [])]
+    more = {"kd": teacher, "hft": ["--rounds", "2"]}
+    return [verb, name, *projected, *more.get(name, [])]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +69,8 @@ def test_two_processes_train_like_one_with_the_doubled_batch(
 ):
     out = tmp_path / "out"
     before = contents(half)
+    if "--use_fsdp" in how and "--optimizer" in method:
+        pytest.skip("needs whole matrices: refused, see test_a_rule_that_needs_whole_matrices_is_refused_under_fsdp")
     words = [*method, str(half), "-o", str(out), "--data", str(questions), "--batch-size", "2"]
     command = [sys.executable, *LAUNCH, *how, "-m", "overhaul", *words, *TRAIN, *JUDGE]
 
@@ -83,3 +89,15 @@ def test_two_processes_train_like_one_with_the_doubled_batch(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert {path.name for path in out.iterdir()} == {path.name for path in alone.iterdir()}
     assert contents(half) == before
+
+
+def test_a_rule_that_needs_whole_matrices_is_refused_under_fsdp(half: Path, questions: Path, tmp_path: Path):
+    words = ["adapt", "full", str(half), "-o", str(tmp_path / "out"), "--data", str(questions), *TRAIN]
+    words += ["--optimizer", "fira", "--projection.rank", "8", "--evaluate", "none"]
+    command = [sys.executable, *LAUNCH, "--use_fsdp", "--fsdp_version", "2", "-m", "overhaul", *words]
+
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+
+    assert done.returncode != 0
+    assert "--optimizer fira needs whole matrices" in done.stderr
+    assert not (tmp_path / "out").exists()

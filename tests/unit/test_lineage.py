@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
+from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields, nested_fields
 
 STEP = LineageStep(
     verb="adapt",
@@ -28,5 +28,8 @@ def test_fields_of_a_later_version_are_ignored():
     assert LineageStep.from_json({**STEP.to_json(), "watts": 7}) == STEP
 
 
-def test_flat_fields():
-    assert flat_fields({"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == {"a": 1, "b.c": 2, "b.d.e": 3}
+def test_nested_fields_become_flat_and_nested_again():
+    nested, flat = {"a": 1, "b": {"c": 2, "d": {"e": 3}}}, {"a": 1, "b.c": 2, "b.d.e": 3}
+
+    assert flat_fields(nested) == flat
+    assert nested_fields(flat) == nested
