@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import distill, half, int8, perp, pruning, recipes, sltrain, spectra, startup, training, which
+from bench import distill, half, int8, optimizers, perp, pruning, recipes, sltrain, spectra, startup, training, which
 from bench.inputs import Inputs
 from bench.results import ROOT, Row, record
 from bench.tables import number
@@ -17,6 +17,7 @@ BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "help": startup.startup,
     "full": training.full,
     "lora": training.lora,
+    "fira": optimizers.fira,
     "randlora": training.randlora,
     "hft": training.hft,
     "sltrain": sltrain.scratch,

@@ -37,6 +37,8 @@ class Turns(Watcher):
 given = turn.settings()
 dtype = getattr(torch, given["compute_dtype"])
 settings: dict[str, Any] = {key: given[key] for key in ("steps", "batch_size", "seq_len", "lr")} | {"save_every": 0}
+if "optimizer" in given:
+    settings |= {"optimizer": given["optimizer"], "projection": {"rank": given["rank"], "gap": given["gap"]}}
 method = {
     "full": Full(**settings),
     "lora": LoRA(**settings, rank=16, alpha=32),

@@ -11,8 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ import pytest
 import torch
 from bench import results
 from bench.results import Row, Target
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch import nn
 
+from claims.from_scratch import CORPUS, FFN, HELDOUT_WINDOWS, HIDDEN, MODEL, SEQ_LEN, FromScratch
 from overhaul import artifact, evaluate, factored, machine
 from overhaul.adapt.full import Full
 from overhaul.adapt.sltrain import SLTrain
@@ -32,10 +31,9 @@ from overhaul.train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * 3600)]
 
-CORPUS = "boolq-passages"
 SEEDS = (0, 1, 2)
-HIDDEN, FFN, LAYERS, RANK, DENSITY, ALPHA = 128, 352, 4, 16, 0.05, 16.0
-STEPS, BATCH_SIZE, SEQ_LEN, HELDOUT_WINDOWS = 300, 4, 128, 64
+RANK, DENSITY, ALPHA = 16, 0.05, 16.0
+STEPS, BATCH_SIZE = 300, 4
 RATES = {"dense": (1e-3, 3e-3, 1e-2), "sltrain": (3e-3, 1e-2, 3e-2), "low-rank": (3e-3, 1e-2, 3e-2)}
 ON_STEPS, ON_RATE = 100, 1e-3
 """Of the conversion: how long it is trained on, at what rate, which was not tuned."""
@@ -44,7 +42,7 @@ HOW: dict[str, Any] = {
 }  # fmt: skip
 FORM: dict[str, Any] = {"density": DENSITY, "alpha": ALPHA}
 SETTINGS = {
-    "model": f"llama {LAYERS} x {HIDDEN}, FFN {FFN}, 512 tokens", "corpus": CORPUS, "rank": RANK, **FORM, **HOW,
+    "model": MODEL, "corpus": CORPUS, "rank": RANK, **FORM, **HOW,
     "rates": RATES, "heldout": f"{HELDOUT_WINDOWS}x{SEQ_LEN}",
 }  # fmt: skip
 SMOL: dict[str, Any] = {
@@ -54,31 +52,14 @@ SMOL: dict[str, Any] = {
 SUPPORTS = ("random", "largest", "none")
 
 
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """The text as the small models see it, and how they are judged."""
-
-    data: Callable[[int], Data]
-    heldout_NT: Tensor
-    num_tokens: int
-
-    def loss(self, model: nn.Module) -> float:
-        """Held-out loss in nats a token."""
-        return math.log(evaluate.perplexity(model, self.heldout_NT, batch_size=16).estimate.value)
-
-    @property
-    def config(self) -> LlamaConfig:
-        """Of the small models."""
-        return LlamaConfig(
-            hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=4,
-            vocab_size=self.num_tokens, max_position_embeddings=512,
-        )  # fmt: skip
+class Bench(FromScratch):
+    """Dense, SLTrain's and low-rank models, trained alike."""
 
     def fresh(self, kind: str, seed: int) -> nn.Module:
         """An untrained model."""
-        torch.manual_seed(seed)
         if kind == "dense":
-            return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            return self.dense(seed)
+        torch.manual_seed(seed)
         form = FORM if kind == "sltrain" else {"density": 0.0, "alpha": ALPHA}
         return factored.from_config(self.config, rank=RANK if kind == "sltrain" else low_rank(), seed=seed, **form)
 
@@ -101,14 +82,7 @@ def low_rank() -> int:
 
 @pytest.fixture(scope="module")
 def bench(tiny: Path) -> Bench:
-    tokenizer = artifact.load(tiny).processor
-    corpus = open_corpus(CorpusSpec(path=CORPUS))
-
-    def data(seed: int) -> Data:
-        return Data(corpus, tokenizer, seed)
-
-    heldout_NT = data(0).windows("heldout", seq_len=SEQ_LEN, limit=HELDOUT_WINDOWS)
-    return Bench(data, heldout_NT, len(tokenizer))
+    return Bench.of(tiny)
 
 
 @pytest.fixture(scope="module")

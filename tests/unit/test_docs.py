@@ -42,10 +42,10 @@ RECIPES = [pytest.param(path, id=path.stem) for path in sorted((ROOT / "recipes"
 
 # What makes a documented command tiny; a flag is replaced where it is given, and added where the command knows it.
 TINY = {"--steps": "2", "--seq-len": "32", "--samples": "4", "--windows": "2", "--limit": "4", "--tokens": "2",
-        "--layers": "1", "--ffn": "64", "--rank": "6", "--search-steps": "1",
+        "--layers": "1", "--ffn": "64", "--rank": "6", "--projection.rank": "8", "--search-steps": "1",
         "--search-seq-len": "32"}  # fmt: skip
 # Of these only what is given is replaced: a shape has as many numbers as its author wanted.
-ONLY_REPLACED = {"--layers", "--ffn", "--rank"}
+ONLY_REPLACED = {"--layers", "--ffn", "--rank", "--projection.rank"}
 TINY_RECIPE = {"steps": 1, "seq_len": 32, "samples": 4, "eval_every": 0, "search_steps": 1, "search_seq_len": 32}
 
 Type = Callable[[str], None]
@@ -183,7 +183,7 @@ def test_the_candidates_for_a_task_are_trained_and_compared(type_command: Type):
         type_command(command)
 
     made = {path.name for path in Path("runs/which").iterdir() if path.is_dir()}
-    assert made == {"full", "half", "lora", "randlora", "vera"}
+    assert made == {"full", "half", "fira", "lora", "randlora", "vera"}
     assert "less forgetful than" in Path("runs/which/compare.html").read_text()
 
 
