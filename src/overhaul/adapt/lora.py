@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -23,6 +24,9 @@ class LoRA(Increments):
     lr: PeakRate = 2e-4
     rank: Positive = Field(16, description="Rank of the increments.")
     alpha: Rate = Field(32.0, description="The increment is scaled by alpha / rank.")
+    rslora: bool = Field(
+        False, description="Scale by alpha / sqrt(rank) instead, so that a higher rank is not held back (rsLoRA)."
+    )
     dropout: Fraction = Field(0.0, description="Dropout on the adapter's input.")
 
     def attach(self, model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
@@ -36,5 +40,7 @@ class LoRA(Increments):
 
         if self.merge:
             refuse_pruned(model, names)
-        layers = swap(model, names, lambda old: adapted(old, self.rank, self.alpha, self.dropout))
+        # The layers divide by the rank; times its root, that is rsLoRA's scale (Kalajdzievski, 2023).
+        alpha = self.alpha * math.sqrt(self.rank) if self.rslora else self.alpha
+        layers = swap(model, names, lambda old: adapted(old, self.rank, alpha, self.dropout))
         return [tensor for layer in layers.values() for tensor in (layer.lora_A, layer.lora_B)]

@@ -26,6 +26,7 @@ from overhaul.select import select_linears
 IDS = torch.arange(24)[None]
 OURS = {
     "lora": LoRA(rank=4),
+    "rslora": LoRA(rank=4, rslora=True),
     "randlora": RandLoRA(rank=8, alpha=160, key=5, merge=False),
     "randlora-paper": RandLoRA(rank=8, alpha=16, scale_mode="paper", merge=False),
     "randlora-sparse": RandLoRA(rank=8, alpha=160, bases="sparse", merge=False),
@@ -79,6 +80,17 @@ def test_peft_reads_what_is_written_here(name: str, tiny: Path, tmp_path: Path):
     assert (logits(model) - logits(load(tiny))).abs().max() > 1e-3
 
 
+def test_rank_stabilised_scaling_is_that_of_peft():
+    linear = nn.Linear(8, 8)
+    theirs = get_peft_model(nn.ModuleDict({"one": linear}), LoraConfig(r=4, target_modules=["one"], use_rslora=True,
+                            lora_alpha=16)).base_model.model["one"].scaling["default"]  # pyright: ignore  # fmt: skip
+    model = nn.ModuleDict({"one": nn.Linear(8, 8)})
+
+    LoRA(rank=4, alpha=16, rslora=True).attach(model, ["one"])
+
+    assert model["one"].scale == theirs == 8
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_what_is_written_comes_back_to_the_same_bits(name: str, tiny: Path, tmp_path: Path):
     model = adapted(tiny, OURS[name])
@@ -87,7 +99,9 @@ def test_what_is_written_comes_back_to_the_same_bits(name: str, tiny: Path, tmp_
     again = load(tiny)
     read_adapter(again, tmp_path, packed=False)
 
-    close = {"rtol": 0.0, "atol": 0.0} if name not in ("lora", "randlora-paper") else {"rtol": 1e-5, "atol": 1e-5}
+    close = (
+        {"rtol": 0.0, "atol": 0.0} if name not in ("lora", "rslora", "randlora-paper") else {"rtol": 1e-5, "atol": 1e-5}
+    )
     torch.testing.assert_close(logits(again), logits(merge_all(model)), **close)
     assert not any(isinstance(module, Adapter) for module in again.modules())
 
