@@ -1,8 +1,8 @@
 """Intruder dimensions (Shuttleworth et al., 2024) on a real model: what the paper claims, at this size.
 
 SmolLM2-135M learns to rewrite orders in a fixed format, by LoRA of rank 1, 8 and 64 (rank-stabilised) and in full, each
-until it has the same held-out loss on that task. What was forgotten is the loss on the sample corpus, which nobody was
-trained on. The rates were not tuned for any of them beyond that all of them reach the loss.
+as far as it goes, so that all have about one held-out loss on that task: that they do is measured too. What was
+forgotten is the loss on the sample corpus, which nobody was trained on.
 """
 
 from __future__ import annotations
@@ -43,11 +43,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * 3600)]
 
 SEEDS = (0, 1, 2)
 K, EPS = 10, 0.5
-LEVEL = 0.42
-"""Held-out loss of the task, in nats a token, at which a training stops."""
-ROUND, MOST_ROUNDS = 4, 20
-"""Steps between two looks at the held-out loss, and how many rounds there are at most."""
-HOW: dict[str, Any] = {"batch_size": 4, "seq_len": 128, "schedule": "constant", "warmup": 0, "save_every": 0}
+STEPS, STEPS_OF_A_TASK = 128, 64
+"""Of each training, and of each of several tasks in a row; small ones, for intruders grow by steps, not by tokens."""
+HOW: dict[str, Any] = {"batch_size": 2, "seq_len": 64, "schedule": "linear", "save_every": 0}
 DTYPE = torch.float32
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 HELDOUT = {"task": (12, 128), "sample": (16, 256)}
@@ -56,7 +54,7 @@ HELDOUT = {"task": (12, 128), "sample": (16, 256)}
 
 def trainings() -> dict[str, Training]:
     """The scale of the increment is 2 for every LoRA: alpha / r, and alpha / sqrt(r) times sqrt(r) / r for 64(rs)."""
-    steps: dict[str, Any] = {**HOW, "steps": ROUND}
+    steps: dict[str, Any] = {**HOW, "steps": STEPS}
     return {
         "r1": LoRA(rank=1, alpha=2, lr=5e-3, **steps),
         "r8": LoRA(rank=8, alpha=16, lr=3e-3, **steps),
@@ -65,7 +63,7 @@ def trainings() -> dict[str, Training]:
     }
 
 
-SETTINGS = {"model": "smollm2-135m", "k": K, "eps": EPS, "level": LEVEL, **HOW, "dtype": str(DTYPE)}
+SETTINGS = {"model": "smollm2-135m", "k": K, "eps": EPS, "steps": STEPS, **HOW, "dtype": str(DTYPE)}
 NAMES = ("Ada", "Boris", "Chen", "Dina", "Emil", "Fatima", "Goro", "Hana", "Ivo", "June")
 GOODS = ("apples", "bolts", "candles", "drums", "engines", "flutes", "gloves", "hats", "inks", "jars")
 CITIES = ("Rome", "Lagos", "Lima", "Oslo", "Quito", "Riga", "Seoul", "Tunis", "Vaduz", "York")
@@ -104,13 +102,10 @@ class Bench:
         return math.log(evaluate.perplexity(model, self.heldout_NT[text], dtype=DTYPE, batch_size=4).estimate.value)
 
     def tuned(self, method: Training, seed: int, *, model: nn.Module | None = None, task: int = 0) -> nn.Module:
-        """A model trained until it has the task's loss; merged."""
+        """A model trained on a task; merged."""
         machine.seed_everything(seed)
         plan = method.plan(copy.deepcopy(self.dense.model) if model is None else model, self.tasks[task](seed))
-        for _ in range(MOST_ROUNDS):
-            train(plan, method, seed=seed, dtype=DTYPE, quiet=True)
-            if self.loss(plan.model.eval(), _text(task)) <= LEVEL:
-                break
+        train(plan, method, seed=seed, dtype=DTYPE, quiet=True)
         return merge_all(plan.finish(plan.model.eval()))
 
     def spectra(self, model: nn.Module) -> list[Matrix]:
@@ -224,7 +219,7 @@ def sweeps(bench: Bench, runs: dict[str, list[Run]]) -> list[dict[tuple[str, flo
         for control in ("intruders", "others", "random"):
             machine.seed_everything(seed)
             method = Repair(scale=0, k=K, eps=EPS, control=control)
-            removed = {n: method._correction(bench.base, n, tuned[n], bench.cache)[0] for n in tuned}
+            removed = {n: method._correction(bench.base, n, tuned[n], bench.cache)[0] for n in bench.base.shapes}
             for scale in LAMBDAS if control == "intruders" else (LAMBDAS[0], LAMBDAS[2]):
                 with torch.no_grad():
                     for name, layer in linears.items():
@@ -262,12 +257,13 @@ def test_one_task_after_the_other_gathers_intruders_and_forgets(bench):
     for seed in SEEDS:
         model, counts, losses = copy.deepcopy(bench.dense.model), [0], [bench.loss(bench.dense.model, "sample")]
         for task in range(len(bench.tasks)):
-            method = LoRA(rank=4, alpha=8, lr=2e-3, steps=ROUND, **HOW)
+            method = LoRA(rank=4, alpha=8, lr=3e-3, steps=STEPS_OF_A_TASK, **HOW)
             model = bench.tuned(method, seed, model=model, task=task)
             counts.append(sum(len(matrix.intruders(EPS)) for matrix in bench.spectra(model)))
             losses.append(bench.loss(model, "sample"))
         steps.append(min(later - earlier for earlier, later in pairwise(counts)))
-        correlations.append(float(spearmanr(counts, losses).statistic))
+        # Without any intruders there is nothing to go with.
+        correlations.append(float(spearmanr(counts, losses).statistic) if len(set(counts)) > 1 else 0.0)
 
     results.record([_row("sequence", "Fewest intruders added by a task", steps, Target(">=", 0))])
     _check("sequence-correlation", "Rank correlation of intruders and general loss over three tasks", correlations,
