@@ -167,6 +167,7 @@ def _change(
         seconds=round(max(time.perf_counter() - began, history.seconds if history else 0.0), 3),
         peak_rss_bytes=machine.peak_rss_bytes(),
         trainable_parameters=history.trainable_parameters if history else None,
+        optimizer_bytes=history.optimizer_bytes if history else None,
         versions=machine.versions(),
         hardware=machine.hardware(next(model.parameters()).device),
         command=command,

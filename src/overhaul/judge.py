@@ -126,6 +126,7 @@ class Judge:
             peak_rss_bytes=step.peak_rss_bytes,
             trainable_parameters=trained,
             trainable_share=trained / facts.parameters if trained else None,
+            optimizer_bytes=step.optimizer_bytes,
         )
 
     def facts(self, model: nn.Module, *, label: str, path: str, errors: Sequence[LayerNote] = ()) -> Facts:

@@ -44,6 +44,7 @@ class LineageStep:
         seconds: wall time of the change itself, without measuring before and after.
         peak_rss_bytes: highest resident memory of the process meanwhile.
         trainable_parameters: how many were trained, None for a change without training.
+        optimizer_bytes: what the optimizer kept at the end, on each process; None for a change without training.
         versions, hardware: what can change a result.
         command: what to type to do it again.
         date: UTC, ISO 8601.
@@ -60,6 +61,7 @@ class LineageStep:
     seconds: float | None = None
     peak_rss_bytes: int | None = None
     trainable_parameters: int | None = None
+    optimizer_bytes: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: str = ""
     command: str = ""

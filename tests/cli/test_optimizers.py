@@ -115,3 +115,17 @@ def test_a_dry_run_knows_what_a_rule_keeps(rule: list[str], share: float, tiny: 
 def test_mistakes_are_refused(words: list[str], told: list[str], tiny: Path, tmp_path: Path):
     refused(overhaul("adapt", "full", tiny, "-o", tmp_path / "out", *TRAIN, *words), *told)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_record_and_the_table_say_what_the_optimizer_kept(tiny: Path, tmp_path: Path):
+    kept = {}
+    for name, rule in {"adamw": [], "fira": ["--optimizer", "fira", *PROJECTED]}.items():
+        done = overhaul("adapt", "full", tiny, "-o", tmp_path / name, *TRAIN, *rule)
+        assert done.code == 0, done.err
+        assert "optimizer state" in done.out
+        kept[name] = json.loads((tmp_path / name / "overhaul.json").read_text())["lineage"][-1]["optimizer_bytes"]
+
+    matrices = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
+    # q and o, k and v, the MLP: r min + 2 r max and two scalars each, where AdamW has two moments and one.
+    projected = 2 * (2 * (3 * 8 * 64 + 2) + 2 * (8 * 32 + 2 * 8 * 64 + 2) + 3 * (8 * 64 + 2 * 8 * 128 + 2))
+    assert kept["adamw"] - kept["fira"] == 4 * (2 * matrices + 14 - projected)

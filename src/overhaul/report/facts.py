@@ -52,6 +52,7 @@ class Facts:
         decode_tokens_per_second: speed of greedy generation, one text at a time, the prompt already read.
         peak_rss_bytes, seconds: cost of the verb that made the directory.
         trainable_parameters, trainable_share: what that verb trained, if it trained.
+        optimizer_bytes: what its optimizer kept.
         layers: per-layer numbers.
         generations: (prompt, text that follows it), prompts in the same order for every model.
     """
@@ -75,6 +76,7 @@ class Facts:
     seconds: float | None = None
     trainable_parameters: int | None = None
     trainable_share: float | None = None
+    optimizer_bytes: int | None = None
     layers: tuple[LayerFacts, ...] = ()
     generations: tuple[tuple[str, str], ...] = ()
 

@@ -144,6 +144,8 @@ def _columns(facts: Sequence[Facts], *, is_comparison: bool) -> list[_Column | _
     columns.append(_Column(title="time", number=lambda one: one.seconds, text=as_duration))
     if not is_comparison and any(one.trainable_share is not None for one in facts):
         columns.append(_Column(title="trained", number=lambda one: one.trainable_share, text=as_percent))
+    if not is_comparison and any(one.optimizer_bytes is not None for one in facts):
+        columns.append(_Column(title="optimizer state", number=lambda one: one.optimizer_bytes, text=as_size))
     return columns
 
 

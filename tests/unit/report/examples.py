@@ -92,6 +92,7 @@ def three_facts(num_blocks: int = 2) -> tuple[Facts, ...]:
         seconds=130.2,
         trainable_parameters=2_442_240,
         trainable_share=0.01816,
+        optimizer_bytes=19_537_920,
         layers=layers(num_blocks, 0.5, None),
         generations=tuple((prompt, ", that a man of a large fortune must be wanted.") for prompt in PROMPTS),
     )
