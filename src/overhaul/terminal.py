@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from overhaul.errors import UserError, UserErrors, from_pydantic
-from overhaul.method import Settings
 
 
 def parse(kind: type[Any], arguments: Sequence[str], *, prog: str, description: str) -> Any:
@@ -40,6 +39,8 @@ def flags(settings: type[Any], *, without: Sequence[str] = ()) -> list[tuple[str
 
 def _is_settings(annotation: Any) -> bool:
     """Whether a field is a group of settings, whose flags are `--field.name`."""
+    from overhaul.method import Settings  # it brings pydantic, which the list of commands does without
+
     return isinstance(annotation, type) and issubclass(annotation, Settings)
 
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 from bench import results
 from bench.results import Row, Target
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from claims.from_scratch import CORPUS, HIDDEN, MODEL, SEQ_LEN, FromScratch
@@ -138,6 +137,8 @@ def test_it_is_near_adamw(losses):
 
 
 def test_scaling_factors_of_a_few_directions_are_ordered_as_those_of_all(small):
+    from scipy.stats import spearmanr  # comes with the peers
+
     values = []
     for seed in SEEDS:
         settings, model = Full.model_validate({**HOW, "steps": 200, "lr": 3e-3}), small.dense(seed)

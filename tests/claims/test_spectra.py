@@ -22,7 +22,6 @@ import pytest
 import torch
 from bench import results
 from bench.results import Row, Target
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from overhaul import artifact, evaluate, machine
@@ -253,6 +252,8 @@ def test_they_cost_the_task_less_than_other_directions(sweeps, control):
 
 
 def test_one_task_after_the_other_gathers_intruders_and_forgets(bench):
+    from scipy.stats import spearmanr  # comes with the peers
+
     steps, correlations = [], []
     for seed in SEEDS:
         model, counts, losses = copy.deepcopy(bench.dense.model), [0], [bench.loss(bench.dense.model, "sample")]
