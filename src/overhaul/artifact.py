@@ -28,6 +28,7 @@ from overhaul.lineage import LineageStep, Parent
 RECORD = "overhaul.json"
 MASKS = "masks.safetensors"
 IMPORTANCE = "importance.safetensors"
+SYNTHETIC = "synthetic.jsonl"
 STATE = ".state"
 TRACKED = "overhaul"
 """What a tracker that writes files calls its folder, inside `STATE` while it trains."""
@@ -37,8 +38,8 @@ WEIGHTS = (
 )
 """Files with weights, in this and in other programs' formats: they are those of the model before."""
 # Files that this project writes anew for every directory; everything else beside the weights is copied.
-_OWN = {RECORD, MASKS, IMPORTANCE, "recipe.yaml", "README.md", "report.html", "metrics.jsonl", "curves.png",
-        "config.json", "generation_config.json", "source.json", "adapter_config.json"}  # fmt: skip
+_OWN = {RECORD, MASKS, IMPORTANCE, SYNTHETIC, "recipe.yaml", "README.md", "report.html", "metrics.jsonl",
+        "curves.png", "config.json", "generation_config.json", "source.json", "adapter_config.json"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from overhaul.documents import Row, row_text
 from overhaul.errors import UserError
 from overhaul.lineage import LineageStep
 from overhaul.method import Training
-from overhaul.stream import Batch, Encoded, Map, Pack, Repeat, Rows, Shuffle, Stream, Take
+from overhaul.stream import Batch, Encoded, Map, Pack, Repeat, Rows, Shuffle, Stream, Take, padded
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "calib", "heldout"]
@@ -131,6 +131,28 @@ class Data:
             raise self._too_short(("train",), settings.seq_len)
         encoded = Map(Repeat(Shuffle(rows, seed=self.seed)), self.encode, name="encode")
         return Batch(Pack(encoded, seq_len=settings.seq_len), batch_size=settings.batch_size)
+
+    def examples(self, settings: Training) -> Stream:
+        """Shuffled training documents without end, each alone in a window, so that none is read after another.
+
+        Documents longer than `settings.seq_len` are left out, with a warning.
+
+        Raises:
+            UserError: all of them are.
+        """
+        lengths = [len(self.encode(row).ids) for row in self.corpus.train]
+        kept = [row for row, length in zip(self.corpus.train, lengths, strict=True) if length <= settings.seq_len]
+        if not kept:
+            raise UserError(
+                f"every row of {self.corpus.name} is longer than --seq-len {settings.seq_len}",
+                hint=f"--seq-len {min(lengths)}",
+            )
+        if len(kept) < len(lengths):
+            log.warning("%d rows are longer than %d tokens: left out", len(lengths) - len(kept), settings.seq_len)
+        width = max(length for length in lengths if length <= settings.seq_len)
+        rows = Rows(kept, name=self.corpus.name, fingerprint=self.corpus.fingerprint)
+        encoded = Map(Repeat(Shuffle(rows, seed=self.seed)), self.encode, name="encode")
+        return Batch(Map(encoded, lambda row: padded(row, width), name=f"pad({width})"), batch_size=settings.batch_size)
 
     def calibration(self, *, samples: int, seq_len: int, batch_size: int = 1) -> Stream:
         """`samples` windows for statistics, from the calibration and training text, in a seeded order.

@@ -76,7 +76,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
         artifacts.check_out(out, parent=read, resume=options.resume)
     device = machine.pick_device(options.device)
     dtype = machine.compute_dtype(options.dtype, device)
-    needs_data = not isinstance(method, Transform) or method.reads_data()
+    needs_data = not isinstance(method, Transform | Pipeline) or method.reads_data()
     others = _others(method)
     if isinstance(method, Training) and options.data is None:
         raise UserError(
@@ -91,15 +91,17 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     _refuse_packed(method, parent)
     _refuse_adapter_of_adapter(method, parent)
     _refuse_long_windows(method, parent)
+    # A pipeline sees what was given even where it reads none of it: private data in the wrong place is worth a word.
+    text = (corpus or NO_CORPUS) if isinstance(method, Pipeline) else corpus if needs_data else None
     data = (
         Data(
-            corpus,
+            text,
             parent.processor,
             options.seed,
             dense_tensors=artifacts.dense_ancestor(parent),
             lineage=parent.lineage,
         )
-        if corpus and needs_data
+        if text
         else None
     )
     method.check(parent.model, data)
@@ -130,6 +132,7 @@ def _change(
 ) -> tuple[Artifact, journal.Notes, History | None]:
     """Runs the method; the time and memory it takes are its own, without loading and measuring."""
     options, method = step.options, step.method
+    needs_data = not isinstance(method, Transform | Pipeline) or method.reads_data()
     machine.seed_everything(options.seed)
     machine.reset_peak_rss()
     began = time.perf_counter()
@@ -160,7 +163,7 @@ def _change(
         fields=_fields(method, others),
         non_default=tuple(flat_fields(method.model_dump(mode="json", exclude_defaults=True))),
         parents=(Parent(path=_called(parent.name, parent.path), hash=parent.weights_sha256), *others),
-        data=_data_used(data, tokens),
+        data=_data_used(data, tokens) if needs_data else None,
         seed=options.seed,
         options=_recorded(options),
         # A resumed run counts what it had taken before it was stopped.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +66,14 @@ class TensorsNote:
     metadata: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsNote:
+    """Records for anyone to read, written to `file` beside the weights as JSON lines."""
+
+    file: str
+    rows: tuple[Mapping[str, Any], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Notes:
     """The notes of one recording, in the order they were made."""
@@ -74,6 +82,7 @@ class Notes:
     parts: list[PartNote] = field(default_factory=list)
     tables: list[TableNote] = field(default_factory=list)
     tensors: list[TensorsNote] = field(default_factory=list)
+    rows: list[RowsNote] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
     @property
@@ -118,6 +127,12 @@ def note_tensors(file: str, tensors: Mapping[str, Tensor], metadata: Mapping[str
     """Adds a file of tensors to the recording in progress; does nothing when there is none."""
     if (notes := _notes.get()) is not None:
         notes.tensors.append(TensorsNote(file=file, tensors=tensors, metadata=metadata))
+
+
+def note_rows(file: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds a file of records to the recording in progress; does nothing when there is none."""
+    if (notes := _notes.get()) is not None:
+        notes.rows.append(RowsNote(file=file, rows=tuple(rows)))
 
 
 def note_tokens(count: int) -> None:

@@ -206,6 +206,10 @@ class Training(Method, ABC):
 class Pipeline(Method, ABC):
     """A change in several steps, or with several models: candidates, stages, clients."""
 
+    def reads_data(self) -> bool:
+        """Whether it reads a corpus with these settings; otherwise `work.data` holds none."""
+        return True
+
     def outline(self, model: nn.Module) -> tuple[str, ...]:
         """What it would do with this model, one sentence a line, for a dry run."""
         return ()

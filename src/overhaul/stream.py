@@ -50,6 +50,20 @@ class Encoded(NamedTuple):
     trained: np.ndarray
 
 
+def padded(document: Encoded, width: int) -> dict[str, torch.Tensor]:
+    """A document alone in a window, filled up on the right, where a causal model does not look and nothing is trained.
+
+    Returns:
+        `{"input_ids": (width,), "labels": (width,)}` int64, as `Pack` yields them.
+    """
+    gap = width - len(document.ids)
+    labels = np.where(document.trained, document.ids, IGNORED)
+    return {
+        "input_ids": torch.from_numpy(np.pad(document.ids, (0, gap))),
+        "labels": torch.from_numpy(np.pad(labels, (0, gap), constant_values=IGNORED)),
+    }
+
+
 class Stream(ABC, Iterator[Any]):
     """An iterator with a state. Subclasses are finished classes: they are composed, never extended."""
 

@@ -65,6 +65,9 @@ def write_directory(
             extra["tables"] = [asdict(table) for table in notes.tables]
         for beside in notes.tensors:
             save_file(dict(beside.tensors), directory / beside.file, metadata=dict(beside.metadata))
+        for records in notes.rows:
+            lines = (json.dumps(row, ensure_ascii=False) for row in records.rows)
+            (directory / records.file).write_text("\n".join(lines) + "\n")
         artifacts.write_record(made, directory, extra)
         recipe_yaml = replay(made.lineage, out)
         (directory / "recipe.yaml").write_text(recipe_yaml)

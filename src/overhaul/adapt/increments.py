@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from overhaul.data import Data
+    from overhaul.stream import Stream
     from overhaul.train import Plan
 
 
@@ -37,6 +38,14 @@ class Increments(Training):
         Raises:
             UserError: a target fits no layer, or the adapter does not fit the model.
         """
+        return self.plan_on(model, data.training(self))
+
+    def plan_on(self, model: nn.Module, stream: Stream) -> Plan:
+        """The same on micro-batches that another method made.
+
+        Raises:
+            UserError: a target fits no layer, or the adapter does not fit the model.
+        """
         from overhaul.layers import merge_all
         from overhaul.objective import CrossEntropy
         from overhaul.optim.build import build
@@ -50,7 +59,7 @@ class Increments(Training):
         return Plan(
             model=model,
             objective=CrossEntropy(),
-            stream=data.training(self),
+            stream=stream,
             optimizer=build(self, trained, model=model),
             schedule=schedule(self.schedule, self.warmup),
             finish=self.finish,

@@ -1,0 +1,235 @@
+"""What moves an adapter to another model when its data is gone: teacher, judge, a few examples, and sums.
+
+A bundle is a directory of its own kind, written aside and renamed, never a model:
+
+    bundle.json         models with their hashes, frame, statistics, what the judge is worth, ledger
+    seeds.jsonl         the only rows of the data
+    judge/              a PEFT adapter that tells real prompts from written ones
+    teacher/            the adapter to be moved, unless a whole model is the teacher: then its path is in bundle.json
+    features.safetensors    sums of random features of held-out prompts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from overhaul import artifact, disk, pretrained
+from overhaul.discrepancy import Features, Sums
+from overhaul.documents import Row, row_text
+from overhaul.errors import UserError
+from overhaul.synthetic import Frame
+
+FORMAT, VERSION = "overhaul-bundle", 1
+MANIFEST, SEEDS, JUDGE, TEACHER, SUMS = "bundle.json", "seeds.jsonl", "judge", "teacher", "features.safetensors"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+FEWEST_SEEDS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt, and the answer to it."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A model that a bundle stands on.
+
+    Attributes:
+        path: a name, an absolute path, or a folder of the bundle.
+        sha256: of its weights.
+        base_sha256: of the weights of the model it is an adapter of; the same hash where it is none.
+    """
+
+    path: str
+    sha256: str
+    base_sha256: str
+
+    @classmethod
+    def of(cls, ref: str | Path) -> Source:
+        """That of a model as it lies on disk now."""
+        path, base = artifact.directories(ref)
+        own, below = artifact.weights_sha256(path), artifact.weights_sha256(base)
+        return cls(path=str(ref) if str(ref) in pretrained.NAMED else str(path.resolve()), sha256=own, base_sha256=below)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A bundle in memory.
+
+    Attributes:
+        path: its directory.
+        base: the model that the judge is an adapter of, and that prompts are measured with.
+        teacher: what answers.
+        seeds: the examples.
+        frame: what all prompts begin and end with.
+        judge: `auroc` and `threshold` among what is known of it.
+        statistics: of the data: how many rows, how long prompts and answers are.
+        features: the kernel of the discrepancy.
+        real: sums of features of held-out prompts.
+        ledger: what of the data is in here.
+    """
+
+    path: Path
+    base: Source
+    teacher: Source
+    seeds: tuple[Example, ...]
+    frame: Frame
+    judge: Mapping[str, Any]
+    statistics: Mapping[str, Any]
+    features: Features
+    real: Sums
+    ledger: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Bundle:
+        """The bundle in a directory; its large files are looked for, and read by `check` only.
+
+        Raises:
+            UserError: it is none, or a part is missing.
+        """
+        path = Path(path).expanduser()
+        if not (path / MANIFEST).is_file():
+            raise UserError(f"{path} is no bundle: it has no {MANIFEST}", hint="overhaul bundle ADAPTED -o BUNDLE --data D")
+        stored = _manifest(path)
+        inside = [f"{JUDGE}/{name}" for name in ADAPTER]
+        if stored["teacher"]["path"] == TEACHER:
+            inside += [f"{TEACHER}/{name}" for name in ADAPTER]
+        for part, files in (("judge", inside[:2]), ("teacher", inside[2:]), ("seeds", [SEEDS]), ("sums", [SUMS])):
+            for name in files:
+                if not (path / name).is_file():
+                    raise UserError(f"{path} has no {part}: {name} is missing", hint="a sound copy of the bundle")
+        seeds = tuple(Example(**json.loads(line)) for line in (path / SEEDS).read_text().splitlines())
+        if len(seeds) < FEWEST_SEEDS:
+            raise UserError(f"{path} has {len(seeds)} seeds", allowed=f"{FEWEST_SEEDS} or more examples in {SEEDS}")
+        return cls(
+            path=path,
+            base=Source(**stored["base"]),
+            teacher=Source(**stored["teacher"]),
+            seeds=seeds,
+            frame=Frame(**stored["frame"]),
+            judge=stored["judge"],
+            statistics=stored["statistics"],
+            features=Features(**stored["features"]),
+            real=_read_sums(path),
+            ledger=stored["ledger"],
+        )
+
+    @property
+    def teacher_path(self) -> str:
+        """Where the teacher is."""
+        return str(self.path / TEACHER) if self.teacher.path == TEACHER else self.teacher.path
+
+    def check(self) -> None:
+        """Raises `UserError` for a part that was changed, or a model that is not the one the bundle was made with."""
+        for name, wanted in _manifest(self.path)["parts"].items():
+            if not (self.path / name).is_file() or _sha256(self.path / name) != wanted:
+                raise UserError(f"{self.path}: {name} is not as it was written", hint="a sound copy of the bundle")
+        for what, ref, wanted in (("judge", self.base.path, self.base), ("teacher", self.teacher_path, self.teacher)):
+            there = Source.of(ref)
+            if (there.sha256, there.base_sha256) != (wanted.sha256, wanted.base_sha256):
+                raise UserError(
+                    f"{ref} is not the model that the {what} of {self.path} stands on: its weights have another hash",
+                    hint="the model that the bundle was made with",
+                )
+
+    def write(self, directory: Path) -> None:
+        """Writes everything into a directory that has the judge already."""
+        from safetensors.numpy import save_file
+
+        teacher = self.teacher
+        if (Path(self.teacher_path) / ADAPTER[0]).is_file():
+            _copy_adapter(Path(self.teacher_path), directory / TEACHER)
+            teacher = Source(path=TEACHER, sha256=teacher.sha256, base_sha256=teacher.base_sha256)
+        write_lines(directory / SEEDS, [asdict(seed) for seed in self.seeds])
+        save_file({"sum": self.real.sum_F}, directory / SUMS)
+        files = sorted(file for file in directory.rglob("*") if file.is_file())
+        stored = {
+            "format": FORMAT,
+            "version": VERSION,
+            "base": asdict(self.base),
+            "teacher": asdict(teacher),
+            "frame": asdict(self.frame),
+            "judge": dict(self.judge),
+            "statistics": dict(self.statistics),
+            "features": asdict(self.features),
+            "real": {"squares": self.real.squares, "count": self.real.count},
+            "ledger": dict(self.ledger),
+            "parts": {str(file.relative_to(directory)): _sha256(file) for file in files},
+        }
+        (directory / MANIFEST).write_text(json.dumps(stored, indent=1))
+
+
+def write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """JSON lines."""
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def example_of(row: Row, corpus: str) -> Example:
+    """A row as prompt and answer.
+
+    Raises:
+        UserError: the row has another shape.
+    """
+    if len(row) != 2 or "messages" in row:
+        raise UserError(
+            f"{corpus} has rows with {', '.join(row)}: they are no prompts with answers",
+            allowed="columns prompt and completion, or question and answer",
+        )
+    (prompt, _), (answer, _) = row_text(row)
+    return Example(prompt, answer)
+
+
+def pointed(bundle: Bundle, teacher: str, out: Path) -> None:
+    """Writes the bundle once more with another teacher: the next link of a chain, which needs no data.
+
+    Raises:
+        UserError: no such model, or it cannot be written.
+    """
+    bundle.check()
+    moved = Bundle(**{name: getattr(bundle, name) for name in Bundle.__dataclass_fields__} | {"teacher": Source.of(teacher)})
+    with disk.aside(out) as directory:
+        _copy_adapter(bundle.path / JUDGE, directory / JUDGE)
+        moved.write(directory)
+
+
+def _copy_adapter(source: Path, target: Path) -> None:
+    """The two files of an adapter, and its tokenizer where it has one; the path of its base is made absolute."""
+    target.mkdir()
+    for file in source.iterdir():
+        if file.name in ADAPTER or "token" in file.name or file.suffix == ".jinja":
+            shutil.copy2(file, target / file.name)
+    config = json.loads((target / ADAPTER[0]).read_text())
+    base = Path(config["base_model_name_or_path"])
+    if base.is_dir():
+        config["base_model_name_or_path"] = str(base.resolve())
+    (target / ADAPTER[0]).write_text(json.dumps(config, indent=1))
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads((path / MANIFEST).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path / MANIFEST} is not valid JSON: {error}", hint="a sound copy of the bundle") from error
+    if (stored.get("format"), stored.get("version")) != (FORMAT, VERSION):
+        raise UserError(f"{path / MANIFEST} is of another format", allowed=f"{FORMAT}, version {VERSION}")
+    return stored
+
+
+def _read_sums(path: Path) -> Sums:
+    from safetensors.numpy import load_file
+
+    stored = _manifest(path)["real"]
+    return Sums(load_file(path / SUMS)["sum"], stored["squares"], stored["count"])
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,135 @@
+"""Letting a model write many texts at once, and reading off what it makes of texts.
+
+Letters of shapes: B texts, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from overhaul import machine
+from overhaul.interop import hf
+from overhaul.progress import Bar
+
+
+@torch.no_grad()
+def continuations(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    tokens: int,
+    seed: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    one_line: bool = False,
+    batch_size: int = 32,
+    dtype: torch.dtype = torch.float32,
+    title: str = "",
+) -> list[str]:
+    """What the model goes on with after each prompt: greedy, or sampled when a seed is given.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompts: the texts to continue, as they are.
+        tokens: most new tokens.
+        seed: of the samples; the caller's random generator is left as it was.
+        temperature: divides the logits of a sample.
+        top_p: of a sample, the likeliest tokens of this share together are drawn from.
+        one_line: end with the first line break.
+        batch_size: texts that are written at once.
+        dtype: of matrix products.
+        title: of the progress bar; there is none without a title.
+
+    Returns:
+        The new text of each, without special tokens and, of one line, without what follows it.
+    """
+    inner: Any = model
+    device = next(model.parameters()).device
+    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    if one_line:
+        ends += _line_breaks(tokenizer)
+    how: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": seed is not None, "eos_token_id": ends}
+    if seed is not None:
+        # top_k of 0: transformers would otherwise draw from the 50 likeliest only.
+        how |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    # Texts of like length share a batch, so that little is padded.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    written = [""] * len(prompts)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), machine.autocast(device, dtype):
+        if seed is not None:
+            torch.manual_seed(seed)
+        with Bar(title, len(batches), quiet=not title) as bar:
+            for batch in batches:
+                ids_BT, mask_BT = _padded_left(tokenizer, [prompts[index] for index in batch])
+                made = inner.generate(
+                    input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), pad_token_id=_padding(tokenizer), **how
+                )
+                texts = tokenizer.batch_decode(made[:, ids_BT.shape[1] :], skip_special_tokens=True)
+                for index, text in zip(batch, texts, strict=True):
+                    written[index] = text.split("\n")[0] if one_line else text
+                bar.step()
+    return written
+
+
+@torch.no_grad()
+def mean_states(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 32, dtype: torch.dtype = torch.float32
+) -> np.ndarray:
+    """The mean of each text's last hidden states, of norm 1: `(N, D)` fp32."""
+    device = next(model.parameters()).device
+    means = []
+    with machine.autocast(device, dtype):
+        for start in range(0, len(texts), batch_size):
+            ids = [read(tokenizer, text) for text in texts[start : start + batch_size]]
+            lengths_B1 = torch.tensor([[len(one)] for one in ids])
+            ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(one) for one in ids], batch_first=True)
+            # Texts are filled up on the right, where a causal model does not look.
+            states_BTD = hf.hidden_states(model, {"input_ids": ids_BT.to(device)}).float().cpu()
+            inside_BT = torch.arange(ids_BT.shape[1]) < lengths_B1
+            means.append((states_BTD * inside_BT[..., None]).sum(1) / lengths_B1)
+    return torch.nn.functional.normalize(torch.cat(means), dim=1).numpy()
+
+
+def read(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text as a model reads it, with what the tokenizer opens every text with; never none."""
+    return tokenizer(text, verbose=False)["input_ids"] or [_padding(tokenizer)]
+
+
+def longest(model: nn.Module) -> int:
+    """How many tokens the model reads at once."""
+    inner: Any = model
+    return getattr(inner.config, "max_position_embeddings", None) or sys.maxsize
+
+
+def _padded_left(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Tokens and their mask `(B, T)`: what is written follows on the right."""
+    ids = [read(tokenizer, text) for text in texts]
+    width = max(map(len, ids))
+    ids_BT = torch.tensor([[_padding(tokenizer)] * (width - len(one)) + one for one in ids])
+    return ids_BT, torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in ids])
+
+
+def _padding(tokenizer: Any) -> int:
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return found if found is not None else 0
+
+
+def _line_breaks(tokenizer: Any) -> list[int]:
+    """The tokens with a line break in them."""
+    return list(_line_breaks_of(tokenizer, len(tokenizer)))
+
+
+@lru_cache(maxsize=4)
+def _line_breaks_of(tokenizer: Any, size: int) -> tuple[int, ...]:
+    texts = tokenizer.batch_decode([[number] for number in range(size)])
+    return tuple(number for number, text in enumerate(texts) if "\n" in text)

@@ -1,0 +1,88 @@
+"""A model that writes prompts after a few examples, in rounds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from overhaul.bundle import Example
+from overhaul.errors import UserError
+from overhaul.generation import continuations, longest, read
+from overhaul.synthetic import Frame, Sieve, request
+
+ROUND = 64
+"""Prompts that are asked for at once."""
+FEWEST = 16
+"""Tokens that a written prompt may have at least."""
+
+
+class Writer:
+    """Prompts of a task by a model that has seen the examples only; never one of these, and none twice.
+
+    Attributes:
+        sieve: how many were written, and why some were dropped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        seeds: Sequence[Example],
+        frame: Frame,
+        *,
+        longest: int,
+        seed: int,
+        temperature: float,
+        top_p: float,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model, self.tokenizer, self.frame, self.seed = model, tokenizer, frame, seed
+        self.examples = [example.prompt for example in seeds]
+        self.sieve = Sieve(self.examples, frame, longest)
+        self.how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "dtype": dtype, "one_line": True}
+        self.tokens = tokens_for(tokenizer, self.examples, frame)
+
+    def rounds(self, budget: int, title: str = "") -> Iterator[list[str]]:
+        """What passes the sieve, round by round, until so many were written."""
+        order = random.Random(self.seed)
+        for number in range(10**9):
+            count = min(ROUND, budget - self.sieve.seen)
+            if count <= 0:
+                return
+            asked = [request(self.examples, self.frame, order) for _ in range(count)]
+            # Each round has its own numbers: the same ones would write the same prompts.
+            seed = (self.seed * 1_000_003 + number) % 2**63
+            made = continuations(
+                self.model, self.tokenizer, asked, tokens=self.tokens, seed=seed, title=title, **self.how
+            )
+            yield [prompt for line in made if (prompt := self.sieve(line)) is not None]
+
+    def several(self, wanted: int, *, budget: int, title: str = "") -> list[str]:
+        """So many prompts, or what there is when the budget ends."""
+        found: list[str] = []
+        for made in self.rounds(budget, title):
+            found += made
+            if len(found) >= wanted:
+                break
+        return found[:wanted]
+
+
+def tokens_for(tokenizer: Any, prompts: Sequence[str], frame: Frame) -> int:
+    """How many tokens a prompt may take: twice those of the longest example."""
+    return max(FEWEST, 2 * max(len(read(tokenizer, frame.inside(prompt))) for prompt in prompts))
+
+
+def refuse_short_context(model: nn.Module, tokenizer: Any, seeds: Sequence[Example], frame: Frame, name: str) -> None:
+    """Raises `UserError` for a model that cannot read the examples and write another one."""
+    examples = [example.prompt for example in seeds]
+    needed = len(read(tokenizer, request(examples, frame, random.Random(0)))) + tokens_for(tokenizer, examples, frame)
+    if needed > (most := longest(model)):
+        raise UserError(
+            f"{name} reads {most} tokens, and the examples with a new prompt take {needed}",
+            allowed="a model that reads more",
+            hint="--generator source, or a bundle with fewer --seeds",
+        )

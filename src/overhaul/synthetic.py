@@ -1,0 +1,151 @@
+"""Prompts that a model writes after a few examples: the text that asks for them, and which of them to keep.
+
+Nothing here computes with tensors: prompts in, prompts out.
+"""
+
+from __future__ import annotations
+
+import os.path
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+LEAD = "Example: "
+"""What stands before each example. Small base models go on with a list more readily than they follow an instruction."""
+NEARLY = 0.8
+"""From this share of common word sequences on, two prompts count as one."""
+WORDS = 5
+"""Of such a sequence; of shorter prompts only equal ones are the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What all prompts of a task begin and end with, so that only what is between has to be written.
+
+    Attributes:
+        before, after: of every prompt.
+    """
+
+    before: str
+    after: str
+
+    @classmethod
+    def of(cls, prompts: Sequence[str]) -> Frame:
+        """The longest of these prompts, cut back to whole words."""
+        before = os.path.commonprefix(list(prompts))
+        before = before[: max(before.rfind(end) for end in " \n") + 1]
+        rest = [prompt[len(before) :][::-1] for prompt in prompts]
+        after = os.path.commonprefix(rest)[::-1]
+        found = re.search(r"\s", after)
+        return cls(before, after[found.start() :] if found else "")
+
+    def inside(self, prompt: str) -> str:
+        """What is between, on one line."""
+        return prompt[len(self.before) : len(prompt) - len(self.after)].replace("\n", "\\n")
+
+    def around(self, inside: str) -> str:
+        """The prompt with this between."""
+        return self.before + inside.replace("\\n", "\n") + self.after
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"before":, "after":}`."""
+        return asdict(self)
+
+
+def request(seeds: Sequence[str], frame: Frame, order: random.Random) -> str:
+    """A text whose next line would be another prompt of the task: the seeds in an order of their own."""
+    lines = [f"{LEAD}{frame.inside(seed)}\n" for seed in order.sample(list(seeds), len(seeds))]
+    # No space at the end: it belongs to the word that follows.
+    return "".join(lines) + LEAD.rstrip()
+
+
+def plain(prompt: str) -> str:
+    """What two prompts share that differ in capitals and spaces only."""
+    return " ".join(prompt.lower().split())
+
+
+def sequences(text: str, words: int = WORDS) -> frozenset[tuple[str, ...]]:
+    """All runs of so many words."""
+    found = plain(text).split()
+    return frozenset(tuple(found[start : start + words]) for start in range(len(found) - words + 1))
+
+
+class Sieve:
+    """Lets a prompt through that is not empty, not too long, and unlike the seeds and all before it.
+
+    Attributes:
+        seen: how many were looked at.
+        dropped: why how many were not let through.
+    """
+
+    def __init__(self, seeds: Iterable[str], frame: Frame, longest: int) -> None:
+        self.frame, self.longest = frame, longest
+        self._seeds = {plain(frame.inside(seed)) for seed in seeds}
+        self._known: set[str] = set()
+        self._runs: list[frozenset[tuple[str, ...]]] = []
+        self.seen = 0
+        self.dropped = {"empty": 0, "too long": 0, "a seed": 0, "met before": 0}
+
+    def __call__(self, written: str) -> str | None:
+        """The prompt that a line makes, or None."""
+        self.seen += 1
+        inside = written.strip()
+        why = self._why_not(inside)
+        if why:
+            self.dropped[why] += 1
+            return None
+        self._known.add(plain(inside))
+        self._runs.append(sequences(inside))
+        return self.frame.around(inside)
+
+    @property
+    def unique_share(self) -> float:
+        """Of the candidates that could be read, those that were new."""
+        read = self.seen - self.dropped["empty"] - self.dropped["too long"]
+        return 1 - (self.dropped["a seed"] + self.dropped["met before"]) / read if read else 0.0
+
+    def _why_not(self, inside: str) -> str:
+        name = plain(inside)
+        if not name:
+            return "empty"
+        if len(inside) > self.longest:
+            return "too long"
+        if name in self._seeds:
+            return "a seed"
+        return "met before" if name in self._known or self._is_near(inside) else ""
+
+    def _is_near(self, inside: str) -> bool:
+        own = sequences(inside)
+        return bool(own) and any(len(own & other) >= NEARLY * len(own | other) for other in self._runs)
+
+
+def longest_run(text: str, others: Iterable[Sequence[str]]) -> int:
+    """Words of the longest run that `text` has in common with one of the others, which are lists of words."""
+    words, best = plain(text).split(), 0
+    for other in others:
+        before = [0] * (len(other) + 1)
+        for word in words:
+            row = [0] * (len(other) + 1)
+            for place, theirs in enumerate(other, 1):
+                if word == theirs:
+                    row[place] = before[place - 1] + 1
+            best, before = max(best, *row), row
+    return best
+
+
+def likeness(text: str, seeds: Sequence[str], words: int = 2) -> float:
+    """Share of the text's pairs of words that the seed most like it has too."""
+    own = sequences(text, words)
+    return max((len(own & sequences(seed, words)) / len(own) for seed in seeds), default=0.0) if own else 0.0
+
+
+def distinct_share(texts: Sequence[str], words: int = 2) -> float:
+    """Of all pairs of words in these texts, those that are unlike each other."""
+    runs = [
+        tuple(found[start : start + words])
+        for found in (plain(text).split() for text in texts)
+        for start in range(len(found) - words + 1)
+    ]
+    return len(set(runs)) / len(runs) if runs else 0.0
