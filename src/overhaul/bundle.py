@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,9 @@ class Source:
         """That of a model as it lies on disk now."""
         path, base = artifact.directories(ref)
         own, below = artifact.weights_sha256(path), artifact.weights_sha256(base)
-        return cls(path=str(ref) if str(ref) in pretrained.NAMED else str(path.resolve()), sha256=own, base_sha256=below)
+        return cls(
+            path=str(ref) if str(ref) in pretrained.NAMED else str(path.resolve()), sha256=own, base_sha256=below
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +100,9 @@ class Bundle:
         """
         path = Path(path).expanduser()
         if not (path / MANIFEST).is_file():
-            raise UserError(f"{path} is no bundle: it has no {MANIFEST}", hint="overhaul bundle ADAPTED -o BUNDLE --data D")
+            raise UserError(
+                f"{path} is no bundle: it has no {MANIFEST}", hint="overhaul bundle ADAPTED -o BUNDLE --data D"
+            )
         stored = _manifest(path)
         inside = [f"{JUDGE}/{name}" for name in ADAPTER]
         if stored["teacher"]["path"] == TEACHER:
@@ -195,7 +199,7 @@ def pointed(bundle: Bundle, teacher: str, out: Path) -> None:
         UserError: no such model, or it cannot be written.
     """
     bundle.check()
-    moved = Bundle(**{name: getattr(bundle, name) for name in Bundle.__dataclass_fields__} | {"teacher": Source.of(teacher)})
+    moved = replace(bundle, teacher=Source.of(teacher))
     with disk.aside(out) as directory:
         _copy_adapter(bundle.path / JUDGE, directory / JUDGE)
         moved.write(directory)

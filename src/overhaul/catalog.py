@@ -129,6 +129,13 @@ ENTRIES = (
         22,
     ),
     Entry(
+        "adapt",
+        "translora",
+        "adapt.translora:TransLoRA",
+        "Train an adapter anew on another model, from a bundle that was made while its data was there.",
+        34,
+    ),
+    Entry(
         "distill",
         "kd",
         "distill.kd:KnowledgeDistillation",

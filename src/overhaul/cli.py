@@ -21,6 +21,7 @@ from overhaul.terminal import check_page, checked, flags, parse, print_table, qu
 COMMANDS = {
     "run": "Run the steps of a recipe.",
     "compare": "Compare model directories: quality, size, speed, what changed where.",
+    "bundle": "Keep of an adapter's data what moves the adapter to another model later.",
     "show": "Facts and lineage of a model directory.",
     "generate": "Let a model continue a text.",
     "list": "The methods.",

@@ -1,9 +1,12 @@
-"""The commands that are not verbs: run, compare, show, generate, list, data, schema, doctor."""
+"""The commands that are not verbs: run, compare, bundle, show, generate, list, data, schema, doctor."""
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import sys
 from dataclasses import dataclass
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +14,7 @@ import tyro
 
 from overhaul import catalog
 from overhaul.errors import UserError
-from overhaul.terminal import check_page, checked, parse, print_json, quiet_libraries, show_outcome, typed
+from overhaul.terminal import check_page, checked, flags, parse, print_json, quiet_libraries, show_outcome, typed
 
 Flag = tyro.conf.FlagCreatePairsOff
 
@@ -129,6 +132,49 @@ def compare_command(arguments: list[str]) -> None:
         rank = f"; stable rank of the change {one['stable rank']:.3g}" if one["stable rank"] else ""
         print(f"{one['model']}: {one['intruders']:g} intruders ({one['per 1,000']:.3g} per 1,000 vectors) "
               f"against {one['base']}{rank}")  # fmt: skip
+
+
+def bundle_command(arguments: list[str]) -> None:
+    """`overhaul bundle ADAPTED -o BUNDLE --data D`, or `--from BUNDLE` for a bundle with another teacher."""
+    from overhaul.adapt.bundling import Bundling
+    from overhaul.options import Options
+
+    read = ("data", "field", "seed", "dtype", "device")
+    help_of = {"adapted": "Adapter directory, or a whole adapted model.", "out": "New directory for the bundle.",
+               "from_": "Bundle to write once more with this teacher; needs no data."}  # fmt: skip
+    kind = dataclasses.make_dataclass(
+        "Bundle",
+        [
+            (
+                "adapted",
+                Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=help_of["adapted"], metavar="ADAPTED")],
+            ),
+            ("out", Annotated[Path, tyro.conf.arg(aliases=["-o"], help=help_of["out"])]),
+            (
+                "from_",
+                Annotated[str | None, tyro.conf.arg(name="from", help=help_of["from_"])],
+                dataclasses.field(default=None),
+            ),
+            *flags(Bundling),
+            *flags(Options, without=[name for name in Options.model_fields if name not in read]),
+        ],
+        kw_only=True,
+    )
+    given = parse(kind, arguments, prog="overhaul bundle", description=cleandoc(Bundling.__doc__ or ""))
+    settings, options = checked(Bundling, given, where="bundle"), checked(Options, given, where="bundle")
+    quiet_libraries()
+    from overhaul.bundle import Bundle, pointed
+
+    out = shlex.quote(str(given.out))
+    if given.from_:
+        if options.data:
+            raise UserError("--from takes everything but the teacher from a bundle", hint="without --data")
+        pointed(Bundle.read(given.from_), given.adapted, given.out)
+    else:
+        made = settings.make(given.adapted, given.out, options)
+        for name, value in made.ledger.items():
+            print(f"{name.replace('_', ' ')}: {value}")
+    print(f"\nwritten: {out}\n  overhaul adapt translora OTHER-MODEL -o NEW --bundle {out}")
 
 
 def generate_command(arguments: list[str]) -> None:

@@ -72,7 +72,10 @@ def continuations(
             for batch in batches:
                 ids_BT, mask_BT = _padded_left(tokenizer, [prompts[index] for index in batch])
                 made = inner.generate(
-                    input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), pad_token_id=_padding(tokenizer), **how
+                    input_ids=ids_BT.to(device),
+                    attention_mask=mask_BT.to(device),
+                    pad_token_id=_padding(tokenizer),
+                    **how,
                 )
                 texts = tokenizer.batch_decode(made[:, ids_BT.shape[1] :], skip_special_tokens=True)
                 for index, text in zip(batch, texts, strict=True):

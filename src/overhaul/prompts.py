@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ ROUND = 64
 """Prompts that are asked for at once."""
 FEWEST = 16
 """Tokens that a written prompt may have at least."""
+TOO_LONG = 2
+"""A prompt so many times as long as the longest of the data is none of the task."""
 
 
 class Writer:
@@ -42,14 +45,14 @@ class Writer:
     ) -> None:
         self.model, self.tokenizer, self.frame, self.seed = model, tokenizer, frame, seed
         self.examples = [example.prompt for example in seeds]
-        self.sieve = Sieve(self.examples, frame, longest)
+        self.sieve = Sieve(self.examples, frame, TOO_LONG * longest)
         self.how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "dtype": dtype, "one_line": True}
         self.tokens = tokens_for(tokenizer, self.examples, frame)
 
     def rounds(self, budget: int, title: str = "") -> Iterator[list[str]]:
         """What passes the sieve, round by round, until so many were written."""
         order = random.Random(self.seed)
-        for number in range(10**9):
+        for number in itertools.count():
             count = min(ROUND, budget - self.sieve.seen)
             if count <= 0:
                 return
@@ -72,8 +75,8 @@ class Writer:
 
 
 def tokens_for(tokenizer: Any, prompts: Sequence[str], frame: Frame) -> int:
-    """How many tokens a prompt may take: twice those of the longest example."""
-    return max(FEWEST, 2 * max(len(read(tokenizer, frame.inside(prompt))) for prompt in prompts))
+    """How many tokens a prompt may take: those of the longest example, with room."""
+    return max(FEWEST, TOO_LONG * max(len(read(tokenizer, frame.inside(prompt))) for prompt in prompts))
 
 
 def refuse_short_context(model: nn.Module, tokenizer: Any, seeds: Sequence[Example], frame: Frame, name: str) -> None:

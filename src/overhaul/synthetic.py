@@ -5,7 +5,6 @@ Nothing here computes with tensors: prompts in, prompts out.
 
 from __future__ import annotations
 
-import os.path
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -34,10 +33,10 @@ class Frame:
     @classmethod
     def of(cls, prompts: Sequence[str]) -> Frame:
         """The longest of these prompts, cut back to whole words."""
-        before = os.path.commonprefix(list(prompts))
+        before = _common_beginning(prompts)
         before = before[: max(before.rfind(end) for end in " \n") + 1]
         rest = [prompt[len(before) :][::-1] for prompt in prompts]
-        after = os.path.commonprefix(rest)[::-1]
+        after = _common_beginning(rest)[::-1]
         found = re.search(r"\s", after)
         return cls(before, after[found.start() :] if found else "")
 
@@ -52,6 +51,14 @@ class Frame:
     def to_json(self) -> dict[str, Any]:
         """`{"before":, "after":}`."""
         return asdict(self)
+
+
+def _common_beginning(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)  # what these two share, all between them in order share
+    length = next(
+        (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first)
+    )
+    return first[:length]
 
 
 def request(seeds: Sequence[str], frame: Frame, order: random.Random) -> str:

@@ -73,7 +73,7 @@ class Bundling(Settings):
             judge = self._judge(source, task, made, options.seed, dtype, directory / JUDGE)
             bundle = Bundle(
                 path=out, base=Source.of(base), teacher=Source.of(adapted), seeds=task.seeds, frame=task.frame,
-                judge=judge, statistics=task.statistics(source.processor), **sums, ledger=_ledger(task, made),
+                judge=judge, statistics=task.statistics(), **sums, ledger=_ledger(task, made),
             )  # fmt: skip
             bundle.write(directory)
         return Bundle.read(out)
@@ -111,8 +111,8 @@ class Bundling(Settings):
         learnt, unseen = made[num_heldout:], made[:num_heldout]
         count = min(len(task.real), len(learnt), self.rows)  # of both kinds alike
         real = random.Random(seed).sample(task.real, count)
-        lora = LoRA(steps=self.steps, batch_size=self.batch_size, lr=self.lr, rank=self.rank, alpha=2 * self.rank,
-                    save_every=0)  # fmt: skip
+        how: dict[str, Any] = {"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr, "rank": self.rank}
+        lora = LoRA(**how, alpha=2.0 * self.rank, save_every=0)
         tokenizer = source.processor
         stream = authenticity.judging(tokenizer, real, learnt[:count], batch_size=self.batch_size, seed=seed)
         say(f"the judge learns from {count} real and {count} written prompts")
@@ -166,10 +166,10 @@ class _Task:
         """Characters of the longest prompt, without the frame."""
         return max(len(self.frame.inside(prompt)) for prompt in self.real)
 
-    def statistics(self, tokenizer: Any) -> dict[str, Any]:
+    def statistics(self) -> dict[str, Any]:
         """What of the data as a whole is kept."""
-        lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in self.answers]
-        return {"rows": len(self.answers), "longest_prompt": self.longest, "answer_tokens": max(lengths) + 1,
+        return {"rows": len(self.answers), "longest_prompt": self.longest,
+                "longest_answer": max(map(len, self.answers)),
                 "one_line_answers": not any("\n" in text.strip() for text in self.answers),
                 "fingerprint": self.fingerprint}  # fmt: skip
 
