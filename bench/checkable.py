@@ -1,6 +1,6 @@
 """Tasks with checkable answers, as a stand-in for data that nobody else may see: prompt and completion in JSON lines.
 
-    python -m bench.checkable boolean 600 private.jsonl
+python -m bench.checkable boolean 600 private.jsonl
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ def answer(task: str, prompt: str) -> str | None:
     """The right answer to a prompt of a task that somebody else wrote; None where it is no such prompt."""
     words = prompt.split()
     try:
-        if task == "boolean" and words[-1] == "=" and set(words[:-1]) <= {"True", "False", "and", "or", "not", "(", ")"}:
+        if (
+            task == "boolean"
+            and words[-1] == "="
+            and set(words[:-1]) <= {"True", "False", "and", "or", "not", "(", ")"}
+        ):
             return f" {eval(' '.join(words[:-1]), {'__builtins__': {}})}"
         if task == "sorting" and (words[0], words[-1]) == ("sort", ":"):
             return f" {' '.join(map(str, sorted(map(int, words[1:-1]))))}"

@@ -54,6 +54,40 @@ def tiny(make_tiny: MakeTiny) -> Path:
     return make_tiny()
 
 
+@pytest.fixture(scope="session")
+def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `private.jsonl`, prompts and answers of a task, and `heldout.jsonl`, others of it."""
+    from bench import checkable
+
+    folder, rows = tmp_path_factory.mktemp("private"), checkable.examples("sorting", 180, seed=0)
+    checkable.write(folder / "private.jsonl", rows[:160])
+    checkable.write(folder / "heldout.jsonl", rows[160:])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny: Path, private: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter of the tiny model, trained on the private rows so long that its answers differ."""
+    from command import overhaul
+
+    out = tmp_path_factory.mktemp("adapters") / "adapter"
+    how = ("--steps", 150, "--seq-len", 64, "--batch-size", 4, "--lr", 1e-2, "--dtype", "fp32", "--evaluate", "none")
+    done = overhaul("adapt", "lora", tiny, "-o", out, "--data", private / "private.jsonl", "--no-merge", *how)
+    assert done.code == 0, done.err
+    return out
+
+
+@pytest.fixture(scope="session")
+def bundle(adapter: Path, private: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `overhaul bundle` makes of the adapter."""
+    from command import overhaul
+
+    out = tmp_path_factory.mktemp("bundles") / "bundle"
+    done = overhaul("bundle", adapter, "-o", out, "--data", private / "private.jsonl", "--rows", 40, "--steps", 10)
+    assert done.code == 0, done.err
+    return out
+
+
 @pytest.fixture
 def batch() -> dict[str, Any]:
     """Two windows of 16 tokens for a model, the second trained on its beginning only."""

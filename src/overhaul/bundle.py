@@ -213,9 +213,9 @@ def _copy_adapter(source: Path, target: Path) -> None:
             shutil.copy2(file, target / file.name)
     config = json.loads((target / ADAPTER[0]).read_text())
     base = Path(config["base_model_name_or_path"])
-    if base.is_dir():
+    if base.is_dir() and str(base.resolve()) != str(base):
         config["base_model_name_or_path"] = str(base.resolve())
-    (target / ADAPTER[0]).write_text(json.dumps(config, indent=1))
+        (target / ADAPTER[0]).write_text(json.dumps(config, indent=2))
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -52,12 +52,15 @@ def tiny_form(entry: Entry, **changed: object) -> list[str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _others(make_tiny: Make) -> None:
+def _others(make_tiny: Make, bundle: Path) -> None:
     other = str(make_tiny(tie=False, bias=True))
     EXTRA["kd"] = ["--teacher", other]
     EXTRA["half-reset"] = ["--base", str(make_tiny(dtype="bfloat16"))]
     # Layers of the same shapes; as a measure of a difference reads a second model, it stands behind the first.
     EXTRA["repair"], EXTRA["spectra"] = ["--base", other], [other]
+    # What random weights write is long, and looks real to no judge.
+    quick = ["--threshold", "0", "--steps", "4", "--batch-size", "2", "--seq-len", "128"]
+    EXTRA["translora"] = ["--bundle", str(bundle), *quick]
 
 
 @pytest.fixture(scope="session")

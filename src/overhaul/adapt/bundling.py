@@ -67,6 +67,7 @@ class Bundling(Settings):
         device = machine.pick_device(options.device)
         dtype = machine.compute_dtype(options.dtype, device)
         source = artifact.load(str(base), device=device, dtype=machine.weights_dtype(dtype))
+        machine.seed_everything(options.seed)
         made = self._written(source, task, options.seed, dtype)
         with disk.aside(out) as directory:
             sums = _sums(source, task.heldout, options.seed, dtype)  # before the judge's adapter is put on

@@ -1,0 +1,152 @@
+"""The bundle as a directory: what is in it, what is not, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from command import contents, overhaul, refused
+from overhaul.bundle import Bundle
+from overhaul.corpora import open_corpus
+
+Spoilt = Callable[[Path], None]
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    """A copy, to be damaged."""
+    return shutil.copytree(bundle, tmp_path / "copy")
+
+
+def test_of_the_rows_only_the_seeds_are_in_it(bundle: Path, private: Path):
+    corpus = open_corpus(private / "private.jsonl")
+    seeds = {row["prompt"]: row["answer"] for row in rows(bundle / "seeds.jsonl")}
+    held = {file: file.read_bytes() for file in bundle.rglob("*") if file.is_file()}
+
+    learnt_from = {row["prompt"]: row["completion"] for row in corpus.train}
+    assert len(seeds) == 5
+    assert seeds.items() <= learnt_from.items()
+    for prompt in {row["prompt"] for row in rows(private / "private.jsonl")} - seeds.keys():
+        assert [file for file, content in held.items() if prompt.removeprefix("sort ").encode() in content] == []
+    with safe_open(bundle / "features.safetensors", framework="np") as stored:
+        assert {name: stored.get_slice(name).get_shape() for name in stored.keys()} == {"sum": [512]}  # noqa: SIM118
+
+
+def test_what_is_known_of_the_data(bundle: Path, private: Path):
+    made, corpus = Bundle.read(bundle), open_corpus(private / "private.jsonl")
+
+    assert (made.frame.before, made.frame.after) == ("sort ", " :")
+    assert made.statistics["rows"] == len(corpus.train)
+    assert made.real.count == len(corpus.calib) + len(corpus.heldout) == made.judge["heldout_real"]
+    assert 0 <= made.judge["auroc"] <= 1
+    assert made.ledger["rows_of_data"] == 5
+    assert {"longest_common_run_words", "equal_to_a_row_share"} <= made.ledger.keys()
+    made.check()
+
+
+def test_same_seed_same_bundle(bundle: Path, adapter: Path, private: Path, tmp_path: Path):
+    how = ("--data", private / "private.jsonl", "--rows", 40, "--steps", 10)
+    assert overhaul("bundle", adapter, "-o", tmp_path / "again", *how).code == 0
+
+    assert contents(tmp_path / "again") == contents(bundle)
+
+
+def test_a_whole_model_is_a_teacher_by_its_path(tiny: Path, private: Path, tmp_path: Path):
+    out = tmp_path / "bundle"
+    done = overhaul("bundle", tiny, "-o", out, "--data", private / "private.jsonl", "--rows", 20, "--steps", 2)
+
+    assert done.code == 0, done.err
+    assert Bundle.read(out).teacher_path == str(tiny)
+    assert not (out / "teacher").exists()
+
+
+def test_a_bundle_is_pointed_at_another_teacher(bundle: Path, tiny: Path, tmp_path: Path):
+    out = tmp_path / "next"
+    done = overhaul("bundle", tiny, "-o", out, "--from", bundle)
+
+    assert done.code == 0, done.err
+    old, new = Bundle.read(bundle), Bundle.read(out)
+    new.check()
+    assert new.teacher_path == str(tiny)
+    assert (new.seeds, new.judge, new.frame, new.ledger) == (old.seeds, old.judge, old.frame, old.ledger)
+    assert contents(out / "judge") == contents(bundle / "judge")
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ("bundle.json", "is no bundle"),
+        ("judge/adapter_model.safetensors", "has no judge"),
+        ("teacher/adapter_config.json", "has no teacher"),
+        ("seeds.jsonl", "has no seeds"),
+        ("features.safetensors", "has no sums"),
+    ],
+)
+def test_a_missing_part_is_named(copy: Path, tiny: Path, tmp_path: Path, part: str, says: str):
+    (copy / part).unlink()
+
+    refused(overhaul("adapt", "translora", tiny, "-o", tmp_path / "out", "--bundle", copy), says)
+
+
+def _one_seed(copy: Path) -> None:
+    (copy / "seeds.jsonl").write_text((copy / "seeds.jsonl").read_text().splitlines()[0] + "\n")
+
+
+def _other_seed(copy: Path) -> None:
+    (copy / "seeds.jsonl").write_text((copy / "seeds.jsonl").read_text().replace("sort", "mix"))
+
+
+def _other_format(copy: Path) -> None:
+    (copy / "bundle.json").write_text('{"format": "another"}')
+
+
+def _no_json(copy: Path) -> None:
+    (copy / "bundle.json").write_text("{")
+
+
+def _other_base(copy: Path) -> None:
+    stored = json.loads((copy / "bundle.json").read_text())
+    stored["base"]["sha256"] = stored["base"]["base_sha256"] = "0" * 64
+    (copy / "bundle.json").write_text(json.dumps(stored))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (_one_seed, "has 1 seeds"),
+        (_other_seed, "seeds.jsonl is not as it was written"),
+        (_other_format, "another format"),
+        (_no_json, "not valid JSON"),
+        (_other_base, "is not the model that the judge"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_changed_part_is_refused(copy: Path, tiny: Path, tmp_path: Path, spoil: Spoilt, says: str):
+    spoil(copy)
+
+    refused(overhaul("adapt", "translora", tiny, "-o", tmp_path / "out", "--bundle", copy), says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_become_a_bundle(adapter: Path, bundle: Path, private: Path, tmp_path: Path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((private / "private.jsonl").read_text().splitlines(keepends=True)[:9]))
+    data, out = private / "private.jsonl", tmp_path / "out"
+
+    refused(overhaul("bundle", adapter, "-o", out), "needs --data")
+    refused(overhaul("bundle", adapter, "-o", out, "--data", few), "different prompts", "10 and 4")
+    refused(overhaul("bundle", adapter, "-o", out, "--data", "sample"), "no prompts with answers")
+    refused(overhaul("bundle", adapter, "-o", out, "--data", data, "--seeds", 1), "seeds", "2")
+    refused(overhaul("bundle", adapter, "-o", out, "--data", data, "--from", bundle), "without --data")
+    refused(overhaul("bundle", adapter, "-o", bundle, "--data", data), "not empty")
+    refused(overhaul("bundle", tmp_path, "-o", out, "--data", data), "not a model directory")
+    assert not out.exists()

@@ -1,0 +1,58 @@
+"""Many texts at once are the same texts one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from overhaul import artifact, evaluate
+from overhaul.generation import continuations, mean_states
+
+PROMPTS = ("The capital of", "It was a bright morning, and the old man", "Call me", "a")
+
+
+@pytest.fixture(scope="module")
+def made(make_tiny: Any) -> Any:
+    return artifact.load(make_tiny(tie=False))
+
+
+def test_a_batch_of_any_size_gives_what_each_prompt_gives_alone(made: Any):
+    alone = [evaluate.generate(made.model, made.processor, prompt, tokens=6) for prompt in PROMPTS]
+
+    for batch_size in (1, 3, 32):
+        assert continuations(made.model, made.processor, PROMPTS, tokens=6, batch_size=batch_size) == alone
+
+
+def test_a_seed_gives_the_same_samples_and_leaves_the_generator_alone(made: Any):
+    before = torch.get_rng_state()
+    first, again, other = (continuations(made.model, made.processor, PROMPTS, tokens=8, seed=s) for s in (1, 1, 2))
+
+    assert first == again
+    assert first != other
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_one_line_ends_with_the_line(made: Any):
+    free = continuations(made.model, made.processor, ["a"] * 64, tokens=48, seed=0)
+    lines = continuations(made.model, made.processor, ["a"] * 64, tokens=48, seed=0, one_line=True)
+
+    assert any("\n" in text for text in free)
+    assert not any("\n" in text for text in lines)
+
+
+def test_a_state_does_not_depend_on_the_texts_beside_it(made: Any):
+    together_ND = mean_states(made.model, made.processor, PROMPTS)
+    alone_ND = np.concatenate([mean_states(made.model, made.processor, [prompt]) for prompt in PROMPTS])
+
+    np.testing.assert_allclose(together_ND, alone_ND, atol=1e-6)
+    np.testing.assert_allclose((together_ND**2).sum(1), 1, rtol=1e-5)
+
+
+def test_a_tiny_path_is_enough(tiny: Path):
+    made = artifact.load(tiny)
+
+    assert continuations(made.model, made.processor, [], tokens=2) == []
