@@ -91,6 +91,8 @@ def added(words: list[str]) -> Iterator[str]:
     wanted |= {
         flag: TINY[flag] for flag in TINY.keys() - ONLY_REPLACED if flag[2:].replace("-", "_") in kind.model_fields
     }
+    if "bundle" in kind.model_fields:
+        wanted["--threshold"] = "0"  # a judge of random weights would let nothing through
     unread = {"--samples", "--seq-len"} if "--scores" in words else set()
     return iter([word for flag, value in wanted.items() if flag not in {*words, *unread} for word in (flag, value)])
 
@@ -107,9 +109,11 @@ def shrunk(path: Path, tiny: Path) -> list[tuple[int, str, object]]:
 
 
 @pytest.fixture
-def type_command(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Type:
-    """Types a documented command in an empty folder that has the recipes; it must end well."""
+def type_command(tiny: Path, private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Type:
+    """Types a documented command in a folder with the recipes and rows of a task; it must end well."""
     monkeypatch.chdir(tmp_path)
+    for file in private.iterdir():
+        (tmp_path / file.name).symlink_to(file)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
 
     def run(command: str) -> None:
