@@ -18,6 +18,8 @@ from overhaul.layers.lora import LoRALinear
 from overhaul.select import select_linears
 
 ROUNDS, RANK = 3, 8
+STRENGTH = 2
+"""Norm of an adapter's change over that of the weight: enough for intruders."""
 MOST_SECONDS, REPEATED = 90, 0.5
 
 
@@ -66,10 +68,11 @@ def _adapter(inputs: Inputs, model: torch.nn.Module, seed: int) -> Path:
     """A LoRA adapter of random factors, large enough to have intruders."""
     torch.manual_seed(seed)
     layers = swap(model, select_linears(model), lambda old: LoRALinear.from_linear(old, RANK, 2.0 * RANK))
-    for layer in layers.values():
-        strongest = torch.linalg.matrix_norm(layer.weight.detach(), 2)
-        layer.lora_B.data.normal_()
-        layer.lora_B.data *= 2 * strongest / torch.linalg.matrix_norm(layer.lora_B @ layer.lora_A * layer.scale, 2)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.lora_B.normal_()
+            change_OI = layer.scale * layer.lora_B @ layer.lora_A
+            layer.lora_B *= STRENGTH * layer.weight.norm() / change_OI.norm()
     directory = inputs.work / f"adapter-{seed}"
     directory.mkdir()
     write_adapter(model, inputs.model, directory)

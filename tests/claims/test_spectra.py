@@ -52,12 +52,12 @@ HELDOUT = {"task": (12, 128), "sample": (16, 256)}
 
 
 def trainings() -> dict[str, Training]:
-    """The scale of the increment is 2 for every LoRA: alpha / r, and alpha / sqrt(r) times sqrt(r) / r for 64(rs)."""
+    """The increment is scaled by 2 in every LoRA: alpha / r, and alpha / sqrt(r) at rank 64."""
     steps: dict[str, Any] = {**HOW, "steps": STEPS}
     return {
         "r1": LoRA(rank=1, alpha=2, lr=5e-3, **steps),
         "r8": LoRA(rank=8, alpha=16, lr=3e-3, **steps),
-        "r64rs": LoRA(rank=64, alpha=16 * math.sqrt(64), lr=7e-4, **steps),
+        "r64rs": LoRA(rank=64, alpha=16, rslora=True, lr=7e-4, **steps),
         "full": Full(lr=5e-5, **steps),
     }
 
