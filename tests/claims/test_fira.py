@@ -155,25 +155,60 @@ def test_scaling_factors_of_a_few_directions_are_ordered_as_those_of_all(small):
     )  # fmt: skip
 
 
-def test_smollm2_is_fine_tuned_with_a_sixth_of_the_state(smol: Path):
-    dtype = machine.compute_dtype("auto", torch.device("cpu"))
-    dense = artifact.load(smol, dtype=machine.weights_dtype(dtype))
-    data = Data(open_corpus(CorpusSpec(path=CORPUS)), dense.processor, 0)
-    heldout_NT = data.windows("heldout", seq_len=128, limit=32)
-    ends: dict[str, float] = {}
-    for rule, extra in {"adamw": {}, "fira": {"optimizer": "fira", "projection": {"rank": 64, "gap": 50}}}.items():
-        settings = Full.model_validate(
-            {"steps": 50, "batch_size": 2, "seq_len": 128, "lr": 1e-4, "save_every": 0, **extra}
+TUNINGS: dict[str, dict[str, Any]] = {"adamw": {}, "fira": {"optimizer": "fira", "projection": {"rank": 64}}}
+TUNING_HOW: dict[str, Any] = {"steps": 100, "batch_size": 2, "seq_len": 128, "save_every": 0}
+TUNING_RATES = (1e-4, 3e-4)
+
+
+class Tuning:
+    """SmolLM2-135M, all of whose parameters are trained, under AdamW and under Fira."""
+
+    def __init__(self, smol: Path) -> None:
+        self.dtype = machine.compute_dtype("auto", torch.device("cpu"))
+        self.dense = artifact.load(smol, dtype=machine.weights_dtype(self.dtype))
+        self.corpus = open_corpus(CorpusSpec(path=CORPUS))
+        self.heldout_NT = Data(self.corpus, self.dense.processor, 0).windows("heldout", seq_len=128, limit=32)
+        self.state_share: dict[str, float] = {}
+
+    def loss(self, rule: str, lr: float, seed: int) -> float:
+        """Held-out loss after training, in nats; notes the numbers of state of the blocks' matrices, over 2 O I."""
+        settings = Full.model_validate({**TUNING_HOW, **TUNINGS[rule], "lr": lr})
+        machine.seed_everything(seed)
+        data = Data(self.corpus, self.dense.processor, seed)
+        plan = settings.plan(copy.deepcopy(self.dense.model), data)
+        train(plan, settings, seed=seed, dtype=self.dtype, quiet=True)
+        matrices = [one.parameter for one in manifest(plan.model) if one.category in ("attention", "mlp")]
+        kept = sum(
+            value.numel() for p in matrices for value in plan.optimizer.state[p].values() if isinstance(value, Tensor)
         )
-        machine.seed_everything(0)
-        plan = settings.plan(copy.deepcopy(dense.model), data)
-        train(plan, settings, dtype=dtype, quiet=True)
-        ends[rule] = math.log(evaluate.perplexity(plan.model.eval(), heldout_NT, dtype=dtype).estimate.value)
+        self.state_share[rule] = kept / sum(2 * p.numel() for p in matrices)
+        return math.log(evaluate.perplexity(plan.model.eval(), self.heldout_NT, dtype=self.dtype).estimate.value)
+
+
+def test_smollm2_is_fine_tuned_with_a_sixth_of_the_state(smol: Path):
+    """Each rule at the best of two rates, chosen on a seed of its own. The embedding has AdamW's state in both."""
+    tuning, chosen, ends = Tuning(smol), {}, {}
+    for rule in TUNINGS:
+        tried = {lr: tuning.loss(rule, lr, TUNING_SEED) for lr in TUNING_RATES}
+        chosen[rule] = min(tried, key=lambda lr: tried[lr])
+        ends[rule] = [tuning.loss(rule, chosen[rule], seed) for seed in SEEDS]
+    settings = {"model": "smollm2-135m", "corpus": CORPUS, "rank": 64, **TUNING_HOW, "rates": TUNING_RATES}
+    settings |= {"lr": chosen}
+    results.record(
+        Row(id=f"optimizers/fine-tuned-{rule}", kind="claim", unit="nats", seeds=SEEDS, settings=settings,
+            what=f"SmolLM2-135M after 100 steps: held-out loss under {_TOLD[rule]}", values=tuple(losses))
+        for rule, losses in ends.items()
+    )  # fmt: skip
 
     _check(
-        id="optimizers/fine-tuned", what="SmolLM2-135M after 50 steps: Fira's held-out loss over AdamW's", unit="",
-        values=(ends["fira"] / ends["adamw"],), target=Target("<=", 1.02), seeds=(0,),
-        settings={"model": "smollm2-135m", "corpus": CORPUS, "rank": 64, "lr": 1e-4, **ends},
+        id="optimizers/fine-tuned-state", unit="share", values=(tuning.state_share["fira"],), target=Target("<", 1 / 6),
+        what="Numbers in Fira's state for the matrices of SmolLM2-135M's blocks, rank 64, over AdamW's", seeds=(0,),
+        settings=settings,
+    )  # fmt: skip
+    _check(
+        id="optimizers/fine-tuned", what="SmolLM2-135M after 100 steps: Fira's held-out loss over AdamW's", unit="",
+        values=tuple(fira / adam for fira, adam in zip(ends["fira"], ends["adamw"], strict=True)),
+        target=Target("<=", 1.02), settings=settings,
     )  # fmt: skip
 
 
