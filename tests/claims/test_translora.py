@@ -37,7 +37,7 @@ from overhaul.train import train
 from overhaul.transfer import Teaching, learnt, right_share
 from overhaul.workspace import Workspace
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * 3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * 3600), pytest.mark.filterwarnings("ignore")]  # of peft's own
 
 TASKS = ("boolean", "sorting")
 ABLATED = TASKS[0]
