@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,19 +51,19 @@ TASKS: dict[str, Callable[[random.Random], Example]] = {"boolean": boolean, "sor
 
 
 def answer(task: str, prompt: str) -> str | None:
-    """The right answer to a prompt of a task that somebody else wrote; None where it is no such prompt."""
-    words = prompt.split()
+    """The right answer to a prompt that somebody else wrote, bare of spaces; None where it is none of the task."""
+    words = re.findall(r"[()]|[^\s()]+", prompt)
     try:
         if (
             task == "boolean"
             and words[-1] == "="
             and set(words[:-1]) <= {"True", "False", "and", "or", "not", "(", ")"}
         ):
-            return f" {eval(' '.join(words[:-1]), {'__builtins__': {}})}"
+            return f"{eval(' '.join(words[:-1]), {'__builtins__': {}})}"
         if task == "sorting" and (words[0], words[-1]) == ("sort", ":"):
-            return f" {' '.join(map(str, sorted(map(int, words[1:-1]))))}"
+            return f"{' '.join(map(str, sorted(map(int, words[1:-1]))))}"
         if task == "units" and (words[2], words[4:]) == ("in", [":"]):
-            return f" {int(words[0]) * UNITS[words[1], words[3]]} {words[3]}"
+            return f"{int(words[0]) * UNITS[words[1], words[3]]} {words[3]}"
     except (SyntaxError, ValueError, KeyError, IndexError, TypeError):
         return None
     return None

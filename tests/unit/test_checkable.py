@@ -14,7 +14,7 @@ def test_answers_are_those_of_the_checker_and_prompts_differ(task: str, tmp_path
     rows = checkable.examples(task, 60, seed=1)
     more = checkable.examples(task, 60, seed=1, without=frozenset(prompt for prompt, _ in rows))
 
-    assert all(checkable.answer(task, prompt) == completion for prompt, completion in rows)
+    assert all(checkable.answer(task, prompt) == completion.strip() for prompt, completion in rows)
     assert len({prompt for prompt, _ in (*rows, *more)}) == 120
     stored = [json.loads(line) for line in checkable.write(tmp_path / "rows.jsonl", rows).read_text().splitlines()]
     assert [(row["prompt"], row["completion"]) for row in stored] == rows
@@ -23,12 +23,13 @@ def test_answers_are_those_of_the_checker_and_prompts_differ(task: str, tmp_path
 @pytest.mark.parametrize(
     ("task", "prompt", "answer"),
     [
-        ("boolean", "not ( True and False ) =", " True"),
+        ("boolean", "not ( True and False ) =", "True"),
         ("boolean", "None or True =", None),
         ("boolean", "True True =", None),
-        ("sorting", "sort 10 9 :", " 9 10"),
+        ("sorting", "sort 10 9 :", "9 10"),
         ("sorting", "sort a 9 :", None),
-        ("units", "3 weeks in days :", " 21 days"),
+        ("units", "3 weeks in days :", "21 days"),
+        ("boolean", "(True)and False =", "False"),
         ("units", "3 weeks in hours :", None),
         ("units", "3 weeks", None),
     ],
