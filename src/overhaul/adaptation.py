@@ -9,8 +9,9 @@ intervals of the losses themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class Cost:
         seconds: of all steps.
         peak_rss_bytes: of the largest.
         trainable_parameters: of the last training.
-        stored_bytes: what has to be kept beside the reference: of an adapter its own files, else the whole model.
+        stored_bytes: what has to be kept beside the reference: of an adapter of it the adapter's own files.
     """
 
     seconds: float | None
@@ -108,17 +109,31 @@ class Cost:
     stored_bytes: int
 
 
-def cost(made: Artifact, reference: Sequence[LineageStep]) -> Cost:
-    """Of the steps that a model has beyond those of the reference."""
+def cost(made: Artifact, reference: Sequence[LineageStep], kept: Collection[str]) -> Cost:
+    """Of the steps that a model has beyond those of the reference, and of the files that are not the reference's.
+
+    Args:
+        made: the model.
+        reference: the steps of the reference.
+        kept: `weights_of` the reference.
+    """
     common = len(reference) if list(made.lineage[: len(reference)]) == list(reference) else 0
+    own = weights_of(made.path)
     steps = made.lineage[common:]
     trained = [step.trainable_parameters for step in steps if step.trainable_parameters]
     return Cost(
         seconds=sum(step.seconds or 0.0 for step in steps) if steps else None,
         peak_rss_bytes=max((step.peak_rss_bytes for step in steps if step.peak_rss_bytes), default=None),
         trainable_parameters=trained[-1] if trained else None,
-        stored_bytes=sum(file.stat().st_size for file in artifacts.weight_files(made.path)),
+        stored_bytes=sum(
+            file.stat().st_size for sha256 in own.keys() - set(kept) for file in artifacts.weight_files(own[sha256])
+        ),
     )
+
+
+def weights_of(ref: str | Path) -> dict[str, Path]:
+    """The directories that a model is read from, by the hash of their weights: two where it is an adapter."""
+    return {artifacts.weights_sha256(path): path for path in artifacts.directories(ref)}
 
 
 def refuse_other_tokens(tokenizers: Sequence[str], labels: Sequence[str]) -> None:

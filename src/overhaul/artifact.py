@@ -90,6 +90,8 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
     if packing is not None:
         packed.check(packing, str(ref))
     check_weights(base)
+    if adapter:
+        _check_adapter(adapter)
     if packing is None:
         packed.refuse_unmarked(base, str(ref))
     model: Any = packed.read(base, packing, dtype, str(ref)) if packing else _read_model(base, dtype, str(ref))
@@ -97,8 +99,8 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
     stored = _read_json(path / RECORD) if (path / RECORD).is_file() else {}
     model.eval()
     refuse_non_finite(model, str(ref))
-    stored_dtype = _dtype_on_disk(base) or model.dtype
-    model.config.dtype = stored_dtype  # what a method that counts bytes on disk goes by, whatever they are in memory
+    dtype_on_disk = stored_dtype(base) or model.dtype
+    model.config.dtype = dtype_on_disk  # what a method that counts bytes on disk goes by, whatever they are in memory
     if (base / MASKS).is_file():
         apply_masks(model, base / MASKS)
     if adapter:
@@ -111,7 +113,7 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
         processor=tokenizer,
         path=path,
         name=str(ref),
-        dtype=stored_dtype,
+        dtype=dtype_on_disk,
         weights_sha256=weights_sha256(path),
         lineage=tuple(LineageStep.from_json(step) for step in stored.get("lineage", ())),
         record={key: value for key, value in stored.items() if key != "lineage"},
@@ -211,11 +213,19 @@ def size_on_disk(path: Path) -> int:
 def check_files(ref: str) -> None:
     """Raises `UserError` for a model that cannot be read, as far as that shows without its values."""
     try:
-        _, base = directories(ref)
+        path, base = directories(ref)
         _read_json(base / "config.json")
         check_weights(base)
+        if path != base:
+            _check_adapter(path)
     except UserError as error:
         raise UserError(f"{ref}: {error.given}", allowed=error.allowed, hint=error.hint) from error
+
+
+def _check_adapter(path: Path) -> None:
+    if not (path / "adapter_model.safetensors").is_file():
+        there = ", ".join(sorted(f.name for f in path.iterdir())[:8])
+        raise UserError(f"{path} has no adapter weights", allowed=f"adapter_model.safetensors (there: {there})")
 
 
 def check_weights(path: Path) -> None:
@@ -234,10 +244,10 @@ def check_weights(path: Path) -> None:
             raise UserError(f"{file} is damaged or cut short: {error}", hint="a fresh copy of the model") from error
 
 
-def _dtype_on_disk(path: Path) -> torch.dtype | None:
-    """The dtype of the largest tensor of the first weight file that holds numbers, not packed integers or scales."""
+def stored_dtype(ref: str | Path) -> torch.dtype | None:
+    """On disk, of the largest tensor of the first weight file that holds numbers, not packed integers or scales."""
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    for file in weight_files(path)[:1]:
+    for file in weight_files(pretrained.resolve(str(ref)))[:1]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 names_there = [name for name in opened.keys() if not name.endswith(packed.SCALES)]  # noqa: SIM118

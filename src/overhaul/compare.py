@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from overhaul import adaptation, machine, pretrained
 from overhaul import artifact as artifacts
-from overhaul.adaptation import Losses, Trial
+from overhaul.adaptation import Cost, Losses, Trial
 from overhaul.delta import Change
 from overhaul.errors import UserError
 from overhaul.journal import TableNote
@@ -166,7 +166,8 @@ def compare(refs: Sequence[str], options: Options, *, task: str | None = None, s
         if task is not None:
             adaptation.refuse_other_tokens([one.tokenizer for one in judges], [one.label for one in facts])
             losses.append(_trial(task, judge).losses(made.model))
-            facts[-1] = _adapted(facts[-1], made, losses, lineages[0])
+            spent = adaptation.cost(made, lineages[0], adaptation.weights_of(refs[0]))
+            facts[-1] = _adapted(facts[-1], spent, losses)
         if reference:
             changes.append({"model": ref, **difference(reference, made.model)})
         else:
@@ -222,16 +223,15 @@ def _trial(task: str, judge: Judge) -> Trial:
     return Trial.of(task, judge.processor, judge.windows, judge.dtype)
 
 
-def _adapted(facts: Facts, made: artifacts.Artifact, losses: Sequence[Losses], base: tuple[LineageStep, ...]) -> Facts:
+def _adapted(facts: Facts, spent: Cost, losses: Sequence[Losses]) -> Facts:
     """The facts with what the model won, lost and cost since the reference."""
-    rows, spent = adaptation.metrics(facts.label, losses[-1], losses[0]), adaptation.cost(made, base)
     return replace(
         facts,
-        metrics=(*facts.metrics, *rows),
+        metrics=(*facts.metrics, *adaptation.metrics(facts.label, losses[-1], losses[0])),
         seconds=spent.seconds,
         peak_rss_bytes=spent.peak_rss_bytes,
         trainable_parameters=spent.trainable_parameters,
-        stored_bytes=spent.stored_bytes if len(losses) > 1 else 0,
+        stored_bytes=spent.stored_bytes,
     )
 
 

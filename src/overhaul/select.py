@@ -24,16 +24,20 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 def block_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The effective weight of every linear layer in the blocks, adapters that are not merged included, one by one."""
-    for prefix, block in decoder_blocks(model).items():
-        for name, module in _outermost(block):
-            yield f"{prefix}.{name}", module.dense() if isinstance(module, LinearLike) else module.weight
+    for name, module in outermost_linears(model).items():
+        yield name, module.dense() if isinstance(module, LinearLike) else module.weight
 
 
-def _outermost(block: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The linear layers of a block by name; what an adapter is made of is not among them."""
-    found = [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear | LinearLike)]
-    inside = tuple(f"{name}." for name, _ in found)
-    return ((name, module) for name, module in found if not name.startswith(inside))
+def outermost_linears(model: nn.Module) -> dict[str, Any]:
+    """The linear layers of the blocks by qualified name, packed or not; an adapter's own layers are not among them."""
+    found: dict[str, Any] = {
+        f"{prefix}.{name}": module
+        for prefix, block in decoder_blocks(model).items()
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | LinearLike)
+    }
+    inside = tuple(f"{name}." for name in found)
+    return {name: module for name, module in found.items() if not name.startswith(inside)}
 
 
 def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
@@ -60,8 +64,11 @@ def select_linears(model: nn.Module, targets: Sequence[str] = ()) -> list[str]:
     ends = sorted({name.rsplit(".", 1)[-1] for name in names})
     for target in targets:
         if not any(_ends_in(name, target) for name in names):
+            others = [(name, module) for name, module in model.named_modules() if _ends_in(name, target)]
             raise UserError(
-                f"no linear layer is called {target!r}",
+                f"{others[0][0]} ({type(others[0][1]).__name__}) is no linear layer of the blocks"
+                if others
+                else f"no linear layer is called {target!r}",
                 allowed=", ".join(ends),
                 hint=did_you_mean(target, ends),
             )

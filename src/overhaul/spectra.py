@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,7 +36,7 @@ SAME = 1e-4
 """Base vectors whose singular values differ by no more than this share may be turned within their subspace at will."""
 _PARTS = 8
 """Of a matrix, one after the other in double precision: all at once would take twice its memory."""
-_FORMAT = 1
+_FORMAT = 2
 """Goes up when what is in a cached file, or the arithmetic that makes it, changes."""
 
 
@@ -131,6 +131,14 @@ def entropy_rank(values_R: Tensor) -> float:
     """exp(H(p)), p = sigma / sum sigma; 0 for no change."""
     p_R = values_R / values_R.sum() if values_R[0] > 0 else values_R
     return math.exp(float(torch.special.entr(p_R).sum())) if values_R[0] > 0 else 0.0
+
+
+def clamping(examined: Sequence[int], k: int) -> tuple[str, ...]:
+    """What is to be said where matrices have fewer singular vectors than `k`."""
+    short = [count for count in examined if count < k]
+    if not short:
+        return ()
+    return (f"k {k} is more than {len(short)} matrices have: there all are examined, {min(short)} at the fewest",)
 
 
 def critical_strength(eps: float) -> float:
@@ -250,7 +258,7 @@ def look(base: Stored, tuned: Stored, *, k: int, vectors: Vectors, cache: Cache 
     Args:
         base: what it was made from; layers of the same names and shapes.
         tuned: the tuned model.
-        k: tuned vectors examined, at most as many as a matrix has.
+        k: tuned vectors examined, at most as many as a matrix has that belong to a value that is not zero.
         vectors: which singular vectors; with `both` an intruder is one on both sides.
         cache: where decompositions are kept.
     """
@@ -278,11 +286,12 @@ def _compare(
     weight_OI = tuned.read(name)
     tuned_norm = float(weight_OI.norm())
     triplets = singular(weight_OI, count)
+    count = min(count, known(triplets.values_R))  # a vector of no value is any direction, and none of the matrix
     weight_OI = weight_OI.sub(base.read(name))
     change_R = singular_values(weight_OI)
     del weight_OI
     seen = [
-        compared(known_vectors(lambda: base.read(name), side, cache, base_sha256), triplets.side(side))
+        compared(known_vectors(lambda: base.read(name), side, cache, base_sha256), triplets.side(side)[:, :count])
         for side in sides(vectors)
     ]
     return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,7 +15,7 @@ from overhaul.errors import UserError
 from overhaul.interop.peft import CONFIG, plain_lora, why_not_plain
 from overhaul.layers import LinearLike
 from overhaul.lineage import LineageStep, Parent
-from overhaul.select import block_linears, select_linears, shapes_of
+from overhaul.select import block_linears, outermost_linears, shapes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +79,14 @@ def _keys(file: Path) -> list[str]:
 
 
 def _loaded(ref: str, path: Path) -> Stored:
-    model = artifacts.load(ref, dtype=torch.float32).model
+    layers = outermost_linears(artifacts.load(ref, dtype=torch.float32).model)
 
     def read(name: str) -> Tensor:
-        layer: Any = model.get_submodule(name)
+        layer = layers[name]
         return (layer.dense() if isinstance(layer, LinearLike) else layer.weight).detach().float()
 
-    return Stored(ref, path, shapes_of(model, select_linears(model)), _finite(read, ref))
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    return Stored(ref, path, shapes, _finite(read, ref))
 
 
 def _finite(read: Callable[[str], Tensor], ref: str) -> Callable[[str], Tensor]:
@@ -119,12 +119,12 @@ def refuse_other_base(base: Stored, tuned: Stored) -> None:
     own = artifacts.directories(tuned.name)[1]
     if own == tuned.path:
         return
-    known = {step.parents[0].hash for step in lineage_of(tuned.path) if step.parents}
-    given = artifacts.weights_sha256(base.path)
-    if artifacts.weights_sha256(own) != given or (known and given not in known):
+    if not _is_as_it_was(own, tuned.path):
         raise UserError(
-            f"{tuned.name} is an adapter of other weights than those of {base.name}", hint=f"{own}, if it is as it was"
+            f"{tuned.name} is an adapter of {own}, whose weights were changed since", hint="the model as it was"
         )
+    if artifacts.weights_sha256(own) != artifacts.weights_sha256(base.path):
+        raise UserError(f"{tuned.name} is an adapter of other weights than those of {base.name}", hint=str(own))
 
 
 def base_of(ref: str) -> str | None:
@@ -134,7 +134,7 @@ def base_of(ref: str) -> str | None:
     """
     path, own = artifacts.directories(ref)
     if own != path:
-        return str(own)
+        return str(own) if _is_as_it_was(own, path) else None
     begun: list[Parent] = [step.parents[0] for step in lineage_of(path) if step.parents]
     if not begun:
         return None
@@ -144,6 +144,12 @@ def base_of(ref: str) -> str | None:
         if at is not None and not (at / CONFIG).is_file() and _shapes(str(at)) == shapes:
             return parent.path
     return None
+
+
+def _is_as_it_was(base: Path, adapter: Path) -> bool:
+    """Whether the base of an adapter has weights that one of its steps read; true where no record says so."""
+    read = {step.parents[0].hash for step in lineage_of(adapter) if step.parents}
+    return not read or artifacts.weights_sha256(base) in read
 
 
 def lineage_of(path: Path) -> list[LineageStep]:

@@ -44,9 +44,9 @@ SEEDS, TUNING_SEED = (0, 1, 2), 100
 DTYPE = machine.compute_dtype("auto", torch.device("cpu"))
 HOW: dict[str, Any] = {"steps": STEPS, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "save_every": 0}
 METHODS = {
-    "randlora": (partial(RandLoRA, rank=64, alpha=1280), (1e-3, 3e-3, 1e-2)),
-    "lora": (partial(LoRA, rank=3, alpha=6), (1e-3, 3e-3, 1e-2)),
-    "vera": (partial(VeRA, rank=256), (1e-2, 3e-2, 1e-1)),
+    "randlora": (partial(RandLoRA, rank=64, alpha=1280), (1e-4, 3e-4, 1e-3)),
+    "lora": (partial(LoRA, rank=3, alpha=6), (3e-3, 1e-2, 3e-2)),
+    "vera": (partial(VeRA, rank=256), (3e-2, 1e-1, 3e-1)),
 }
 """RandLoRA and LoRA train as many numbers to within a percent; VeRA cannot have as many."""
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from command import overhaul, refused
 from overhaul import artifact, evaluate
-from overhaul.adaptation import Trial, cost, metrics
+from overhaul.adaptation import Trial, cost, metrics, weights_of
 from overhaul.report.facts import FORGETTING, TASK_GAIN, TASK_LOSS, Facts
 from overhaul.report.pareto import ADAPTATION_TRADES, TRADES, fronts_of, trades_of
 from overhaul.stream import IGNORED
@@ -127,9 +127,19 @@ def test_steps_that_the_reference_has_too_cost_nothing(tiny: Path, task: Path, t
         assert overhaul("adapt", "full", parent, "-o", out, "--data", task, *TRAIN).code == 0
     made = artifact.load(second)
 
-    both, last = cost(made, ()), cost(made, artifact.load(first).lineage)
+    both, last = cost(made, (), ()), cost(made, artifact.load(first).lineage, weights_of(first))
 
     assert [step.seconds for step in made.lineage] == pytest.approx([both.seconds - last.seconds, last.seconds])  # pyright: ignore
+
+
+def test_an_adapter_of_another_base_has_to_be_kept_with_it(tiny: Path, adapted: Path, task: Path, tmp_path: Path):
+    apart = tmp_path / "apart"
+    done = overhaul("adapt", "lora", adapted / "full", "-o", apart, "--data", task, "--no-merge", *TRAIN)
+    assert done.code == 0, done.err
+    made, own = artifact.load(apart), (apart / "adapter_model.safetensors").stat().st_size
+
+    assert cost(made, (), weights_of(adapted / "full")).stored_bytes == own
+    assert cost(made, (), weights_of(tiny)).stored_bytes == own + artifact.size_on_disk(adapted / "full")
 
 
 def test_the_table_and_the_page_say_what_was_traded(tiny: Path, adapted: Path, task: Path, tmp_path: Path):

@@ -39,6 +39,12 @@ def test_an_end_is_a_whole_name(model: nn.Module):
         select_linears(model, ["zzz"])
 
 
+@pytest.mark.parametrize(("target", "kind"), [("embed_tokens", "Embedding"), ("lm_head", "Linear")])
+def test_what_is_no_linear_layer_of_the_blocks_is_named_with_its_class(model: nn.Module, target: str, kind: str):
+    with pytest.raises(UserError, match=rf"{target} \({kind}\) is no linear layer of the blocks"):
+        select_linears(model, [target])
+
+
 @pytest.mark.parametrize("architecture", ["opt"])
 def test_other_architectures(make_tiny: Callable[..., Path], architecture: str):
     other = AutoModelForCausalLM.from_pretrained(make_tiny(architecture=architecture))

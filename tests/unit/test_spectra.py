@@ -102,6 +102,18 @@ def test_what_is_equal_or_scaled_has_no_intruder(vectors, tmp_path):
     assert doubled.strength == pytest.approx(1, rel=1e-5)
 
 
+@pytest.mark.parametrize("vectors", ["left", "right", "both"])
+@pytest.mark.parametrize("shape", [(50, 40), (40, 50), (40, 40)])
+def test_null_vectors_of_the_tuned_matrix_are_not_examined(shape, vectors, tmp_path):
+    """They are arbitrary, and would be intruders in whatever is scaled or cut to a lower rank."""
+    base_OI, left_OO, right_II = matrix_of(SPREAD[:6], *shape)
+    cut_OI = base_OI - SPREAD[5] * torch.outer(left_OO[:, 5], right_II[:, 5])
+
+    found = [seen(base_OI, tuned, tmp_path, vectors=vectors) for tuned in (2 * base_OI, cut_OI, 0 * base_OI)]
+
+    assert [(one.examined, one.intruders(EPS)) for one in found] == [(6, []), (5, []), (0, [])]
+
+
 @pytest.mark.parametrize("num", [2, 5])
 def test_a_rotation_within_equal_values_is_nothing_new(num, tmp_path):
     values = [9.0] * num + [4.0 - 0.1 * i for i in range(20)]

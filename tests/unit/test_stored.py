@@ -77,6 +77,18 @@ def test_packed_weights_are_dequantized(tiny: Path, tmp_path: Path):
         torch.testing.assert_close(found.read(name), dense.read(name), rtol=0.02, atol=2e-3)
 
 
+def test_an_adapter_over_packed_weights_has_the_layers_of_its_base(tiny: Path, tmp_path: Path):
+    packed, lora = tmp_path / "int8", tmp_path / "lora"
+    assert overhaul("quantize", "int8", tiny, "-o", packed, "--evaluate", "none").code == 0
+    assert overhaul("adapt", "lora", packed, "-o", lora, *TRAIN, "--lr", "1e-2", "--no-merge").code == 0
+
+    base, tuned = stored(str(packed)), stored(str(lora))
+
+    refuse_other_base(base, tuned)
+    assert base.shapes == tuned.shapes == stored(str(tiny)).shapes
+    assert all(not torch.equal(base.read(name), tuned.read(name)) for name in base.shapes)
+
+
 def test_other_layers_are_listed(tiny: Path, make_tiny, tmp_path: Path):
     shrink = ["--layers", "1", "--ffn", "64", "--samples", "4", "--seq-len", "32", "--evaluate", "none"]
     assert overhaul("shrink", "minitron", tiny, "-o", tmp_path / "small", *shrink).code == 0
@@ -99,8 +111,9 @@ def test_an_adapter_whose_base_was_changed_since_is_refused(tiny: Path, tmp_path
     weights = load_file(base / "model.safetensors")
     save_file({name: 2 * tensor for name, tensor in weights.items()}, base / "model.safetensors")
 
-    with pytest.raises(UserError, match="adapter of other weights"):
+    with pytest.raises(UserError, match="whose weights were changed since"):
         refuse_other_base(stored(str(base)), stored(str(tmp_path / "lora")))
+    assert base_of(str(tmp_path / "lora")) is None
 
 
 def test_the_base_is_where_the_lineage_began(tiny: Path, tmp_path: Path):

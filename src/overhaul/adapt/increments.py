@@ -32,6 +32,12 @@ class Increments(Training):
     def attach(self, model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
         """Puts adapters over the layers called `names`, in place, and returns what is trained."""
 
+    def check(self, model: nn.Module, data: Data | None) -> None:
+        """Raises `UserError` for a target that fits no layer."""
+        from overhaul.select import select_linears
+
+        select_linears(model, self.targets)
+
     def plan(self, model: nn.Module, data: Data) -> Plan:
         """Only the increments are trained; at the end they are merged, unless the adapter is to be kept apart.
 

@@ -41,8 +41,8 @@ class Repair(Transform):
     )
     control: Literal["intruders", "others", "random"] = Field(
         "intruders",
-        description="What is scaled: the intruders; as many other vectors of the nearest ranks; or, of the same "
-        "energy, random directions.",
+        description="What is scaled: the intruders; as many other vectors of the nearest ranks; or random "
+        "directions, by a change of the same norm.",
     )
     _path: Path | None = PrivateAttr(None)
 
@@ -75,26 +75,36 @@ class Repair(Transform):
             UserError: it does not; or the adapter is no plain LoRA.
         """
         from overhaul.errors import UserError
-        from overhaul.interop.peft import CONFIG, why_not_plain
+        from overhaul.interop.peft import CONFIG, plain_lora, why_not_plain
         from overhaul.stored import refuse_other_base
 
         base, tuned = self._opened()
         refuse_other_base(base, tuned)
-        if (tuned.path / CONFIG).is_file() and (why := why_not_plain(tuned.path)):
+        if not (tuned.path / CONFIG).is_file():
+            return
+        if why := why_not_plain(tuned.path):
             raise UserError(
                 f"{tuned.name} is no plain LoRA ({why}): its product cannot be factored into such an adapter again",
                 allowed="LoRA of one rank and one alpha, with or without rank-stabilised scaling, or a whole model",
                 hint="merge it, then adapt repair with --base; measure spectra reads it as it is",
+            )
+        if others := [name for name in plain_lora(tuned.path).factors if name not in base.shapes]:
+            raise UserError(
+                f"{tuned.name} adapts {others[0]}, which is no linear layer of the blocks of {base.name}",
+                allowed="adapters of the blocks' linear layers",
+                hint="merge it, then adapt repair with --base",
             )
 
     def apply(self, model: nn.Module, calib: Stream | None) -> nn.Module:
         """Changes the weights of a whole model; puts new factors over the base's weights for an adapter."""
         from overhaul.interop.peft import CONFIG, plain_lora
         from overhaul.journal import note_table
-        from overhaul.progress import Bar
-        from overhaul.spectra import Cache
+        from overhaul.progress import Bar, say
+        from overhaul.spectra import Cache, clamping
 
         base, tuned = self._opened()
+        for note in clamping([min(shape) for shape in base.shapes.values()], self.k):
+            say(note)
         lora = plain_lora(tuned.path) if (tuned.path / CONFIG).is_file() else None
         cache, rows = Cache(), list[_Scaled]()
         with Bar("repairing", len(base.shapes)) as bar:
@@ -126,12 +136,13 @@ class Repair(Transform):
 
     def _correction(self, base: Stored, name: str, weight_OI: Tensor, cache: Cache) -> tuple[Tensor, int]:
         """What is to be added to a tuned weight, and how many directions it scales."""
-        from overhaul.spectra import compared, known_vectors, sides, singular
+        from overhaul.spectra import compared, known, known_vectors, sides, singular
 
         # As many again, for others of the nearest ranks.
         triplets = singular(weight_OI, min(2 * self.k, *weight_OI.shape))
+        count = known(triplets.values_R)
         near_SK = [
-            compared(known_vectors(lambda: base.read(name), side, cache), triplets.side(side))[1]
+            compared(known_vectors(lambda: base.read(name), side, cache), triplets.side(side)[:, :count])[1]
             for side in sides(self.vectors)
         ]
         is_new = [all(near_K[place] < self.eps for near_K in near_SK) for place in range(len(near_SK[0]))]

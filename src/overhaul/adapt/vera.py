@@ -31,7 +31,7 @@ class VeRA(Increments):
         """b and d of every layer.
 
         Raises:
-            UserError: the model is pruned and merging would fill its zeros.
+            UserError: the model is pruned: merging would fill its zeros, now or when the adapter is read.
         """
         from overhaul.layers import swap
         from overhaul.layers.lora import refuse_pruned
@@ -39,8 +39,7 @@ class VeRA(Increments):
         from overhaul.random_bases import VeRABases
         from overhaul.select import shapes_of
 
-        if self.merge:
-            refuse_pruned(model, names)
+        refuse_pruned(model, names)
         bases = VeRABases.draw(shapes_of(model, names).values(), self.rank, key=self.key)
         layers = swap(model, names, lambda old: VeRALinear.from_linear(old, bases, self.d_initial))
         return [tensor for layer in layers.values() for tensor in (layer.vera_lambda_b, layer.vera_lambda_d)]

@@ -113,11 +113,12 @@ def read_adapter(model: nn.Module, directory: Path, *, packed: bool) -> None:
     """Adds the adapter in a PEFT directory to `model`, in place: merged, or put over the layers of a packed model.
 
     Raises:
-        UserError: its random bases are not those that it was trained with, or this kind of adapter is not read over
-            packed layers.
+        UserError: its random bases are not those that it was trained with, peft cannot merge it, or this kind of
+            adapter is not read over packed layers.
     """
     config = json.loads((directory / CONFIG).read_text())
-    kind, odd = str(config.get("peft_type")), [name for name in _VARIANTS if config.get(name)]
+    kind = str(config.get("peft_type"))
+    odd = _beyond_factors(directory, config) if kind == "LORA" else [name for name in _VARIANTS if config.get(name)]
     plain = not odd and config.get("bias", "none") == "none"
     if packed and (kind not in ("LORA", "RANDLORA") or not plain):
         raise UserError(
@@ -132,7 +133,10 @@ def read_adapter(model: nn.Module, directory: Path, *, packed: bool) -> None:
         from peft import PeftModel
 
         inner: Any = model
-        PeftModel.from_pretrained(inner, str(directory)).merge_and_unload()
+        try:
+            PeftModel.from_pretrained(inner, str(directory)).merge_and_unload()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{directory} cannot be merged into its base: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +153,7 @@ def why_not_plain(directory: Path) -> str:
     config = json.loads((directory / CONFIG).read_text())
     if config.get("peft_type") != "LORA":
         return str(config.get("peft_type"))
-    odd = [name for name in _VARIANTS if config.get(name) and name != "use_rslora"]
-    if config.get("bias", "none") != "none":
-        odd.append(f"bias={config['bias']}")
-    if any("lora_embedding" in key for key in _stored(directory)[0]):
-        odd.append("adapted embeddings")
-    return ", ".join(odd)
+    return ", ".join(name for name in _beyond_factors(directory, config) if name != "use_rslora")
 
 
 def plain_lora(directory: Path) -> PlainLoRA:
@@ -169,7 +168,20 @@ def plain_lora(directory: Path) -> PlainLoRA:
     return PlainLoRA(factors, rank, config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank))
 
 
-_VARIANTS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
+_VARIANTS = (
+    "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "layer_replication",
+)  # fmt: skip
+
+
+def _beyond_factors(directory: Path, config: Mapping[str, Any]) -> list[str]:
+    """What a LoRA has that is not A and B of one rank and alpha: by its configuration, and by what was trained."""
+    odd = [name for name in _VARIANTS if config.get(name)]
+    if config.get("bias", "none") != "none":
+        odd.append(f"bias={config['bias']}")
+    # Whatever peft's next variants are called, what they train has a name of its own. A head is stored as it was, too.
+    plain = (".lora_A.weight", ".lora_B.weight", ".base_layer.weight")
+    others = [name for name in _stored(directory)[0] if not name.endswith(plain)]
+    return [*odd, *([f"{others[0]} among its tensors"] if others and not odd else [])]
 
 
 def _read_lora(model: nn.Module, directory: Path, config: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -75,7 +76,7 @@ def _rows(found: Sequence[Matrix], eps: float, model: str) -> list[Row]:
 
     rows = [
         row("intruders", sum(counts), examined),
-        row("intruders per 1,000 vectors", 1000 * sum(counts) / examined, examined),
+        row("intruders per 1,000 vectors", 1000 * sum(counts) / max(examined, 1), examined),
         row("matrices with an intruder", sum(count > 0 for count in counts), len(found)),
         row("energy share of the intruders, mean", sum(energies) / len(found), len(found)),
         row("matrices changed", len(changed), len(found)),
@@ -85,8 +86,11 @@ def _rows(found: Sequence[Matrix], eps: float, model: str) -> list[Row]:
         rows += [
             row("stable rank of the change, median", median(stable_rank(m.change_R) for m in changed), len(changed)),
             row("entropy rank of the change, median", median(entropy_rank(m.change_R) for m in changed), len(changed)),
-            row("change / base, median of norms", median(m.relative_change for m in changed), len(changed)),
-            row("change / base, largest singular value, median", median(m.strength for m in changed), len(changed)),
+        ]
+    if beside := [matrix for matrix in changed if matrix.base_norm]:  # there is no ratio to a base of zeros
+        rows += [
+            row("change / base, median of norms", median(m.relative_change for m in beside), len(beside)),
+            row("change / base, largest singular value, median", median(m.strength for m in beside), len(beside)),
         ]
     return rows
 
@@ -110,8 +114,8 @@ def _record(matrix: Matrix, how: MeasureSpectra, base: str, tuned: str) -> dict[
         "intruders": [asdict(one) for one in intruders],
         "stable_rank": stable_rank(matrix.change_R),
         "entropy_rank": entropy_rank(matrix.change_R),
-        "relative_change": matrix.relative_change,
-        "strength": matrix.strength,
+        "relative_change": _finite(matrix.relative_change),
+        "strength": _finite(matrix.strength),
         "critical_strength": critical_strength(how.eps),
         "base_sha256": matrix.base_sha256,
         "tuned_sha256": matrix.tuned_sha256,
@@ -119,20 +123,32 @@ def _record(matrix: Matrix, how: MeasureSpectra, base: str, tuned: str) -> dict[
 
 
 def _notes(found: Sequence[Matrix], k: int, tuned: str) -> tuple[str, ...]:
-    notes = []
-    if clamped := sum(matrix.examined < k for matrix in found):
-        fewest = min(matrix.examined for matrix in found)
-        notes.append(f"k {k} is more than {clamped} matrices have: there all are examined, {fewest} at the fewest")
+    import torch
+
+    from overhaul import artifact
+    from overhaul.spectra import clamping
+
+    notes = list(clamping([matrix.examined for matrix in found], k))
     if all(matrix.base_sha256 == matrix.tuned_sha256 for matrix in found):
         notes.append(f"{tuned} has the weights of its base in every matrix: nothing was trained")
+    elif (dtype := artifact.stored_dtype(tuned)) not in (None, torch.float32):
+        notes.append(
+            f"{tuned} is stored in {str(dtype).removeprefix('torch.')}: rounding alone gives its change many small "
+            "directions, which the entropy rank counts; the stable rank hardly does"
+        )
     return tuple(notes)
+
+
+def _finite(value: float) -> float | None:
+    """None, which JSON and pictures know, for the ratio to a base that is zero."""
+    return value if math.isfinite(value) else None
 
 
 def _curves(found: Sequence[Matrix], eps: float, model: str) -> tuple[Curve, ...]:
     """Intruders over eps at this k, and over k at this eps."""
     from overhaul.table import Curve
 
-    most = max(matrix.examined for matrix in found)
+    most = max(1, *(matrix.examined for matrix in found))
     over_eps = [sum(len(matrix.intruders(one)) for matrix in found) for one in EPS_SWEEP]
     over_k = [sum(len(matrix.intruders(eps, k)) for matrix in found) for k in range(1, most + 1)]
     return (
@@ -164,7 +180,7 @@ def _maps(found: Sequence[Matrix], eps: float, model: str) -> tuple[LayerMap, ..
         LayerMap(
             model=model,
             quantity="strength of the change",
-            values=tuple((matrix.name, matrix.strength) for matrix in found),
+            values=tuple((matrix.name, _finite(matrix.strength)) for matrix in found),
             meaning="Largest singular value of the change over that of the base; a new direction of rank one becomes "
             f"an intruder from {critical_strength(eps):.3g} on",
         ),

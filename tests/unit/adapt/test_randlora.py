@@ -97,7 +97,7 @@ def load(path: Path) -> dict[str, torch.Tensor]:
         (("--save-bases",), "--save-bases is for an adapter that is kept apart"),
         (("--as-lora", "4"), "--as-lora is for an adapter that is kept apart"),
         (("--no-merge", "--as-lora", "4", "--save-bases"), "leave --save-bases out"),
-        (("--targets", "embed_tokens"), "no linear layer is called 'embed_tokens'"),
+        (("--targets", "embed_tokens"), "model.embed_tokens (Embedding) is no linear layer"),
         (("--rank", "0"), "greater than 0"),
     ],
 )
@@ -108,10 +108,11 @@ def test_what_does_not_go_together_is_refused(flags: tuple[str, ...], told: str,
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_apart_from_a_pruned_model_is_refused(tiny: Path, tmp_path: Path):
+@pytest.mark.parametrize(("method", "told"), [("randlora", "without --no-merge"), ("vera", "perp --train mask_lora")])
+def test_an_adapter_apart_from_a_pruned_model_is_refused(tiny: Path, tmp_path: Path, method: str, told: str):
     assert overhaul("prune", "magnitude", tiny, "-o", tmp_path / "half", "--evaluate", "none").code == 0
 
     words = ("--rank", "8", "--no-merge", *QUICK)
-    done = overhaul("adapt", "randlora", tmp_path / "half", "-o", tmp_path / "out", *words)
+    done = overhaul("adapt", method, tmp_path / "half", "-o", tmp_path / "out", *words)
 
-    refused(done, "pruned weights", "without --no-merge")
+    refused(done, "pruned weights", told)

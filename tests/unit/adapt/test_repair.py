@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.intruders import reduce_intruder_dimension
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -194,7 +195,11 @@ def test_settings_out_of_range(tiny, tuned, tmp_path, flags, words):
 
 @pytest.mark.parametrize(
     ("config", "why"),
-    [({"use_dora": True}, "use_dora"), ({"rank_pattern": {"q_proj": 2}}, "rank_pattern")],
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"trainable_token_indices": [1]}, "among its tensors"),
+    ],
 )
 def test_adapters_that_are_no_plain_lora_are_refused(tiny, tmp_path, config, why):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=4, **config))
@@ -214,3 +219,47 @@ def test_randlora_is_read_but_not_repaired(tiny, tmp_path):
 
     refused(overhaul("adapt", "repair", out, "-o", tmp_path / "out", *QUICK), "RANDLORA")
     assert overhaul("measure", "spectra", tiny, out).code == 0
+
+
+def test_an_adapter_that_peft_cannot_merge_is_refused(tiny, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=4, lora_bias=True))
+    model.peft_config["default"].base_model_name_or_path = str(tiny)
+    model.save_pretrained(str(tmp_path / "adapter"))
+
+    done = overhaul("adapt", "repair", tmp_path / "adapter", "-o", tmp_path / "out", *QUICK)
+
+    refused(done, "cannot be merged into its base", "lora_bias")
+
+
+def test_an_adapter_of_the_head_is_refused(make_tiny, tmp_path):
+    base = make_tiny(tie=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(str(tmp_path / "adapter"))
+
+    done = overhaul("adapt", "repair", tmp_path / "adapter", "-o", tmp_path / "out", *QUICK)
+
+    refused(done, "adapts lm_head", "merge it")
+
+
+def test_an_adapter_without_its_tensors_is_refused(tiny, adapter, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    (broken / "adapter_model.bin").write_bytes(b"")
+
+    for words in (("adapt", "repair", broken, "-o", tmp_path / "out", *QUICK), ("measure", "spectra", tiny, broken)):
+        refused(overhaul(*words), "has no adapter weights", "adapter_model.bin")
+
+
+def test_a_matrix_of_zeros_is_left_alone(tiny, tmp_path):
+    zeros = shutil.copytree(tiny, tmp_path / "zeros")
+    stored_as = load_file(zeros / "model.safetensors")
+    stored_as["model.layers.0.self_attn.q_proj.weight"].zero_()
+    save_file(stored_as, zeros / "model.safetensors", metadata={"format": "pt"})
+
+    done = overhaul("adapt", "repair", zeros, "-o", tmp_path / "out", "--base", tiny, "--k", 99, *QUICK)
+
+    assert done.code == 0, done.err
+    assert "no matrix has an intruder" in done.err
+    assert "k 99 is more than" in done.err

@@ -111,6 +111,33 @@ def test_compare_shows_a_line_for_a_model_whose_base_is_known(tiny: Path, tuned:
     assert f"{line['intruders']:g} intruders" in told.out
 
 
+def test_a_base_of_zeros_gives_numbers_that_json_and_pictures_know(tiny: Path, tmp_path: Path):
+    zeros = tmp_path / "zeros"
+    zeros.mkdir()
+    for file in tiny.iterdir():
+        (zeros / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tiny / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"].zero_()
+    save_file(weights, zeros / "model.safetensors", metadata={"format": "pt"})
+    page = tmp_path / "page.html"
+
+    there, back = (overhaul("measure", "spectra", *pair, "--json") for pair in ((zeros, tiny), (tiny, zeros)))
+    done = overhaul("measure", "spectra", zeros, tiny, "--html", page)
+
+    assert (there.code, back.code, done.code) == (0, 0, 0), there.err + back.err + done.err
+    assert "Infinity" not in there.out + back.out
+    assert "NaN" not in there.out + back.out
+    assert not {"inf", "nan"} & set(page.read_text().replace('"', " ").split())
+
+
+def test_that_rounding_has_a_rank_of_its_own_is_said(make_tiny, tmp_path: Path):
+    half = make_tiny(dtype="bfloat16")
+    done = overhaul("adapt", "lora", half, "-o", tmp_path / "lora", *TRAIN)
+    assert done.code == 0, done.err
+
+    assert "stored in bfloat16: rounding" in overhaul("measure", "spectra", half, tmp_path / "lora").out
+
+
 # Mistakes.
 
 
