@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, long
         say("  fp32 weights, gradients and optimizer states" + (", at a time" if method.in_stages() else ""))
         each = " in each stage" if method.in_stages() else ""
         say(f"{method.steps} steps, {tokens:,} tokens{each}\n{plan.stream.describe().tree()}")
-        seconds = _seconds_per_step(plan, method, dtype) * method.steps
+        seconds = _seconds(plan, method, dtype)
         say(
             f"about {seconds:.0f} s"
             + (" for the first of several" if method.in_stages() else "")
@@ -61,16 +62,21 @@ def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, long
 
 
 def _training_bytes(plan: Plan, method: Training) -> int:
-    """Of trained weights, their gradients, and what the optimizer keeps; with `per_layer` one gradient at a time."""
+    """Of trained weights, their gradients, what the optimizer keeps (one gradient at a time with `per_layer`), and what
+    the objective holds beside them."""
     sizes = [p.numel() for p in plan.model.parameters() if p.requires_grad]
     gradients = max(sizes, default=0) if method.per_layer else sum(sizes)
-    return MASTER_BYTES * (sum(sizes) + gradients) + state_bytes(plan.optimizer)
+    held = sum(term.held_bytes() for _, term in plan.objective.parts())
+    return MASTER_BYTES * (sum(sizes) + gradients) + state_bytes(plan.optimizer) + held
 
 
-def _seconds_per_step(plan: Plan, method: Training, dtype: torch.dtype) -> float:
-    """Time of the second step of two: the first one warms up."""
-    one = method.model_copy(update={"steps": 1})
-    train(plan, one, dtype=dtype, quiet=True)
-    began = time.perf_counter()
-    train(plan, one, dtype=dtype, quiet=True)
-    return time.perf_counter() - began
+def _seconds(plan: Plan, method: Training, dtype: torch.dtype) -> float:
+    """Time of all steps, by the second of two: the first one warms up, and chooses subspaces where there are any."""
+    one, times = method.model_copy(update={"steps": 1}), []
+    for _ in range(2):
+        began = time.perf_counter()
+        train(plan, one, dtype=dtype, quiet=True)
+        times.append(time.perf_counter() - began)
+    first, usual = times
+    renewals = math.ceil(method.steps / method.projection.gap) if method.optimizer in ("galore", "fira") else 0
+    return method.steps * usual + renewals * max(first - usual, 0.0)

@@ -7,10 +7,13 @@ On disk a layer is `NAME.factor_A`, `NAME.factor_B`, `NAME.values`, `NAME.suppor
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from overhaul.errors import UserError
@@ -21,6 +24,14 @@ from overhaul.progress import Bar, say
 from overhaul.select import block_linears
 
 FORMAT, VERSION = "sltrain", 1
+
+
+class Form(NamedTuple):
+    """Rank and alpha of a product, and the share of positions that have a value of their own."""
+
+    rank: int
+    alpha: float
+    density: float
 
 
 def from_config(
@@ -103,6 +114,28 @@ def convert(
 def factored_layers(model: nn.Module) -> dict[str, SLTrainLinear]:
     """The layers of that form by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SLTrainLinear)}
+
+
+def form_of(layer: SLTrainLinear) -> Form:
+    """What a layer is made of."""
+    return Form(layer.rank, layer.alpha, len(layer.values) / (layer.out_features * layer.in_features))
+
+
+def form_on_disk(path: Path) -> Form | None:
+    """What the first layer is made of that a directory keeps as factors; None where it keeps none."""
+    config = path / "config.json"
+    settings = json.loads(config.read_text()).get("quantization_config") if config.is_file() else None
+    if not settings or settings.get("format") != FORMAT:
+        return None
+    refuse(settings)
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in _names(dict.fromkeys(opened.keys())):
+                (rank, num_in), (num_out, _), (count,) = (
+                    opened.get_slice(f"{name}.{part}").get_shape() for part in ("factor_A", "factor_B", "values")
+                )
+                return Form(rank, float(settings["alpha"]), count / (num_out * num_in))
+    return None
 
 
 def check_dense(model: nn.Module) -> None:

@@ -33,11 +33,6 @@ class Listed:
     block: int | None
     module: str
 
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it has two dimensions."""
-        return self.parameter.ndim == 2
-
 
 def manifest(model: nn.Module) -> tuple[Listed, ...]:
     """Every parameter once, in the model's order; a tied one stands where it comes first.

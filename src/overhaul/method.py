@@ -116,12 +116,6 @@ class Projection(Settings):
         1.01, description="Largest growth of its norm from step to step; 0 switches the limiter off."
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Projection:
-        if self.side == "full" and self.scaling == "column":
-            raise ValueError("side full leaves no columns whose norms could scale; use scaling matrix or none")
-        return self
-
 
 Steps = Annotated[int, Field(gt=0, description="Optimizer steps.")]
 BatchSize = Annotated[int, Field(gt=0, description="Windows per micro-batch and process.")]
@@ -166,6 +160,10 @@ class Training(Method, ABC):
             raise ValueError(f"projection.{chosen[0]} is read by optimizer galore and fira, not by {self.optimizer}")
         if self.optimizer == "galore" and (outside := {"residual", "scaling", "limiter"} & set(chosen)):
             raise ValueError(f"projection.{min(outside)} is of what fira adds to galore; use optimizer fira")
+        if self.optimizer == "fira" and (self.projection.side, self.projection.scaling) == ("full", "column"):
+            raise ValueError(
+                "projection.side full leaves no columns whose norms could scale; use projection.scaling matrix or none"
+            )
         return self
 
     @model_validator(mode="after")

@@ -174,6 +174,10 @@ class Term(Objective):
         """Trained labels; the first position of a window has no prediction."""
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
+    def held_bytes(self) -> int:
+        """Memory of tensors that it keeps of its own all the time."""
+        return 0
+
 
 class CrossEntropy(Term):
     """Next-token cross-entropy in nats, without ever holding all logits."""
@@ -201,6 +205,9 @@ class Anchor(Term):
 
     def count(self, batch: Batch) -> int:
         return 1  # of each micro-batch the same, so that their mean is it
+
+    def held_bytes(self) -> int:
+        return sum(start.nbytes for start in self.start.values())
 
 
 def predicting(values_BTX: Tensor | None) -> Tensor:

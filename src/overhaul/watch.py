@@ -45,7 +45,7 @@ class Moments(Watcher):
         self.optimizer, self.names = optimizer, {p: name for name, p in model.named_parameters() if p in trained}
         for parameter, name in self.names.items():
             if name in self.resting:
-                optimizer.state[parameter] = self.resting.pop(name)
+                optimizer.state[parameter] = _beside(parameter, self.resting.pop(name))
 
     def end(self, model: nn.Module) -> None:
         assert self.optimizer
@@ -56,6 +56,15 @@ class Moments(Watcher):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.resting = state["resting"]
+
+
+def _beside(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """The state on the parameter's device: a checkpoint is read to the CPU. A low-rank optimizer counts steps there."""
+    at = {"step": torch.device("cpu")} if "basis" in state else {}
+    return {
+        name: value.to(at.get(name, parameter.device)) if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }
 
 
 class KeepZeros(Watcher):

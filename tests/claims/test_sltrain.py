@@ -68,8 +68,6 @@ class Bench(FromScratch):
         settings = Full(**{**HOW, "lr": lr, "steps": steps, "keep_zeros": False})
         machine.seed_everything(seed)
         plan = settings.plan(model, self.data(seed))
-        for layer in factored.factored_layers(model).values():
-            layer.values.requires_grad_(len(layer.values) > 0)
         train(plan, settings, seed=seed, quiet=True)
         return model.eval()
 

@@ -78,7 +78,7 @@ STAGES = {
     "reconstruct": ["perp", "--reconstruct", "--granularity", "attn_mlp", "--samples", "4"],
     "rounds": ["hft", "--rounds", "3"],
     "moments": ["hft", "--rounds", "3", "--keep-moments"],
-    "soft": ["hft", "--rounds", "3", "--soft", "0.1"],
+    "soft": ["hft", "--rounds", "3", "--soft", "0.1", "--clip", "0"],
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from overhaul.errors import UserError
 from overhaul.halves import Halves
@@ -45,6 +45,15 @@ class HalfFineTuning(Halves, Training):
     keep_moments: bool = Field(
         False, description="Matrices that are drawn again go on with the moments they had; else with none."
     )
+
+    @model_validator(mode="after")
+    def _soft_is_not_clipped(self) -> HalfFineTuning:
+        if self.soft is not None and self.clip:
+            raise ValueError(
+                f"soft holds the other half by a gradient, which clip would count in and take from the trained half; "
+                f"use clip 0, not {self.clip:g}"
+            )
+        return self
 
     def check(self, model: nn.Module, data: Data | None) -> None:
         """Draws every round, and refuses what cannot be done on sharded parameters."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+import math
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -11,10 +12,12 @@ from overhaul.method import PeakRate, Positive, Rate, Share, Training
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from torch import nn
 
     from overhaul.data import Data
+    from overhaul.factored import Form
     from overhaul.train import Plan
 
 
@@ -44,6 +47,21 @@ class SLTrain(Training):
     )
     merge: bool = Field(True, description="Write a dense model; otherwise one that keeps its factors and support.")
 
+    def at(self, path: Path) -> Self:
+        """For a directory of factors, what these are: the record says what was trained.
+
+        Raises:
+            UserError: other factors are asked for.
+        """
+        from overhaul.factored import form_on_disk
+
+        form = form_on_disk(path)
+        if form is None:
+            return self
+        self._refuse_other_factors(form)
+        there = {"rank": form.rank, "alpha": form.alpha, **({"density": form.density} if form.density else {})}
+        return self.model_copy(update=there)
+
     def check(self, model: nn.Module, data: Data | None) -> None:
         """Refuses what `plan` would refuse.
 
@@ -51,11 +69,11 @@ class SLTrain(Training):
             UserError: the model is quantized or pruned, a layer would not become smaller, or the model has factors
                 already, and others are asked for.
         """
-        from overhaul.factored import check_dense, check_sizes, factored_layers
+        from overhaul.factored import check_dense, check_sizes, factored_layers, form_of
         from overhaul.select import block_linears
 
-        if factored_layers(model):
-            self._refuse_other_factors(model)
+        if layers := factored_layers(model):
+            self._refuse_other_factors(form_of(next(iter(layers.values()))))
             return
         check_dense(model)
         check_sizes(block_linears(model), self.rank, 0.0 if self.support == "none" else self.density)
@@ -79,7 +97,6 @@ class SLTrain(Training):
         model.requires_grad_(False)
         for layer in layers.values():
             layer.requires_grad_(True)
-            layer.values.requires_grad_(len(layer.values) > 0)
         for parameter in self._others(model):
             parameter.requires_grad_(True)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -100,17 +117,19 @@ class SLTrain(Training):
         wanted = {category for name in self.also for category in kinds[name]}
         return (listed.parameter for listed in manifest(model) if listed.category in wanted)
 
-    def _refuse_other_factors(self, model: nn.Module) -> None:
+    def _refuse_other_factors(self, form: Form) -> None:
         """Raises `UserError` where a setting that was chosen differs from what the model is made of."""
-        from overhaul.factored import factored_layers
-
-        layer = next(iter(factored_layers(model).values()))
-        there = {"rank": layer.rank, "alpha": layer.alpha}
-        for name, value in there.items():
-            chosen = getattr(self, name)
-            if chosen not in (value, type(self).model_fields[name].default):
+        for name, value in form._asdict().items():
+            chosen, default = getattr(self, name), type(self).model_fields[name].default
+            # How many positions there are was rounded down, so that a density comes back a little smaller.
+            if chosen != default and not math.isclose(chosen, value, rel_tol=1e-2 if name == "density" else 1e-9):
                 raise UserError(
                     f"--{name} {chosen:g}: the model has factors already, of {name} {value:g}, and is trained on with "
                     "these",
                     hint=f"without --{name}",
                 )
+        if self.support != "random":
+            raise UserError(
+                f"--support {self.support}: the model has a support already, and is trained on with it",
+                hint="without --support",
+            )

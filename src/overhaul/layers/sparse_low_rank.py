@@ -113,6 +113,7 @@ class SLTrainLinear(PackedLinear):
             generator: of the CPU; draws a random support.
         """
         weight_OI = linear.weight.detach().float()
+        rank = min(rank, *weight_OI.shape)
         U_OM, singular_M, V_MI = torch.linalg.svd(weight_OI, full_matrices=False)
         root_R = (singular_M[:rank] * rank / alpha).sqrt()
         A_RI, B_OR = root_R[:, None] * V_MI[:rank], U_OM[:, :rank] * root_R
@@ -189,9 +190,11 @@ class SLTrainLinear(PackedLinear):
         x_NI = x.reshape(-1, self.in_features).to(dtype)
         low_NR = F.linear(x_NI, (self.scale * self.factor_A).to(dtype))
         y_NO = F.linear(low_NR, self.factor_B.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        # One number after the other is added to an output: in fp32, or bf16 would round every time.
+        y_NO = y_NO.to(torch.promote_types(dtype, torch.float32))
         rows_K, columns_K = self.support // self.in_features, self.support % self.in_features
-        y_NO.index_add_(1, rows_K, x_NI.index_select(1, columns_K) * self.values.to(dtype))
-        return y_NO.view(*x.shape[:-1], self.out_features)
+        y_NO.index_add_(1, rows_K, (x_NI.index_select(1, columns_K) * self.values.to(dtype)).to(y_NO.dtype))
+        return y_NO.to(dtype).view(*x.shape[:-1], self.out_features)
 
     def dense(self) -> Tensor:
         """(alpha / R) B A + S, fp32 or wider, differentiable in its parts."""

@@ -34,20 +34,20 @@ def build(
         UserError: nothing can be projected, a package is missing, or several processes are too many.
     """
     _refuse_processes(settings)
+    parameters = [parameter for parameter in parameters if parameter.numel()]  # optimizers trip over empty ones
     how: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
         return adamw(parameters, **how)
     if settings.optimizer == "adamw8bit":
         return adamw8bit.adamw8bit(parameters, **how)
-    trained = list(parameters)
-    for parameter in trained:
+    for parameter in parameters:
         parameter.data = parameter.data.float()
-    within = trained if model is None else _of_attention_and_mlp(model)
-    chosen = _projected(settings, trained, within)
+    within = parameters if model is None else _of_attention_and_mlp(model)
+    chosen = _projected(settings, parameters, within)
     rule = {**settings.projection.model_dump(), **({"residual": "none"} if settings.optimizer == "galore" else {})}
-    projected = [p for p in trained if id(p) in chosen]
+    projected = [p for p in parameters if id(p) in chosen]
     groups: list[dict[str, Any]] = [{"params": projected, **rule}]
-    if rest := [p for p in trained if id(p) not in chosen]:
+    if rest := [p for p in parameters if id(p) not in chosen]:
         groups.append({"params": rest})
     return LowRankAdamW(groups, **how)
 

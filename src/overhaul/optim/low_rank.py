@@ -103,8 +103,19 @@ class LowRankAdamW(torch.optim.Optimizer):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses the state of another rank or side: its moments have other shapes, or mean something else."""
-        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+        """Loads what `state_dict` gave, also for weights of another type than the state's.
+
+        Raises:
+            UserError: the state is none of this kind, or was made with another rank or side: its moments have other
+                shapes, or mean something else.
+        """
+        saved_groups = state_dict["param_groups"]
+        if [("rank" in group) for group in saved_groups] != [("rank" in group) for group in self.param_groups]:
+            raise UserError(
+                "the optimizer's state is not that of a low-rank optimizer with these groups",
+                hint="the --optimizer that the run began with",
+            )
+        for own, saved in zip(self.param_groups, saved_groups, strict=True):
             for name in SHAPING:
                 if own.get(name) != saved.get(name):
                     raise UserError(
@@ -112,6 +123,14 @@ class LowRankAdamW(torch.optim.Optimizer):
                         hint=f"--projection.{name} {saved.get(name)}",
                     )
         super().load_state_dict(state_dict)
+        for own, saved in zip(self.param_groups, saved_groups, strict=True):
+            if "rank" in own:  # torch gives a state the type of its parameter; this one is kept wider than bf16
+                for parameter, index in zip(own["params"], saved["params"], strict=True):
+                    kept = state_dict["state"].get(index, {})
+                    self.state[parameter].update({
+                        name: value.to("cpu" if name == "step" else parameter.device, copy=True)
+                        for name, value in kept.items()
+                    })  # fmt: skip
 
 
 def num_state(shape: Sequence[int], group: Mapping[str, Any]) -> int:
@@ -131,6 +150,10 @@ def _update(parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) 
     work = torch.promote_types(parameter.dtype, torch.float32)
     grad, weight = parameter.grad.to(work), parameter.to(work)
     right = _is_right(parameter.shape, group["side"])
+    if "basis" not in state and not grad.any():
+        # Nothing leads in zeros, as LoRA's A has them at the first step: any subspace would be a wrong one for long.
+        _decay(parameter, group)
+        return
     if not state:
         state["step"] = torch.zeros(())
     if "basis" not in state or (int(state["step"]) % group["gap"] == 0 and grad.any()):
@@ -154,10 +177,14 @@ def _update(parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) 
         inside_AR -= kept * phi * low_AR
         weight_AB.addcmul_(grad_AB, phi, value=-eta)
     _add_back(weight_AB, inside_AR, state, -eta)
-    if group["weight_decay"]:
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
+    _decay(weight, group)
     if weight is not parameter:
         parameter.copy_(weight)
+
+
+def _decay(weight: Tensor, group: Mapping[str, Any]) -> None:
+    if group["weight_decay"]:
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
 
 
 def _renew(grad_OI: Tensor, state: dict[str, Any], group: Mapping[str, Any], right: bool) -> None:

@@ -22,6 +22,7 @@ from overhaul.data import Data
 from overhaul.halves import train_half
 from overhaul.objective import Anchor, Forward
 from overhaul.train import History, Plan, train
+from overhaul.watch import Moments
 
 SHORT = ("--data", "sample", "--steps", "2", "--batch-size", "2", "--seq-len", "32", "--evaluate", "none",
          "--dtype", "fp32")  # fmt: skip
@@ -206,7 +207,7 @@ def test_a_soft_half_moves_less_the_harder_it_is_held(tiny: Path, data: Data):
     before = artifact.load(tiny).model.state_dict()
     moved = {}
     for weight in (1e-6, 1e2, 1e6):
-        model, _, _ = run(tiny, data, soft=weight)
+        model, _, _ = run(tiny, data, soft=weight, clip=0)
         rest = {n: p.detach() for n, p in model.named_parameters() if ".layers." in n and n not in drawn(tiny, 1)}
         moved[weight] = sum(float((p - before[n]).square().sum()) for n, p in rest.items())
 
@@ -218,7 +219,7 @@ def test_accumulated_batches_are_held_as_much_as_one_large_one(tiny: Path, data:
     losses = []
     for batch_size, accumulate in ((4, 1), (1, 4)):
         how = {**SETTINGS, "batch_size": batch_size, "steps": 3}
-        method, model = HalfFineTuning(**how, accumulate=accumulate, soft=10.0), artifact.load(tiny).model
+        method, model = HalfFineTuning(**how, accumulate=accumulate, soft=10.0, clip=0), artifact.load(tiny).model
         history = train(method.plan(model, data), method, quiet=True)
         losses.append([point["loss/anchor"] for point in history.points])
 
@@ -235,6 +236,7 @@ def test_accumulated_batches_are_held_as_much_as_one_large_one(tiny: Path, data:
     (("--share", "0.2"), "none of the 4 norm matrices"),
     (("--rounds", "0"), "greater than 0"),
     (("--soft", "0"), "greater than 0"),
+    (("--soft", "1"), "use clip 0, not 1"),
     (("--freeze-head",), "tied to the embedding"),
 ])  # fmt: skip
 def test_fields_out_of_range(tiny: Path, tmp_path: Path, flags: tuple[str, ...], says: str):
@@ -242,9 +244,20 @@ def test_fields_out_of_range(tiny: Path, tmp_path: Path, flags: tuple[str, ...],
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags", [("--soft", "1"), ("--keep-moments",)])
+@pytest.mark.parametrize("flags", [("--soft", "1", "--clip", "0"), ("--keep-moments",)])
 def test_sharded_parameters_are_refused_where_whole_ones_are_needed(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
 ):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     refused(overhaul("adapt", "hft", tiny, "-o", tmp_path / "out", *SHORT, *flags), flags[0], "FSDP")
+
+
+def test_moments_that_rested_in_a_checkpoint_come_back_to_their_parameters_device():
+    parameter = nn.Parameter(torch.zeros(2, device="meta"))
+    holder = nn.ParameterDict({"w": parameter})
+    moments = Moments()
+    moments.load_state_dict({"resting": {"w": {"step": torch.ones(()), "exp_avg": torch.ones(2)}}})
+
+    moments.hand_over(holder, rule := torch.optim.AdamW([parameter]))
+
+    assert {value.device.type for value in rule.state[parameter].values()} == {"meta"}

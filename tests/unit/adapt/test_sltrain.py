@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from command import overhaul, python, refused
 from overhaul import artifact, factored
+from overhaul.adapt.full import Full
 from overhaul.adapt.sltrain import SLTrain
 from overhaul.corpora import CorpusSpec, open_corpus
 from overhaul.data import Data
@@ -192,7 +193,7 @@ def test_pruned_and_quantized_models_are_refused(tiny: Path, tmp_path: Path, bef
     refused(done, "is pruned" if before[0] == "prune" else "packed weights")
 
 
-@pytest.mark.parametrize("flags", [["--rank", "5"], ["--alpha", "3"]])
+@pytest.mark.parametrize("flags", [["--rank", "5"], ["--alpha", "3"], ["--density", "0.2"]])
 def test_other_factors_than_a_model_has_are_refused(kept: Path, tmp_path: Path, flags: list[str]):
     done = overhaul("adapt", "sltrain", kept, "-o", tmp_path / "out", *TRAIN, *QUICK, *flags)
 
@@ -206,3 +207,29 @@ def test_methods_that_need_whole_weights_refuse_factors(kept: Path, tmp_path: Pa
     done = overhaul(*words[:2], kept, "-o", tmp_path / "out", *words[2:], *QUICK)
 
     refused(done, "holds factors in place of weights (sltrain)", "without --no-merge")
+
+
+def test_another_support_than_a_model_has_is_refused(kept: Path, tmp_path: Path):
+    done = overhaul("adapt", "sltrain", kept, "-o", tmp_path / "out", *TRAIN, *QUICK, "--support", "largest")
+
+    refused(done, "has a support already", "without --support")
+
+
+def test_the_record_names_the_factors_that_were_trained(kept: Path, tmp_path: Path):
+    assert overhaul("adapt", "sltrain", kept, "-o", tmp_path / "out", *TRAIN, *QUICK).code == 0
+
+    first, second = artifact.load(tmp_path / "out").lineage[-2:]
+    assert [second.fields[name] for name in ("rank", "alpha")] == [first.fields[name] for name in ("rank", "alpha")]
+    assert second.fields["density"] == pytest.approx(first.fields["density"], rel=0.01)
+
+
+def test_a_model_without_a_sparse_part_is_trained_in_full(tiny: Path):
+    """Its empty values are trained by nobody."""
+    torch.manual_seed(0)
+    model = factored.from_config(artifact.read_config(tiny), rank=4, density=0.0, alpha=4.0)
+    method = Full(steps=1, batch_size=1, seq_len=16, save_every=0)
+    data = Data(open_corpus(CorpusSpec(path="sample")), artifact.read_tokenizer(tiny))
+
+    train(method.plan(model, data), method, quiet=True)
+
+    assert all(len(layer.values) == 0 for layer in factored.factored_layers(model).values())

@@ -195,6 +195,29 @@ def test_at_full_rank_it_is_the_dense_layer():
     torch.testing.assert_close(layer.dense(), base.weight, rtol=0, atol=1e-6)
 
 
+def test_a_rank_above_the_smaller_side_is_the_smaller_side():
+    linear = nn.Linear(8, 4, bias=False)
+
+    made = SLTrainLinear.from_linear(linear, rank=6, density=0.0, alpha=2.0)
+
+    assert made.rank == 4
+    torch.testing.assert_close(made.dense(), linear.weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_few_rows_in_bf16_are_as_exact_as_many():
+    """An output is the sum of a hundred numbers of the support: bf16 would round after each."""
+    torch.manual_seed(0)
+    layer = SLTrainLinear.from_linear(nn.Linear(2048, 512, bias=False), rank=8, density=0.05, alpha=8.0)
+    x = torch.randn(FEW_ROWS, 2048).bfloat16()
+    exact = x.double() @ layer.dense().detach().double().t()
+
+    with torch.no_grad():
+        few, many = layer(x), layer(torch.cat([x, x]))[: len(x)]
+
+    errors = [float((y.double() - exact).norm() / exact.norm()) for y in (few, many)]
+    assert errors[0] < 1.2 * errors[1] < 0.01
+
+
 def test_converting_takes_the_best_product_and_what_it_leaves_at_the_support():
     base = nn.Linear(NUM_IN, NUM_OUT)
     error = torch.linalg.svdvals(base.weight.detach())[RANK:].square().sum().sqrt()

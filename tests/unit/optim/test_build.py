@@ -106,6 +106,12 @@ def test_8_bits_without_the_package_is_refused_with_what_to_install(model: Any, 
         build(settings("adamw8bit"), model.parameters(), model=model)
 
 
+def test_galore_projects_from_both_sides():
+    """What fira adds has no columns to scale by then; galore adds nothing."""
+    Full.model_validate({"optimizer": "galore", "projection": {"side": "full"}})
+    Full.model_validate({"optimizer": "fira", "projection": {"side": "full", "scaling": "matrix"}})
+
+
 # Several processes, and settings that nothing would read.
 
 
@@ -123,7 +129,7 @@ def test_what_several_processes_cannot_do_is_refused(model: Any, monkeypatch: py
     [
         ({"projection": {"rank": 8}}, "projection.rank is read by optimizer galore and fira"),
         ({"optimizer": "galore", "projection": {"limiter": 0}}, "projection.limiter is of what fira adds"),
-        ({"optimizer": "fira", "projection": {"side": "full"}}, "use scaling matrix or none"),
+        ({"optimizer": "fira", "projection": {"side": "full"}}, "use projection.scaling matrix or none"),
         ({"optimizer": "fira", "projection": {"side": "up"}}, "'std', 'reverse_std', 'left', 'right' or 'full'"),
         ({"optimizer": "fira", "projection": {"rank": 0}}, "greater than 0"),
         ({"optimizer": "fira", "projection": {"gap": 0}}, "greater than 0"),

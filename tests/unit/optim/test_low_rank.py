@@ -164,9 +164,9 @@ def test_a_gradient_of_zeros_does_not_close_the_limiter_for_good():
     for gradient in (torch.zeros_like(given[0]), given[0], torch.zeros_like(given[0]), given[1]):
         parameter.grad = gradient
         rule.step()
-        norms.append(float(rule.state[parameter]["rest_norm"]))
+        norms.append(float(rule.state[parameter]["rest_norm"]) if rule.state[parameter] else None)
 
-    assert norms[0] == 0
+    assert norms[0] is None  # nothing was chosen yet
     assert norms[1] > 0.1
     assert norms[2] == norms[1]
     assert 0.1 < norms[3] <= norms[1] * (1.01 + 1e-6)
@@ -237,7 +237,47 @@ def test_the_state_of_another_rank_or_side_is_refused(name: str, other: Any):
         optimizer([nn.Parameter(torch.zeros(24, 16))], **{name: other}).load_state_dict(saved)
 
 
+def test_a_state_of_bf16_weights_is_loaded_as_it_was():
+    given = [gradient.bfloat16() for gradient in gradients((24, 16), 4)]
+    first = nn.Parameter(torch.zeros(24, 16, dtype=torch.bfloat16))
+    rule = optimizer([first])
+    for gradient in given[:2]:
+        first.grad = gradient
+        rule.step()
+    second = nn.Parameter(first.detach().clone())
+    resumed = optimizer([second])
+    resumed.load_state_dict(rule.state_dict())
+    for parameter, own in ((first, rule), (second, resumed)):
+        for gradient in given[2:]:
+            parameter.grad = gradient
+            own.step()
+
+    assert torch.equal(first, second)
+    assert {value.dtype for value in resumed.state[second].values()} == {torch.float32}
+
+
+def test_the_state_of_another_rule_is_refused():
+    parameter = nn.Parameter(torch.zeros(24, 16))
+    saved = torch.optim.AdamW([parameter]).state_dict()
+
+    with pytest.raises(UserError, match="not that of a low-rank optimizer"):
+        optimizer([parameter]).load_state_dict(saved)
+
+
 # Gradients that are no good.
+
+
+def test_nothing_is_chosen_before_there_is_a_direction():
+    """A subspace of zeros is any, and would stay for a whole gap: rows of LoRA's A would never move."""
+    parameter = nn.Parameter(torch.zeros(24, 16))
+    rule = optimizer([parameter], residual="none")
+    for gradient in (torch.zeros(24, 16), *(gradient.float() for gradient in gradients((24, 16), 3))):
+        parameter.grad = gradient
+        rule.step()
+    whole = run([gradient.float() for gradient in gradients((24, 16), 3)], residual="none")
+
+    assert torch.equal(parameter, whole)
+    assert (parameter != 0).all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
