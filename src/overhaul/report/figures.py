@@ -155,7 +155,7 @@ def heat_map(
     cells = [(*placed(name), name, number) for name, number in values]
     blocks = list(dict.fromkeys(block for block, _, _, _ in cells))
     rows = list(dict.fromkeys(row for _, row, _, _ in cells))
-    left, top, side = 8 + 6.4 * max(map(len, rows)), 4, 18
+    left, top, side = 8 + 7 * max(map(len, [*rows, across])), 4, 18
     step = min(40.0, max(10.0, 560 / len(blocks)))
     right, bottom = left + step * len(blocks), top + side * len(rows)
     marks = [text_mark(left - 8, top + side * index + 13, row, anchor="end") for index, row in enumerate(rows)]

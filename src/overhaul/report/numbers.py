@@ -25,7 +25,13 @@ def as_interval(row: Row | None) -> str:
     if row is None:
         return MISSING
     ends = interval_ends(row)
-    return f"{as_quantity(row.value)} {ends}" if ends else as_quantity(row.value)
+    return f"{as_quantity(row.value)} {ends}" if ends else as_value(row)
+
+
+def as_value(row: Row) -> str:
+    """The value alone; a whole number that was not sampled is a count, and has no decimals."""
+    is_count = row.low == row.value == row.high and float(row.value).is_integer() and abs(row.value) < 1e6
+    return f"{row.value:.0f}" if is_count else as_quantity(row.value)
 
 
 def interval_ends(row: Row) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from overhaul.lineage import LineageStep
-from overhaul.report.facts import Facts, Recovery, quality, recovery
-from overhaul.report.numbers import as_count, as_duration, as_interval, as_percent, as_quantity, as_size
+from overhaul.report.facts import FORGETTING, TASK_GAIN, Facts, Recovery, metric, quality, recovery
+from overhaul.report.numbers import as_count, as_duration, as_interval, as_percent, as_quantity, as_size, as_value
 from overhaul.report.tables import before_after
 from overhaul.table import Row
 
@@ -28,7 +28,9 @@ def verdict(facts: Sequence[Facts]) -> str:
 
 
 def comparison_sentence(facts: Sequence[Facts]) -> str:
-    """What is best at half the bytes of the first model or less; where nothing is so small, what is smallest."""
+    """What is best at half the bytes of the first model or less, or else what is smallest; of adaptations, what they won."""
+    if adapted := [one for one in facts[1:] if metric(one, TASK_GAIN) is not None]:
+        return _adaptation_sentence(facts[0], adapted)
     reference = facts[0]
     before, size = quality(reference), reference.bytes
     others = [(one, row, one.bytes) for one in facts[1:] if (row := quality(one)) and one.bytes]
@@ -47,14 +49,29 @@ def comparison_sentence(facts: Sequence[Facts]) -> str:
     )
 
 
+def _adaptation_sentence(reference: Facts, adapted: Sequence[Facts]) -> str:
+    """Which of the adaptations learnt most, and which forgot least, in nats a token."""
+    gain, lost = ({one.label: metric(one, name) or 0.0 for one in adapted} for name in (TASK_GAIN, FORGETTING))
+    most, least = max(gain, key=lambda label: gain[label]), min(lost, key=lambda label: lost[label])
+    if gain[most] <= 0:
+        return f"No model has a lower loss on the task than {reference.label}."
+    lead = f"{most} gains most on the task, {as_quantity(gain[most])} nats a token,"
+    if most == least:
+        return f"{lead} and forgets least, {as_quantity(lost[most])}."
+    return (
+        f"{lead} and forgets {as_quantity(lost[most])}; {least} forgets least, {as_quantity(lost[least])}, "
+        f"and gains {as_quantity(gain[least])}."
+    )
+
+
 def measured_sentence(rows: Sequence[Row]) -> str:
     """The first metric in one sentence: its value for one model, its range for more."""
     first = [row for row in rows if row.metric == rows[0].metric]
     low, high = (choose(first, key=lambda row: row.value) for choose in (min, max))
     name = f"{low.metric[0].upper()}{low.metric[1:]}"
-    if as_quantity(low.value) == as_quantity(high.value):
-        return f"{name} of {low.model if len(first) == 1 else 'every model'} is {as_quantity(low.value)}."
-    return f"{name} runs from {as_quantity(low.value)} ({low.model}) to {as_quantity(high.value)} ({high.model})."
+    if as_value(low) == as_value(high):
+        return f"{name} of {low.model if len(first) == 1 else 'every model'}: {as_value(low)}."
+    return f"{name}: from {as_value(low)} ({low.model}) to {as_value(high)} ({high.model})."
 
 
 def limits(facts: Sequence[Facts]) -> tuple[str, ...]:

@@ -180,7 +180,7 @@ def test_the_page_of_a_measure_has_a_row_for_each_model_and_its_pictures() -> No
     start = page.texts.index("dense")
     first, second = ["28.00 [25.20, 30.80]"] * 2, ["49.00 [44.10, 53.90]"] * 2
     assert page.texts[start : start + 6] == ["dense", *first, "<small>", *second]
-    assert "Perplexity runs from 28.00 (dense) to 49.00 (<small>)." in page.texts
+    assert "Perplexity: from 28.00 (dense) to 49.00 (<small>)." in page.texts
     assert "They <rise>" in page.texts
     assert sum(tag == "svg" for tag, _ in page.tags) == 2
     assert re.findall(r"<h2[^>]*>(.*?)</h2>", text) == ["Measured", "Curves", "Layers", "Do it again", "Environment"]

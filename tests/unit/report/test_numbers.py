@@ -84,7 +84,7 @@ def test_without_sampling_there_is_no_interval() -> None:
     row = Row(model="m", metric="nonzero", value=3.0, low=3.0, high=3.0, count=1)
 
     assert interval_ends(row) == ""
-    assert as_interval(row) == "3.000"
+    assert as_interval(row) == "3"
 
 
 def test_what_was_not_measured_says_so() -> None:

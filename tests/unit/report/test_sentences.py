@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from overhaul.report.facts import FORGETTING, TASK_GAIN, TASK_LOSS, Facts
 from overhaul.report.sentences import comparison_sentence, limits, measured_sentence, step_sentence, verdict
 from overhaul.table import Row
 
@@ -90,6 +91,26 @@ def test_a_measure_says_its_range() -> None:
     def row(model: str, value: float) -> Row:
         return Row(model=model, metric="accuracy/boolq", value=value, low=value, high=value, count=9)
 
-    assert measured_sentence([row("a", 0.5)]) == "Accuracy/boolq of a is 0.5000."
-    assert measured_sentence([row("a", 0.5), row("b", 0.25)]) == "Accuracy/boolq runs from 0.2500 (b) to 0.5000 (a)."
-    assert measured_sentence([row("a", 0.5), row("b", 0.5)]) == "Accuracy/boolq of every model is 0.5000."
+    assert measured_sentence([row("a", 0.5)]) == "Accuracy/boolq of a: 0.5000."
+    assert measured_sentence([row("a", 0.5), row("b", 0.25)]) == "Accuracy/boolq: from 0.2500 (b) to 0.5000 (a)."
+    assert measured_sentence([row("a", 0.5), row("b", 0.5)]) == "Accuracy/boolq of every model: 0.5000."
+
+
+def test_adaptations_are_told_by_what_they_won_and_lost() -> None:
+    def adapted(label: str, gain: float, lost: float) -> Facts:
+        metrics = tuple(
+            Row(model=label, metric=name, value=value, low=value, high=value, count=1)
+            for name, value in ((TASK_LOSS, 3 - gain), (TASK_GAIN, gain), (FORGETTING, lost))
+        )
+        return Facts(label=label, path=label, parameters=9, metrics=metrics)
+
+    dense, strong, careful = adapted("dense", 0, 0), adapted("strong", 2.0, 0.5), adapted("careful", 1.5, 0.125)
+
+    assert comparison_sentence([dense, strong, careful]) == (
+        "strong gains most on the task, 2.000 nats a token, and forgets 0.5000; careful forgets least, 0.1250, and "
+        "gains 1.500."
+    )
+    assert comparison_sentence([dense, careful]).endswith("1.500 nats a token, and forgets least, 0.1250.")
+    assert (
+        comparison_sentence([dense, adapted("bad", -1.0, 0.5)]) == "No model has a lower loss on the task than dense."
+    )
