@@ -28,7 +28,7 @@ def verdict(facts: Sequence[Facts]) -> str:
 
 
 def comparison_sentence(facts: Sequence[Facts]) -> str:
-    """What is best at half the bytes of the first model or less, or else what is smallest; of adaptations, what they won."""
+    """What is best at half the bytes of the first model, or else what is smallest; of adaptations, what they won."""
     if adapted := [one for one in facts[1:] if metric(one, TASK_GAIN) is not None]:
         return _adaptation_sentence(facts[0], adapted)
     reference = facts[0]
