@@ -33,7 +33,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * 3600)]
 SEEDS, TUNING_SEED = (0, 1, 2), 100
 STEPS, BATCH_SIZE, RANK, GAP, SCALE = 400, 4, HIDDEN // 8, 50, 0.25
 PROJECTED: dict[str, Any] = {"rank": RANK, "gap": GAP, "scale": SCALE}
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = {
+    "adamw": (3e-4, 1e-3, 3e-3),
+    "galore": (1e-2, 3e-2, 1e-1),
+    "fira": (3e-3, 1e-2, 3e-2),
+    "unscaled": (1e-2, 3e-2, 1e-1),
+}
 RULES: dict[str, dict[str, Any]] = {
     "adamw": {},
     "galore": {"optimizer": "galore", "projection": PROJECTED},
@@ -98,8 +103,8 @@ def losses(small: FromScratch) -> dict[str, list[float]]:
     """Held-out losses of each rule at its best rate, by seed."""
     found: dict[str, list[float]] = {}
     for rule in RULES:
-        tried = {lr: trained(small, rule, lr, TUNING_SEED) for lr in RATES}
-        best = min(RATES, key=lambda lr: tried[lr] if math.isfinite(tried[lr]) else math.inf)
+        tried = {lr: trained(small, rule, lr, TUNING_SEED) for lr in RATES[rule]}
+        best = min(tried, key=lambda lr: tried[lr] if math.isfinite(tried[lr]) else math.inf)
         found[rule] = [trained(small, rule, best, seed) for seed in SEEDS]
         results.record([
             Row(id=f"optimizers/loss-{rule}", kind="claim", unit="nats", seeds=SEEDS, values=tuple(found[rule]),
