@@ -49,7 +49,7 @@ def build(
     groups: list[dict[str, Any]] = [{"params": projected, **rule}]
     if rest := [p for p in parameters if id(p) not in chosen]:
         groups.append({"params": rest})
-    return LowRankAdamW(groups, **how)
+    return LowRankAdamW(groups, **how, check_finite=False)  # the loop does, and says where
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -44,15 +44,24 @@ class LowRankAdamW(torch.optim.Optimizer):
             which is GaLore.
         lr: peak rate.
         weight_decay: decoupled; of projected matrices after the update, as released.
+        check_finite: whether a step looks through all gradients first; for nothing where the loop has done so.
 
     Raises:
         UserError: a projected parameter is no matrix.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], *, lr: float, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        check_finite: bool = True,
+    ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "num_skipped": 0}
         own = [{"eps": EPS if "rank" in group else 1e-8, "fused": "rank" not in group, **group} for group in groups]
         super().__init__(own, defaults)
+        self.check_finite = check_finite
         for group in self.param_groups:
             if "rank" in group:
                 _refuse_unless_matrices(group)
@@ -64,8 +73,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        given = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if given and not torch.nn.utils.get_total_norm(given).isfinite():
+        if self.check_finite and not self._is_finite():
             self.param_groups[0]["num_skipped"] += 1
             return loss
         for group in self.param_groups:
@@ -76,6 +84,10 @@ class LowRankAdamW(torch.optim.Optimizer):
             for parameter in trained:
                 _update(parameter, self.state[parameter], group)
         return loss
+
+    def _is_finite(self) -> bool:
+        given = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return not given or bool(torch.nn.utils.get_total_norm(given).isfinite())
 
     def _plain(self, trained: list[Tensor], group: dict[str, Any]) -> None:
         """Exactly what `torch.optim.AdamW(fused=True)` does."""
