@@ -169,9 +169,6 @@ def bundle_command(arguments: list[str]) -> None:
     if given.from_:
         if options.data:
             raise UserError("--from takes everything but the teacher from a bundle", hint="without --data")
-        if chosen := sorted(settings.model_dump(exclude_defaults=True)):
-            flag = chosen[0].replace("_", "-")
-            raise UserError("--from takes everything but the teacher from a bundle", hint=f"without --{flag}")
         pointed(Bundle.read(given.from_), given.adapted, given.out)
     else:
         made = settings.make(given.adapted, given.out, options)

@@ -6,8 +6,7 @@ Letters of shapes: B texts, T tokens, D width.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -53,8 +52,6 @@ def continuations(
     Returns:
         The new text of each, without special tokens and, of one line, without what follows it.
     """
-    from transformers import GenerationConfig
-
     inner: Any = model
     device = next(model.parameters()).device
     ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
@@ -68,34 +65,23 @@ def continuations(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     written = [""] * len(prompts)
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        machine.autocast(device, dtype),
-        _settings(inner, GenerationConfig(pad_token_id=_padding(tokenizer), **how)),
-    ):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), machine.autocast(device, dtype):
         if seed is not None:
             torch.manual_seed(seed)
         with Bar(title, len(batches), quiet=not title) as bar:
             for batch in batches:
                 ids_BT, mask_BT = _padded_left(tokenizer, [prompts[index] for index in batch])
-                made = inner.generate(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device))
+                made = inner.generate(
+                    input_ids=ids_BT.to(device),
+                    attention_mask=mask_BT.to(device),
+                    pad_token_id=_padding(tokenizer),
+                    **how,
+                )
                 texts = tokenizer.batch_decode(made[:, ids_BT.shape[1] :], skip_special_tokens=True)
                 for index, text in zip(batch, texts, strict=True):
                     written[index] = text.split("\n")[0] if one_line else text
                 bar.step()
     return written
-
-
-@contextmanager
-def _settings(model: Any, settings: Any) -> Iterator[None]:
-    """These settings of generation and nothing of the model's own, which transformers would fill in: a penalty on
-    repetition would punish whoever copies from the prompt."""
-    own = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 @torch.no_grad()

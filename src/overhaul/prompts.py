@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import random
 from collections.abc import Iterator, Sequence
@@ -27,8 +26,6 @@ TOO_LONG = 2
 class Writer:
     """Prompts of a task by a model that has seen the examples only; never one of these, and none twice.
 
-    A purpose has prompts of its own: what a judge learnt to refuse must not be written again for it to judge.
-
     Attributes:
         sieve: how many were written, and why some were dropped.
     """
@@ -41,13 +38,12 @@ class Writer:
         frame: Frame,
         *,
         longest: int,
-        purpose: str,
         seed: int,
         temperature: float,
         top_p: float,
         dtype: torch.dtype,
     ) -> None:
-        self.model, self.tokenizer, self.frame, self.seed = model, tokenizer, frame, _drawn(purpose, seed)
+        self.model, self.tokenizer, self.frame, self.seed = model, tokenizer, frame, seed
         self.examples = [example.prompt for example in seeds]
         self.sieve = Sieve(self.examples, frame, TOO_LONG * longest)
         self.how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "dtype": dtype, "one_line": True}
@@ -76,10 +72,6 @@ class Writer:
             if len(found) >= wanted:
                 break
         return found[:wanted]
-
-
-def _drawn(purpose: str, seed: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{purpose} {seed}".encode()).digest()[:7], "big")
 
 
 def tokens_for(tokenizer: Any, prompts: Sequence[str], frame: Frame) -> int:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 LEAD = "Example: "
@@ -18,9 +17,6 @@ NEARLY = 0.8
 """From this share of common word sequences on, two prompts count as one."""
 WORDS = 5
 """Of such a sequence; of shorter prompts only equal ones are the same."""
-
-
-_ESCAPED = {"n": "\n", "\\": "\\"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +41,12 @@ class Frame:
         return cls(before, after[found.start() :] if found else "")
 
     def inside(self, prompt: str) -> str:
-        """What is between, on one line; the whole text where it has not this frame."""
-        framed = prompt.startswith(self.before) and prompt.endswith(self.after)
-        bare = prompt[len(self.before) : len(prompt) - len(self.after)] if framed else prompt
-        return bare.replace("\\", "\\\\").replace("\n", "\\n")
+        """What is between, on one line."""
+        return prompt[len(self.before) : len(prompt) - len(self.after)].replace("\n", "\\n")
 
     def around(self, inside: str) -> str:
         """The prompt with this between."""
-        return self.before + re.sub(r"\\(.)", lambda found: _ESCAPED.get(found[1], found[0]), inside) + self.after
+        return self.before + inside.replace("\\n", "\n") + self.after
 
     def to_json(self) -> dict[str, Any]:
         """`{"before":, "after":}`."""
@@ -81,7 +75,8 @@ def plain(prompt: str) -> str:
 
 def sequences(text: str, words: int = WORDS) -> frozenset[tuple[str, ...]]:
     """All runs of so many words."""
-    return frozenset(_runs_of(plain(text).split(), words))
+    found = plain(text).split()
+    return frozenset(tuple(found[start : start + words]) for start in range(len(found) - words + 1))
 
 
 class Sieve:
@@ -133,28 +128,18 @@ class Sieve:
         return bool(own) and any(len(own & other) >= NEARLY * len(own | other) for other in self._runs)
 
 
-class Runs:
-    """What runs of words some texts have, for the longest that another text has in common with one of them."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._words = [plain(text).split() for text in texts]
-        self._of = lru_cache(maxsize=16)(self._runs)
-
-    def longest(self, text: str) -> int:
-        """Its length in words. Whoever has a run has all shorter ones, so that the length can be halved in."""
-        words = plain(text).split()
-        low, high = 0, min(len(words), max(map(len, self._words), default=0))
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (low, middle - 1) if self._of(middle).isdisjoint(_runs_of(words, middle)) else (middle, high)
-        return low
-
-    def _runs(self, length: int) -> frozenset[tuple[str, ...]]:
-        return frozenset(run for words in self._words for run in _runs_of(words, length))
-
-
-def _runs_of(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
-    return (tuple(words[start : start + length]) for start in range(len(words) - length + 1))
+def longest_run(text: str, others: Iterable[Sequence[str]]) -> int:
+    """Words of the longest run that `text` has in common with one of the others, which are lists of words."""
+    words, best = plain(text).split(), 0
+    for other in others:
+        before = [0] * (len(other) + 1)
+        for word in words:
+            row = [0] * (len(other) + 1)
+            for place, theirs in enumerate(other, 1):
+                if word == theirs:
+                    row[place] = before[place - 1] + 1
+            best, before = max(best, *row), row
+    return best
 
 
 def likeness(text: str, seeds: Sequence[str], words: int = 2) -> float:

@@ -22,7 +22,7 @@ from overhaul.generation import continuations, mean_states, read
 from overhaul.progress import say
 from overhaul.prompts import Writer
 from overhaul.split import fingerprint
-from overhaul.synthetic import Runs, distinct_share, likeness
+from overhaul.synthetic import distinct_share, likeness, longest_run, plain
 
 LEAST, MOST = 0.02, 0.98
 """Shares of accepted prompts outside of which a judge is of no use."""
@@ -53,7 +53,7 @@ class Synthetic:
 
 @dataclass(frozen=True, slots=True)
 class Teaching:
-    """A bundle at work: its models are loaded when their turn comes, and freed after it.
+    """A bundle at work: its models are loaded when their turn comes, and never two of them.
 
     Attributes:
         bundle: what there is of the task.
@@ -121,7 +121,7 @@ class Teaching:
         judge = self.load(str(self.bundle.path / JUDGE))
         writer = Writer(
             model, tokenizer, self.bundle.seeds, self.bundle.frame, longest=self.bundle.statistics["longest_prompt"],
-            purpose="transfer", seed=self.seed, temperature=temperature, top_p=top_p, dtype=self.dtype,
+            seed=self.seed, temperature=temperature, top_p=top_p, dtype=self.dtype,
         )  # fmt: skip
         seen: list[str] = []
         scores: list[float] = []
@@ -137,7 +137,7 @@ class Teaching:
         kept = kept[:wanted]
         if len(kept) < wanted:
             say(f"warning: the budget of {budget} prompts ended with {len(kept)} of {wanted}")
-        del judge, source, model, writer.model  # the next one is loaded in their place
+        del judge, source
         prompts = [seen[place] for place in kept]
         told = (
             *self._worth(seen, scores, writer, threshold),
@@ -171,22 +171,21 @@ class Teaching:
                 f"none of {writer.sieve.seen} written prompts can be used: {writer.sieve.dropped}",
                 hint="--generator source, or --temperature 1.2",
             )
-        if writer.sieve.unique_share < LEAST_UNIQUE:
-            say(f"warning: of what was written {writer.sieve.unique_share:.0%} is new, the rest repeats")
         if threshold is None:
             return
         share = float(np.mean(np.array(scores) > threshold))
         if share < LEAST:
-            best_first = sorted(zip(scores, seen, strict=True), reverse=True)
-            rejected = [text for score, text in best_first if score <= threshold][:3]
+            worst = [text for _, text in sorted(zip(scores, seen, strict=True), reverse=True)[:3]]
             raise UserError(
                 f"the judge accepts {share:.1%} of {len(seen)} prompts, their mean score is {np.mean(scores):.3f}; "
-                f"rejected are {'; '.join(map(repr, rejected))}",
+                f"rejected are {'; '.join(map(repr, worst))}",
                 allowed=f"{LEAST:.0%} or more",
                 hint="--generator source, a lower --threshold, or --prompts unfiltered",
             )
         if share > MOST:
             say(f"warning: the judge accepts {share:.1%} of the prompts: the filter does nothing")
+        if writer.sieve.unique_share < LEAST_UNIQUE:
+            say(f"warning: of what was written {writer.sieve.unique_share:.0%} is new, the rest repeats")
 
     def _worth(self, seen: list[str], scores: list[float], writer: Writer, threshold: float | None) -> Told:
         share = float(np.mean(np.array(scores) > (self.bundle.judge["threshold"] if threshold is None else threshold)))
@@ -219,14 +218,14 @@ class Teaching:
         frame = self.bundle.frame
         seeds = [frame.inside(seed.prompt) for seed in self.bundle.seeds]
         inside = [frame.inside(prompt) for prompt in prompts]
-        common = Runs(seeds)
+        words = [plain(seed).split() for seed in seeds]
         lengths = sorted(len(text.split()) for text in inside)
         low, middle, high = (lengths[min(int(share * len(lengths)), len(lengths) - 1)] for share in (0.1, 0.5, 0.9))
         return (
             ("kept", str(len(prompts))),
             ("words, tenth, half and nine tenths of the prompts", f"{low}, {middle}, {high}"),
             ("different pairs of words", f"{distinct_share(inside):.1%}"),
-            ("longest run of words shared with an example", str(max(common.longest(text) for text in inside))),
+            ("longest run of words shared with an example", str(max(longest_run(text, words) for text in inside))),
             ("likeness to the nearest example", f"{np.mean([likeness(text, seeds) for text in inside]):.1%}"),
         )
 

@@ -105,20 +105,6 @@ def _other_seed(copy: Path) -> None:
     (copy / "seeds.jsonl").write_text((copy / "seeds.jsonl").read_text().replace("sort", "mix"))
 
 
-def _half_of_the_sums(copy: Path) -> None:
-    (copy / "features.safetensors").write_bytes((copy / "features.safetensors").read_bytes()[:100])
-
-
-def _a_list(copy: Path) -> None:
-    (copy / "bundle.json").write_text("[]")
-
-
-def _no_ledger(copy: Path) -> None:
-    stored = json.loads((copy / "bundle.json").read_text())
-    del stored["ledger"]
-    (copy / "bundle.json").write_text(json.dumps(stored))
-
-
 def _other_format(copy: Path) -> None:
     (copy / "bundle.json").write_text('{"format": "another"}')
 
@@ -136,10 +122,7 @@ def _other_base(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (_one_seed, "seeds.jsonl is not as it was written"),
-        (_half_of_the_sums, "features.safetensors is not as it was written"),
-        (_a_list, "another format"),
-        (_no_ledger, "has no ledger"),
+        (_one_seed, "has 1 seeds"),
         (_other_seed, "seeds.jsonl is not as it was written"),
         (_other_format, "another format"),
         (_no_json, "not valid JSON"),
@@ -164,45 +147,6 @@ def test_what_cannot_become_a_bundle(adapter: Path, bundle: Path, private: Path,
     refused(overhaul("bundle", adapter, "-o", out, "--data", "sample"), "no prompts with answers")
     refused(overhaul("bundle", adapter, "-o", out, "--data", data, "--seeds", 1), "seeds", "2")
     refused(overhaul("bundle", adapter, "-o", out, "--data", data, "--from", bundle), "without --data")
-    refused(overhaul("bundle", adapter, "-o", out, "--from", bundle, "--steps", 7), "without --steps")
-    refused(overhaul("bundle", adapter, "-o", private, "--from", bundle), "not empty")
-    refused(overhaul("bundle", adapter, "-o", bundle / "inside", "--from", bundle), "is inside the model")
     refused(overhaul("bundle", adapter, "-o", bundle, "--data", data), "not empty")
     refused(overhaul("bundle", tmp_path, "-o", out, "--data", data), "not a model directory")
     assert not out.exists()
-
-
-def test_what_else_lies_beside_an_adapter_stays_there(adapter: Path, bundle: Path, tmp_path: Path):
-    """It may be the data, by whatever name."""
-    own = shutil.copytree(adapter, tmp_path / "own")
-    (own / "tokenized_private.jsonl").write_text("{}")
-    (own / "tokenizer_old").mkdir()
-
-    assert overhaul("bundle", own, "-o", tmp_path / "out", "--from", bundle).code == 0
-
-    assert not list((tmp_path / "out").rglob("*private*"))
-    assert (tmp_path / "out" / "teacher" / "adapter_model.safetensors").is_file()
-
-
-def test_a_teacher_that_is_gone_is_named_and_replaced(tiny: Path, adapter: Path, private: Path, tmp_path: Path):
-    teacher, made = shutil.copytree(tiny, tmp_path / "teacher"), tmp_path / "made"
-    how = ("--data", private / "private.jsonl", "--rows", 20, "--steps", 2, "--dtype", "fp32")
-    assert overhaul("bundle", teacher, "-o", made, *how).code == 0
-    teacher.rename(tmp_path / "moved")
-
-    done = overhaul("adapt", "translora", tiny, "-o", tmp_path / "out", "--bundle", made, "--evaluate", "none")
-
-    refused(done, str(teacher), "is not there")
-
-
-def test_rows_with_any_line_separator_come_back(adapter: Path, private: Path, tmp_path: Path):
-    rows_there = [json.loads(line) for line in (private / "private.jsonl").read_text().splitlines()]
-    odd = tmp_path / "odd.jsonl"
-    odd.write_text(
-        "".join(json.dumps({**row, "prompt": row["prompt"].replace(" ", "\u2028", 1)}) + "\n" for row in rows_there)
-    )
-
-    done = overhaul("bundle", adapter, "-o", tmp_path / "out", "--data", odd, "--rows", 20, "--steps", 2)
-
-    assert done.code == 0, done.err
-    assert all("\u2028" in seed.prompt for seed in Bundle.read(tmp_path / "out").seeds)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from overhaul.synthetic import Frame, Runs, Sieve, distinct_share, likeness, request
+from overhaul.synthetic import Frame, Sieve, distinct_share, likeness, longest_run, request
 
 PROMPTS = ("sort 3 1 2 :", "sort 9 8 :", "sort 5 6 7 :")
 
@@ -62,45 +62,9 @@ def test_the_sieve_says_why():
 
 
 def test_runs_and_likeness():
-    assert Runs(["x b c", "d a"]).longest("a b c d") == 2
-    assert Runs(["a b"]).longest("A  B") == 2
-    assert Runs([]).longest("a") == 0
+    assert longest_run("a b c d", [["x", "b", "c"], ["d", "a"]]) == 2
+    assert longest_run("A  B", [["a", "b"]]) == 2
+    assert longest_run("a", []) == 0
     assert likeness("a b c", ["a b", "b c d"]) == pytest.approx(1 / 2)
     assert likeness("one", ["one"]) == 0
     assert distinct_share(["a b", "a b c"]) == pytest.approx(2 / 3)
-
-
-def test_the_longest_run_is_that_of_every_pair_of_places():
-    dice = random.Random(0)
-
-    def text() -> str:
-        return " ".join(dice.choices("abc", k=dice.randrange(12)))
-
-    def common(one: list[str], other: list[str]) -> int:
-        return max(
-            (
-                next(
-                    (n for n, (a, b) in enumerate(zip(one[i:], other[j:], strict=False)) if a != b),
-                    min(len(one) - i, len(other) - j),
-                )
-                for i in range(len(one))
-                for j in range(len(other))
-            ),
-            default=0,
-        )
-
-    for _ in range(50):
-        others, own = [text() for _ in range(3)], text()
-        assert Runs(others).longest(own) == max(common(own.split(), other.split()) for other in others)
-
-
-@pytest.mark.parametrize("prompt", ["print('a\\nb')\nprint('c')", "back\\slash", "a\\\\n", "plain"])
-def test_a_prompt_comes_back_from_its_line(prompt: str):
-    frame = Frame("", "")
-
-    assert "\n" not in frame.inside(prompt)
-    assert frame.around(frame.inside(prompt)) == prompt
-
-
-def test_a_text_without_the_frame_is_left_whole():
-    assert Frame("sort ", " :").inside("any other text") == "any other text"

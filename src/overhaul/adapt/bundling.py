@@ -27,8 +27,6 @@ USELESS = 0.6
 """A judge whose AUROC is below this filters next to nothing: one that guesses has a half."""
 FEWEST_HELDOUT = 4
 """Held-out prompts below which nothing can be said of a judge."""
-MOST_HELDOUT = 200
-"""Held-out prompts beyond which a judge is known well enough."""
 LEDGER_ROWS = 100
 """Written prompts that are compared, word by word, with the data."""
 
@@ -87,7 +85,7 @@ class Bundling(Settings):
 
         wanted = min(len(task.real), self.rows) + len(task.heldout)
         writer = Writer(
-            source.model, source.processor, task.seeds, task.frame, longest=task.longest, purpose="bundle", seed=seed,
+            source.model, source.processor, task.seeds, task.frame, longest=task.longest, seed=seed,
             temperature=self.temperature, top_p=self.top_p, dtype=dtype,
         )  # fmt: skip
         # Few examples are enough to tell what this model writes, and a small model repeats itself.
@@ -159,7 +157,6 @@ class _Task:
                 f"{corpus.name} has {len(real)} different prompts to learn from and {len(heldout)} that are held out",
                 allowed=f"{2 * num_seeds} and {FEWEST_HELDOUT} or more",
             )
-        heldout = random.Random(seed).sample(heldout, min(len(heldout), MOST_HELDOUT))
         first = {row.prompt: row for row in reversed(rows)}
         seeds = tuple(first[prompt] for prompt in random.Random(seed).sample(real, num_seeds))
         answers = [row.answer for row in rows]
@@ -174,7 +171,7 @@ class _Task:
         """What of the data as a whole is kept."""
         return {"rows": len(self.answers), "longest_prompt": self.longest,
                 "longest_answer": max(map(len, self.answers)),
-                "one_line_answers": not any("\n" in text.rstrip() for text in self.answers),
+                "one_line_answers": not any("\n" in text.strip() for text in self.answers),
                 "fingerprint": self.fingerprint}  # fmt: skip
 
 
@@ -190,14 +187,14 @@ def _sums(source: Artifact, heldout: Sequence[str], seed: int, dtype: torch.dtyp
 
 def _ledger(task: _Task, made: Sequence[str]) -> dict[str, Any]:
     """What of the data the bundle holds, and how near to the data the source's own writing comes after the examples."""
-    from overhaul.synthetic import Runs, plain
+    from overhaul.synthetic import longest_run, plain
 
     inside = task.frame.inside
     kept = {seed.prompt for seed in task.seeds}
     others = [plain(inside(prompt)) for prompt in (*task.real, *task.heldout) if prompt not in kept]
-    common = Runs(others)
+    words = [text.split() for text in others]
     written = [plain(inside(prompt)) for prompt in made[:LEDGER_ROWS]]
-    equal, runs = set(others), [common.longest(text) for text in written]
+    equal, runs = set(others), [longest_run(text, words) for text in written]
     return {
         "rows_of_data": len(task.seeds),
         "compared_prompts": len(written),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from overhaul.adapt.lora import LoRA
 from overhaul.adapt.randlora import RandLoRA
 from overhaul.adapt.vera import VeRA
 from overhaul.errors import UserError
-from overhaul.method import BatchSize, Fraction, Pipeline, Positive, Rate, Steps
+from overhaul.method import BatchSize, Fraction, PeakRate, Pipeline, Positive, Rate, Steps
 from overhaul.progress import say
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class TransLoRA(Pipeline):
     steps: Steps = 300
     batch_size: BatchSize = 8
     seq_len: int = Field(512, gt=1, description="Tokens of a prompt with its answer at most; longer ones are left out.")
-    lr: Rate | None = Field(None, description="Peak learning rate; the new adapter's own when not given.")
+    lr: PeakRate = 2e-4
 
     @field_validator("bundle", "test")
     @classmethod
@@ -86,7 +85,8 @@ class TransLoRA(Pipeline):
 
     def others(self) -> tuple[str, ...]:
         """The teacher, and the model that the judge stands on."""
-        return self._bundle().models()
+        bundle = self._bundle()
+        return tuple(dict.fromkeys((bundle.teacher_path, bundle.base.path)))
 
     def reads_data(self) -> bool:
         """Only some controls do."""
@@ -98,10 +98,10 @@ class TransLoRA(Pipeline):
         Raises:
             UserError: a part is not as it was written, or does not fit.
         """
-        from overhaul.generation import longest
         from overhaul.layers.lora import refuse_pruned
         from overhaul.prompts import refuse_short_context
         from overhaul.select import select_linears
+        from overhaul.transfer import rows_of
 
         assert data is not None
         bundle = self._bundle()
@@ -109,31 +109,25 @@ class TransLoRA(Pipeline):
         names = select_linears(model, self.targets)
         if self.merge == (self.adapter == "lora"):  # LoRA would fill zeros when merged, the others when kept apart
             refuse_pruned(model, names)
-        if self.seq_len > longest(model):
-            raise UserError(
-                f"--seq-len {self.seq_len}: the target reads {longest(model)} tokens",
-                hint=f"--seq-len {longest(model)}",
-            )
         if self._writes() and self.generator == "target":
             refuse_short_context(model, data.tokenizer, bundle.seeds, bundle.frame, "the target")
         if self.test:
-            _warn_of_known_tests(self.test, bundle)
+            rows_of(self.test)
         if data.corpus.fingerprint == bundle.statistics["fingerprint"] and self.prompts != "real":
-            use = "its words become prompts" if self.reads_data() else "nothing is learnt from it"
-            say(f"warning: --data {data.corpus.name} is the private data that a transfer does without: {use}")
+            say(
+                f"warning: --data {data.corpus.name} is the private data that a transfer does without: nothing reads it"
+            )
         if self.prompts == "filtered" and bundle.judge["auroc"] < USELESS:
             say(f"warning: the judge's AUROC is {bundle.judge['auroc']:.2f}: the filter is uninformative")
 
     def outline(self, model: nn.Module) -> tuple[str, ...]:
         """What would be written, kept, answered and learnt."""
         bundle = self._bundle()
-        wanted = len(bundle.seeds) if self.prompts == "seeds" else self._wanted(bundle)
-        written = f", of at most {self.budget * wanted} that the {self.generator} writes" if self._writes() else ""
-        judged = f"kept above {self._threshold(bundle):.2f} of a judge with AUROC {bundle.judge['auroc']:.2f}"
+        wanted = self._wanted(bundle)
         return (
-            f"{wanted} prompts ({self.prompts}){written}",
-            *([judged] if self.prompts == "filtered" else []),
-            "their own answers" if self.prompts == "real" else f"answers of {bundle.teacher_path}",
+            f"{wanted} prompts ({self.prompts}), of at most {self.budget * wanted} that the {self.generator} writes",
+            f"kept above {self._threshold(bundle):.2f} of a judge with AUROC {bundle.judge['auroc']:.2f}",
+            f"answers of {bundle.teacher_path}",
             f"{self.steps} steps of adapt {self.adapter} on {self.batch_size} of them at a time",
         )
 
@@ -205,22 +199,10 @@ class TransLoRA(Pipeline):
 
     def _trained(self) -> Increments:
         """The training of the new adapter."""
-        how: dict[str, Any] = {name: getattr(self, name) for name in ("targets", "merge", "steps", "batch_size")}
-        how |= {name: value for name in ("rank", "lr") if (value := getattr(self, name)) is not None}
+        how: dict[str, Any] = {name: getattr(self, name) for name in ("targets", "merge", "steps", "batch_size", "lr")}
+        if self.rank is not None:
+            how["rank"] = self.rank
         return KINDS[self.adapter](**how, seq_len=self.seq_len, save_every=0)
-
-
-def _warn_of_known_tests(path: str, bundle: Bundle) -> None:
-    """Says where a test is none: its rows were seen. Raises `UserError` for a file that is no test."""
-    from overhaul.corpora import CorpusSpec, open_corpus
-    from overhaul.transfer import rows_of
-
-    seeds = {seed.prompt for seed in bundle.seeds}
-    if known := sum(row.prompt in seeds for row in rows_of(path)):
-        say(f"warning: {known} rows of --test are examples of the bundle")
-    with contextlib.suppress(UserError):  # a file that is too short to be a corpus
-        if open_corpus(CorpusSpec(path=path)).fingerprint == bundle.statistics["fingerprint"]:
-            say("warning: --test is the data that the adapter was trained on: its right answers are not held out")
 
 
 def _refuse_empty_teacher(answers: Sequence[str]) -> None:
@@ -230,5 +212,5 @@ def _refuse_empty_teacher(answers: Sequence[str]) -> None:
     if not any(said) or (len(answers) >= FEW and count > SAME_ANSWER * len(answers)):
         raise UserError(
             f"the teacher answers {most!r} to {count} of {len(answers)} prompts: there is nothing to learn from that",
-            hint="--prompts real, to see whether the task can be learnt at all",
+            hint="--prompts real to see whether the teacher knows its own task; a lower --temperature",
         )
