@@ -121,7 +121,7 @@ class Teaching:
         judge = self.load(str(self.bundle.path / JUDGE))
         writer = Writer(
             model, tokenizer, self.bundle.seeds, self.bundle.frame, longest=self.bundle.statistics["longest_prompt"],
-            seed=self.seed, temperature=temperature, top_p=top_p, dtype=self.dtype,
+            purpose="transfer", seed=self.seed, temperature=temperature, top_p=top_p, dtype=self.dtype,
         )  # fmt: skip
         seen: list[str] = []
         scores: list[float] = []

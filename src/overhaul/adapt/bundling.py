@@ -85,8 +85,8 @@ class Bundling(Settings):
 
         wanted = min(len(task.real), self.rows) + len(task.heldout)
         writer = Writer(
-            source.model, source.processor, task.seeds, task.frame, longest=task.longest, seed=seed,
-            temperature=self.temperature, top_p=self.top_p, dtype=dtype,
+            source.model, source.processor, task.seeds, task.frame, longest=task.longest,
+            purpose="bundle", seed=seed, temperature=self.temperature, top_p=self.top_p, dtype=dtype,
         )  # fmt: skip
         # Few examples are enough to tell what this model writes, and a small model repeats itself.
         found = writer.several(wanted, budget=4 * wanted, title="prompts")

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from command import Finished, overhaul, refused
-from overhaul import artifact
+from overhaul import artifact, machine
 from overhaul.adapt import translora
 from overhaul.adapt.translora import TransLoRA
 from overhaul.bundle import Bundle
 from overhaul.generation import continuations
+from overhaul.prompts import Writer
 from overhaul.transfer import answer_tokens
 
 QUICK = ("--samples", 6, "--steps", 4, "--batch-size", 2, "--lr", 1e-3, "--dtype", "fp32", "--evaluate", "none")
@@ -94,6 +95,21 @@ def test_the_answers_are_the_teachers(move: Move, tmp_path: Path, bundle: Path):
     said = continuations(teacher.model, teacher.processor, [r["prompt"] for r in rows], tokens=tokens, one_line=True)
 
     assert [text.rstrip() for text in said] == [row["completion"] for row in rows]
+
+
+def test_the_source_does_not_write_again_what_the_judge_learnt_to_refuse(move: Move, tmp_path: Path, bundle: Path):
+    done = move("--generator", "source", "--samples", 20, "--prompts", "unfiltered")
+    assert done.code == 0, done.err
+    made = Bundle.read(bundle)
+    base = artifact.load(made.base.path)
+    writer = Writer(
+        base.model, base.processor, made.seeds, made.frame, longest=made.statistics["longest_prompt"],
+        purpose="bundle", seed=0, temperature=1.0, top_p=0.95, dtype=machine.compute_dtype("auto", torch.device("cpu")),
+    )  # fmt: skip
+
+    rows = synthetic(tmp_path / "out")
+    assert len(rows) > 10
+    assert {row["prompt"] for row in rows}.isdisjoint(writer.several(60, budget=64))
 
 
 def test_the_table_says_what_became_of_it(move: Move, tmp_path: Path, private: Path):
