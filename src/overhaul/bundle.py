@@ -28,6 +28,16 @@ from overhaul.synthetic import Frame
 FORMAT, VERSION = "overhaul-bundle", 1
 MANIFEST, SEEDS, JUDGE, TEACHER, SUMS = "bundle.json", "seeds.jsonl", "judge", "teacher", "features.safetensors"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+BESIDE = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
+"""Files of a tokenizer: the only others that are copied, as anything may lie beside an adapter, its data too."""
+KNOWN = {
+    "statistics": ("rows", "longest_prompt", "longest_answer", "one_line_answers", "fingerprint"),
+    "judge": ("auroc", "threshold"),
+}
+"""What has to be known of the data and of the judge."""
 FEWEST_SEEDS = 2
 
 
@@ -96,7 +106,7 @@ class Bundle:
         """The bundle in a directory; its large files are looked for, and read by `check` only.
 
         Raises:
-            UserError: it is none, or a part is missing.
+            UserError: it is none, a part is missing, or what is read here is not as it was written.
         """
         path = Path(path).expanduser()
         if not (path / MANIFEST).is_file():
@@ -104,6 +114,17 @@ class Bundle:
                 f"{path} is no bundle: it has no {MANIFEST}", hint="overhaul bundle ADAPTED -o BUNDLE --data D"
             )
         stored = _manifest(path)
+        try:
+            return cls._of(path, stored)
+        except (KeyError, TypeError, AttributeError) as error:
+            why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(
+                f"{path / MANIFEST} is not as it was written: {why}", hint="a sound copy of the bundle"
+            ) from error
+
+    @classmethod
+    def _of(cls, path: Path, stored: dict[str, Any]) -> Bundle:
+        """That of a manifest; `KeyError` or `TypeError` where this is damaged."""
         inside = [f"{JUDGE}/{name}" for name in ADAPTER]
         if stored["teacher"]["path"] == TEACHER:
             inside += [f"{TEACHER}/{name}" for name in ADAPTER]
@@ -111,19 +132,24 @@ class Bundle:
             for name in files:
                 if not (path / name).is_file():
                     raise UserError(f"{path} has no {part}: {name} is missing", hint="a sound copy of the bundle")
-        seeds = tuple(Example(**json.loads(line)) for line in (path / SEEDS).read_text().splitlines())
-        if len(seeds) < FEWEST_SEEDS:
-            raise UserError(f"{path} has {len(seeds)} seeds", allowed=f"{FEWEST_SEEDS} or more examples in {SEEDS}")
+        # Other line breaks than this one may stand in a text.
+        lines = [line for line in (path / SEEDS).read_bytes().split(b"\n") if line.strip()]
+        if len(lines) < FEWEST_SEEDS:
+            raise UserError(f"{path} has {len(lines)} seeds", allowed=f"{FEWEST_SEEDS} or more examples in {SEEDS}")
+        small = [SEEDS, SUMS, *(name for name in inside if name.endswith(".json"))]
+        _refuse_changed(path, {name: stored["parts"][name] for name in small})
+        for missing in (name for group, names in KNOWN.items() for name in names if name not in stored[group]):
+            raise KeyError(missing)
         return cls(
             path=path,
             base=Source(**stored["base"]),
             teacher=Source(**stored["teacher"]),
-            seeds=seeds,
+            seeds=tuple(Example(**json.loads(line)) for line in lines),
             frame=Frame(**stored["frame"]),
             judge=stored["judge"],
             statistics=stored["statistics"],
             features=Features(**stored["features"]),
-            real=_read_sums(path),
+            real=_read_sums(path, stored["real"]),
             ledger=stored["ledger"],
         )
 
@@ -132,12 +158,34 @@ class Bundle:
         """Where the teacher is."""
         return str(self.path / TEACHER) if self.teacher.path == TEACHER else self.teacher.path
 
-    def check(self) -> None:
-        """Raises `UserError` for a part that was changed, or a model that is not the one the bundle was made with."""
-        for name, wanted in _manifest(self.path)["parts"].items():
-            if not (self.path / name).is_file() or _sha256(self.path / name) != wanted:
-                raise UserError(f"{self.path}: {name} is not as it was written", hint="a sound copy of the bundle")
-        for what, ref, wanted in (("judge", self.base.path, self.base), ("teacher", self.teacher_path, self.teacher)):
+    def refuse_missing(self, *, teacher: bool = True) -> None:
+        """Raises `UserError` for a model that is not where it was; names that are fetched are left to their fetching.
+
+        Args:
+            teacher: whether this one is needed.
+        """
+        judge = str(self.path / JUDGE)
+        needed = [("base", self.base.path), ("judge", judge), ("judge's base", _stands_on(judge))]
+        if teacher:
+            needed += [("teacher", self.teacher_path), ("teacher's base", _stands_on(self.teacher_path))]
+        for what, ref in needed:
+            if Path(ref).is_absolute() and not Path(ref).is_dir():
+                raise UserError(
+                    f"the {what} of {self.path}, {ref}, is not there",
+                    allowed="a model where it was when the bundle was made",
+                    hint="overhaul bundle TEACHER -o NEW --from BUNDLE" if what.startswith("teacher") else "",
+                )
+
+    def check(self, *, teacher: bool = True) -> None:
+        """Raises `UserError` for a part that was changed, or a model that is not the one the bundle was made with.
+
+        Args:
+            teacher: whether this one is needed.
+        """
+        _refuse_changed(self.path, _manifest(self.path)["parts"])
+        self.refuse_missing(teacher=teacher)
+        models = [("judge", self.base.path, self.base), ("teacher", self.teacher_path, self.teacher)]
+        for what, ref, wanted in models if teacher else models[:1]:
             there = Source.of(ref)
             if (there.sha256, there.base_sha256) != (wanted.sha256, wanted.base_sha256):
                 raise UserError(
@@ -174,7 +222,7 @@ class Bundle:
 
 def write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """JSON lines."""
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def example_of(row: Row, corpus: str) -> Example:
@@ -195,10 +243,14 @@ def example_of(row: Row, corpus: str) -> Example:
 def pointed(bundle: Bundle, teacher: str, out: Path) -> None:
     """Writes the bundle once more with another teacher: the next link of a chain, which needs no data.
 
+    The teacher that the bundle has is not looked for.
+
     Raises:
         UserError: no such model, or it cannot be written.
     """
-    bundle.check()
+    for read in (bundle.path, *artifact.directories(teacher)):
+        artifact.check_out(out, parent=read)
+    bundle.check(teacher=False)
     moved = replace(bundle, teacher=Source.of(teacher))
     with disk.aside(out) as directory:
         _copy_adapter(bundle.path / JUDGE, directory / JUDGE)
@@ -209,7 +261,7 @@ def _copy_adapter(source: Path, target: Path) -> None:
     """The two files of an adapter, and its tokenizer where it has one; the path of its base is made absolute."""
     target.mkdir()
     for file in source.iterdir():
-        if file.name in ADAPTER or "token" in file.name or file.suffix == ".jinja":
+        if file.name in (*ADAPTER, *BESIDE) and file.is_file():
             shutil.copy2(file, target / file.name)
     config = json.loads((target / ADAPTER[0]).read_text())
     base = Path(config["base_model_name_or_path"])
@@ -223,15 +275,27 @@ def _manifest(path: Path) -> dict[str, Any]:
         stored = json.loads((path / MANIFEST).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path / MANIFEST} is not valid JSON: {error}", hint="a sound copy of the bundle") from error
-    if (stored.get("format"), stored.get("version")) != (FORMAT, VERSION):
+    if not isinstance(stored, dict) or (stored.get("format"), stored.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{path / MANIFEST} is of another format", allowed=f"{FORMAT}, version {VERSION}")
     return stored
 
 
-def _read_sums(path: Path) -> Sums:
+def _stands_on(ref: str) -> str:
+    """The base of an adapter; of another model itself."""
+    config = Path(ref) / ADAPTER[0]
+    return str(json.loads(config.read_text())["base_model_name_or_path"]) if config.is_file() else ref
+
+
+def _refuse_changed(path: Path, parts: Mapping[str, str]) -> None:
+    """Raises `UserError` for a file whose hash is another one than is given."""
+    for name, wanted in parts.items():
+        if not (path / name).is_file() or _sha256(path / name) != wanted:
+            raise UserError(f"{path}: {name} is not as it was written", hint="a sound copy of the bundle")
+
+
+def _read_sums(path: Path, stored: Mapping[str, Any]) -> Sums:
     from safetensors.numpy import load_file
 
-    stored = _manifest(path)["real"]
     return Sums(load_file(path / SUMS)["sum"], stored["squares"], stored["count"])
 
 

@@ -86,6 +86,7 @@ class TransLoRA(Pipeline):
     def others(self) -> tuple[str, ...]:
         """The teacher, and the model that the judge stands on."""
         bundle = self._bundle()
+        bundle.refuse_missing()
         return tuple(dict.fromkeys((bundle.teacher_path, bundle.base.path)))
 
     def reads_data(self) -> bool:
