@@ -167,8 +167,12 @@ def bundle_command(arguments: list[str]) -> None:
 
     out = shlex.quote(str(given.out))
     if given.from_:
-        if options.data:
-            raise UserError("--from takes everything but the teacher from a bundle", hint="without --data")
+        unread = [f"--{name.replace('_', '-')}" for made in (settings, options)
+                  for name in made.model_dump(exclude_defaults=True)]  # fmt: skip
+        if unread:
+            raise UserError(
+                "--from takes everything but the teacher from a bundle", hint=f"without {', '.join(unread)}"
+            )
         pointed(Bundle.read(given.from_), given.adapted, given.out)
     else:
         made = settings.make(given.adapted, given.out, options)

@@ -114,7 +114,12 @@ def read(tokenizer: Any, text: str) -> list[int]:
 def longest(model: nn.Module) -> int:
     """How many tokens the model reads at once."""
     inner: Any = model
-    return getattr(inner.config, "max_position_embeddings", None) or sys.maxsize
+    return longest_of(inner.config)
+
+
+def longest_of(config: Any) -> int:
+    """How many tokens a model of this configuration reads at once."""
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 @contextmanager

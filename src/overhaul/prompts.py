@@ -13,7 +13,7 @@ from torch import nn
 
 from overhaul.bundle import Example
 from overhaul.errors import UserError
-from overhaul.generation import continuations, longest, read
+from overhaul.generation import continuations, read
 from overhaul.synthetic import Frame, Sieve, request
 
 ROUND = 64
@@ -88,13 +88,24 @@ def tokens_for(tokenizer: Any, prompts: Sequence[str], frame: Frame) -> int:
     return max(FEWEST, TOO_LONG * max(len(read(tokenizer, frame.inside(prompt))) for prompt in prompts))
 
 
-def refuse_short_context(model: nn.Module, tokenizer: Any, seeds: Sequence[Example], frame: Frame, name: str) -> None:
-    """Raises `UserError` for a model that cannot read the examples and write another one."""
+def refuse_short_context(
+    most: int, tokenizer: Any, seeds: Sequence[Example], frame: Frame, name: str, *, hint: str
+) -> None:
+    """Raises `UserError` for a model that cannot read the examples and write another one.
+
+    Args:
+        most: tokens that it reads at once.
+        tokenizer: its own.
+        seeds: the examples.
+        frame: of the prompts.
+        name: what to call it.
+        hint: what to type instead.
+    """
     examples = [example.prompt for example in seeds]
     needed = len(read(tokenizer, request(examples, frame, random.Random(0)))) + tokens_for(tokenizer, examples, frame)
-    if needed > (most := longest(model)):
+    if needed > most:
         raise UserError(
             f"{name} reads {most} tokens, and the examples with a new prompt take {needed}",
             allowed="a model that reads more",
-            hint="--generator source, or a bundle with fewer --seeds",
+            hint=hint,
         )

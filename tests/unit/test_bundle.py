@@ -283,6 +283,8 @@ def test_what_cannot_become_a_bundle(adapter: Path, bundle: Path, private: Path,
     refused(overhaul("bundle", adapter, "-o", out, "--data", "sample"), "no prompts with answers")
     refused(overhaul("bundle", adapter, "-o", out, "--data", data, "--seeds", 1), "seeds", "2")
     refused(overhaul("bundle", adapter, "-o", out, "--data", data, "--from", bundle), "without --data")
+    unread = ("--seeds", 3, "--steps", 5, "--seed", 1)
+    refused(overhaul("bundle", adapter, "-o", out, "--from", bundle, *unread), "without --seeds, --steps, --seed")
     refused(overhaul("bundle", adapter, "-o", bundle, "--data", data), "not empty")
     refused(overhaul("bundle", tmp_path, "-o", out, "--data", data), "not a model directory")
     assert not out.exists()

@@ -83,8 +83,11 @@ class Bundling(Settings):
 
     def _written(self, source: Artifact, task: _Task, seed: int, dtype: torch.dtype) -> list[str]:
         """Prompts that the source writes: those that the judge learns to refuse, and those it is tried on."""
-        from overhaul.prompts import Writer
+        from overhaul.generation import longest
+        from overhaul.prompts import Writer, refuse_short_context
 
+        most = longest(source.model)
+        refuse_short_context(most, source.processor, task.seeds, task.frame, "the source", hint="fewer --seeds")
         wanted = min(len(task.real), self.rows) + len(task.tried)
         writer = Writer(
             source.model, source.processor, task.seeds, task.frame, longest=task.longest,
