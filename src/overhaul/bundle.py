@@ -64,9 +64,15 @@ class Source:
     base_sha256: str
 
     @classmethod
-    def of(cls, ref: str | Path) -> Source:
-        """That of a model as it lies on disk now."""
-        path, base = artifact.directories(ref)
+    def of(cls, ref: str | Path, places: Mapping[str, str] | None = None) -> Source:
+        """That of a model as it lies on disk now.
+
+        Args:
+            ref: the model.
+            places: where bases of adapters are now that were moved.
+        """
+        path = pretrained.resolve(str(ref))
+        base = pretrained.resolve(_stands_on(path, places or {}))
         own, below = artifact.weights_sha256(path), artifact.weights_sha256(base)
         return cls(
             path=str(ref) if str(ref) in pretrained.NAMED else str(path.resolve()), sha256=own, base_sha256=below
@@ -164,16 +170,16 @@ class Bundle:
         Args:
             teacher: whether this one is needed.
         """
-        judge = str(self.path / JUDGE)
-        needed = [("base", self.base.path), ("judge", judge), ("judge's base", _stands_on(judge))]
+        needed = [("base", self.base.path), ("judge's base", _stands_on(self.path / JUDGE))]
         if teacher:
-            needed += [("teacher", self.teacher_path), ("teacher's base", _stands_on(self.teacher_path))]
+            needed += [("teacher", self.teacher_path), ("teacher's base", _stands_on(Path(self.teacher_path)))]
         for what, ref in needed:
             if Path(ref).is_absolute() and not Path(ref).is_dir():
+                how = "TEACHER -o NEW" if what == "teacher" else "TEACHER -o NEW --base DIR"
                 raise UserError(
                     f"the {what} of {self.path}, {ref}, is not there",
                     allowed="a model where it was when the bundle was made",
-                    hint="overhaul bundle TEACHER -o NEW --from BUNDLE" if what.startswith("teacher") else "",
+                    hint=f"overhaul bundle {how} --from {self.path}",
                 )
 
     def check(self, *, teacher: bool = True) -> None:
@@ -182,24 +188,28 @@ class Bundle:
         Args:
             teacher: whether this one is needed.
         """
-        _refuse_changed(self.path, _manifest(self.path)["parts"])
+        self.check_parts()
         self.refuse_missing(teacher=teacher)
         models = [("judge", self.base.path, self.base), ("teacher", self.teacher_path, self.teacher)]
         for what, ref, wanted in models if teacher else models[:1]:
-            there = Source.of(ref)
-            if (there.sha256, there.base_sha256) != (wanted.sha256, wanted.base_sha256):
-                raise UserError(
-                    f"{ref} is not the model that the {what} of {self.path} stands on: its weights have another hash",
-                    hint="the model that the bundle was made with",
-                )
+            _refuse_other(what, ref, Source.of(ref), self.path, wanted)
 
-    def write(self, directory: Path) -> None:
-        """Writes everything into a directory that has the judge already."""
+    def check_parts(self) -> None:
+        """Raises `UserError` for a part that was changed."""
+        _refuse_changed(self.path, _manifest(self.path)["parts"])
+
+    def write(self, directory: Path, places: Mapping[str, str] | None = None) -> None:
+        """Writes everything into a directory that has the judge already.
+
+        Args:
+            directory: where to.
+            places: where bases of adapters are now that were moved.
+        """
         from safetensors.numpy import save_file
 
         teacher = self.teacher
         if (Path(self.teacher_path) / ADAPTER[0]).is_file():
-            _copy_adapter(Path(self.teacher_path), directory / TEACHER)
+            _copy_adapter(Path(self.teacher_path), directory / TEACHER, places or {})
             teacher = Source(path=TEACHER, sha256=teacher.sha256, base_sha256=teacher.base_sha256)
         write_lines(directory / SEEDS, [asdict(seed) for seed in self.seeds])
         save_file({"sum": self.real.sum_F}, directory / SUMS)
@@ -240,32 +250,63 @@ def example_of(row: Row, corpus: str) -> Example:
     return Example(prompt, answer)
 
 
-def pointed(bundle: Bundle, teacher: str, out: Path) -> None:
+def pointed(bundle: Bundle, teacher: str, out: Path, *, base: str | None = None) -> None:
     """Writes the bundle once more with another teacher: the next link of a chain, which needs no data.
 
     The teacher that the bundle has is not looked for.
 
+    Args:
+        bundle: what is written once more.
+        teacher: what answers from now on; the bundle's own, `BUNDLE/teacher`, will do.
+        out: the new directory.
+        base: where the model is now that the bundle stands on, if it was moved; a teacher that is an adapter of that
+            model moves with it.
+
     Raises:
-        UserError: no such model, or it cannot be written.
+        UserError: no such model, another one than the bundle stands on, or it cannot be written.
     """
-    for read in (bundle.path, *artifact.directories(teacher)):
+    own, places = pretrained.resolve(teacher), {}
+    if base is not None:
+        places = {bundle.base.path: str(pretrained.resolve(base).resolve())}
+    new = Source.of(teacher, places)
+    for read in (bundle.path, own, pretrained.resolve(_stands_on(own, places)), *map(Path, places.values())):
         artifact.check_out(out, parent=read)
-    bundle.check(teacher=False)
-    moved = replace(bundle, teacher=Source.of(teacher))
+    if base is None:
+        bundle.check(teacher=False)
+    else:
+        bundle.check_parts()
+        _refuse_other("judge", base, there := Source.of(base), bundle.path, bundle.base)
+        bundle = replace(bundle, base=there)
     with disk.aside(out) as directory:
-        _copy_adapter(bundle.path / JUDGE, directory / JUDGE)
-        moved.write(directory)
+        _copy_adapter(bundle.path / JUDGE, directory / JUDGE, places)
+        replace(bundle, teacher=new).write(directory, places)
 
 
-def _copy_adapter(source: Path, target: Path) -> None:
-    """The two files of an adapter, and its tokenizer where it has one; the path of its base is made absolute."""
+def _refuse_other(what: str, ref: str, there: Source, path: Path, wanted: Source) -> None:
+    """Raises `UserError` for a model with other weights than those that a bundle was made with."""
+    if (there.sha256, there.base_sha256) != (wanted.sha256, wanted.base_sha256):
+        raise UserError(
+            f"{ref} is not the model that the {what} of {path} stands on: its weights have another hash",
+            hint="the model that the bundle was made with",
+        )
+
+
+def _copy_adapter(source: Path, target: Path, places: Mapping[str, str]) -> None:
+    """The two files of an adapter, and its tokenizer where it has one; the path of its base is made absolute.
+
+    Args:
+        source: the adapter.
+        target: a new directory.
+        places: where bases are now that were moved.
+    """
     target.mkdir()
     for file in source.iterdir():
         if file.name in (*ADAPTER, *BESIDE) and file.is_file():
             shutil.copy2(file, target / file.name)
     config = json.loads((target / ADAPTER[0]).read_text())
-    base = Path(config["base_model_name_or_path"])
-    if base.is_dir() and str(base.resolve()) != str(base):
+    given = str(config["base_model_name_or_path"])
+    base = Path(places.get(given, given))
+    if base.is_dir() and str(base.resolve()) != given:
         config["base_model_name_or_path"] = str(base.resolve())
         (target / ADAPTER[0]).write_text(json.dumps(config, indent=2))
 
@@ -280,10 +321,10 @@ def _manifest(path: Path) -> dict[str, Any]:
     return stored
 
 
-def _stands_on(ref: str) -> str:
-    """The base of an adapter; of another model itself."""
-    config = Path(ref) / ADAPTER[0]
-    return str(json.loads(config.read_text())["base_model_name_or_path"]) if config.is_file() else ref
+def _stands_on(path: Path, places: Mapping[str, str] | None = None) -> str:
+    """The base of an adapter, where it is now; of another model itself."""
+    base = artifact.base_of(path) if (path / ADAPTER[0]).is_file() else str(path)
+    return (places or {}).get(base, base)
 
 
 def _refuse_changed(path: Path, parts: Mapping[str, str]) -> None:

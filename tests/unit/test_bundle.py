@@ -13,6 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from command import contents, overhaul, refused
+from overhaul import artifact
 from overhaul.bundle import Bundle, Example, write_lines
 from overhaul.corpora import open_corpus
 
@@ -160,6 +161,33 @@ def test_a_teacher_that_is_gone_is_replaced(moved: Callable[[str], Path], tmp_pa
     Bundle.read(tmp_path / "next").check()
 
 
+def test_a_base_that_was_moved_is_found_again(adapter: Path, private: Path, tiny: Path, other: Path, tmp_path: Path):
+    gone, own = shutil.copytree(tiny, tmp_path / "gone"), shutil.copytree(adapter, tmp_path / "own")
+    config = json.loads((own / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(gone)}
+    (own / "adapter_config.json").write_text(json.dumps(config))
+    how = ("--data", private / "private.jsonl", "--rows", 20, "--steps", 2)
+    assert overhaul("bundle", own, "-o", tmp_path / "old", *how).code == 0
+    there = gone.rename(tmp_path / "elsewhere")
+    again = ("bundle", tmp_path / "old" / "teacher", "-o", tmp_path / "new", "--from", tmp_path / "old", "--base")
+
+    refused(overhaul(*again, other), "is not the model that the judge of")
+    done = overhaul(*again, there)
+
+    assert done.code == 0, done.err
+    new = Bundle.read(tmp_path / "new")
+    new.check()
+    assert new.base.path == str(there)
+    assert artifact.directories(new.teacher_path) == (new.path / "teacher", there)
+    quick = ("--samples", 4, "--steps", 1, "--threshold", 0, "--evaluate", "none")
+    done = overhaul("adapt", "translora", tiny, "-o", tmp_path / "out", "--bundle", new.path, *quick)
+    assert done.code == 0, done.err
+
+
+@pytest.fixture
+def other(make_tiny: Callable[..., Path]) -> Path:
+    return make_tiny(tie=False)
+
+
 def test_another_teacher_does_not_help_where_the_base_is_gone(moved: Callable[[str], Path], tiny: Path, tmp_path: Path):
     found = moved("base")
 
@@ -284,6 +312,7 @@ def test_what_cannot_become_a_bundle(adapter: Path, bundle: Path, private: Path,
     refused(overhaul("bundle", adapter, "-o", out, "--data", data, "--seeds", 1), "seeds", "2")
     refused(overhaul("bundle", adapter, "-o", out, "--data", data, "--from", bundle), "without --data")
     unread = ("--seeds", 3, "--steps", 5, "--seed", 1)
+    refused(overhaul("bundle", adapter, "-o", out, "--data", data, "--base", adapter), "with --from")
     refused(overhaul("bundle", adapter, "-o", out, "--from", bundle, *unread), "without --seeds, --steps, --seed")
     refused(overhaul("bundle", adapter, "-o", bundle, "--data", data), "not empty")
     refused(overhaul("bundle", tmp_path, "-o", out, "--data", data), "not a model directory")
