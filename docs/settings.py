@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from overhaul import catalog
+from overhaul.adapt.bundling import Bundling
 from overhaul.method import Training
 from overhaul.options import Options
 
@@ -28,6 +29,7 @@ What `overhaul VERB METHOD --help` shows. In a recipe a setting is called as it 
 def page() -> str:
     """The page as Markdown."""
     sections = [INTRODUCTION, "## Of every run\n", table(Options), "## Of every training method\n", table(Training)]
+    sections += ["## bundle\n", "[How it is used](../methods/adapt-translora.md).\n", table(Bundling)]
     for verb in catalog.VERBS:
         sections.append(f"## {verb}\n")
         for entry in catalog.methods(verb):

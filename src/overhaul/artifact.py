@@ -152,7 +152,7 @@ def directories(ref: str | Path) -> tuple[Path, Path]:
     """The directory that `ref` means, and the one with the whole model: another one where the first is an adapter."""
     path = pretrained.resolve(str(ref))
     is_adapter = (path / "adapter_config.json").is_file()
-    return path, pretrained.resolve(_base_of(path)) if is_adapter else path
+    return path, pretrained.resolve(base_of(path)) if is_adapter else path
 
 
 def read_config(ref: str | Path) -> Any:
@@ -186,7 +186,8 @@ def _tokenizer_of(own: Path, base: Path, ref: str) -> Any:
         ) from error
 
 
-def _base_of(adapter: Path) -> str:
+def base_of(adapter: Path) -> str:
+    """The model that an adapter's directory names as its base; `UserError` where the configuration cannot be read."""
     return str(_read_json(adapter / "adapter_config.json")["base_model_name_or_path"])
 
 

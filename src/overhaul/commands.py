@@ -141,7 +141,8 @@ def bundle_command(arguments: list[str]) -> None:
 
     read = ("data", "field", "seed", "dtype", "device")
     help_of = {"adapted": "Adapter directory, or a whole adapted model.", "out": "New directory for the bundle.",
-               "from_": "Bundle to write once more with this teacher; needs no data."}  # fmt: skip
+               "from_": "Bundle to write once more with this teacher; needs no data.",
+               "base": "With --from: where the model is now that the bundle stands on, if it was moved."}  # fmt: skip
     kind = dataclasses.make_dataclass(
         "Bundle",
         [
@@ -155,6 +156,7 @@ def bundle_command(arguments: list[str]) -> None:
                 Annotated[str | None, tyro.conf.arg(name="from", help=help_of["from_"])],
                 dataclasses.field(default=None),
             ),
+            ("base", Annotated[str | None, tyro.conf.arg(help=help_of["base"])], dataclasses.field(default=None)),
             *flags(Bundling),
             *flags(Options, without=[name for name in Options.model_fields if name not in read]),
         ],
@@ -167,9 +169,15 @@ def bundle_command(arguments: list[str]) -> None:
 
     out = shlex.quote(str(given.out))
     if given.from_:
-        if options.data:
-            raise UserError("--from takes everything but the teacher from a bundle", hint="without --data")
-        pointed(Bundle.read(given.from_), given.adapted, given.out)
+        unread = [f"--{name.replace('_', '-')}" for made in (settings, options)
+                  for name in made.model_dump(exclude_defaults=True)]  # fmt: skip
+        if unread:
+            raise UserError(
+                "--from takes everything but the teacher from a bundle", hint=f"without {', '.join(unread)}"
+            )
+        pointed(Bundle.read(given.from_), given.adapted, given.out, base=given.base)
+    elif given.base:
+        raise UserError("--base is where the model of a bundle is now", hint="with --from BUNDLE")
     else:
         made = settings.make(given.adapted, given.out, options)
         for name, value in made.ledger.items():

@@ -109,7 +109,9 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     if options.dry_run:
         say_plan(step, parent, data, out, longest=_longest(parent.model), dtype=dtype)
         return None
-    judge = Judge.of(options, corpus, parent.processor, dtype)
+    # What a pipeline has no use for is not read by the back door either: --evaluate can still name it.
+    judged = None if isinstance(method, Pipeline) and not needs_data else corpus
+    judge = Judge.of(options, judged, parent.processor, dtype)
     before = judge.chain(parent)
     changed, notes, history = _change(step, parent, others, data, dtype, out, judge, command)
     if not is_main_process():

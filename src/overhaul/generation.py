@@ -6,7 +6,8 @@ Letters of shapes: B texts, T tokens, D width.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -50,7 +51,8 @@ def continuations(
         title: of the progress bar; there is none without a title.
 
     Returns:
-        The new text of each, without special tokens and, of one line, without what follows it.
+        The new text of each, without special tokens and, of one line, without what follows it. What the model's own
+        `generation_config` asks for, such as a penalty on repeated words, has no part in it.
     """
     inner: Any = model
     device = next(model.parameters()).device
@@ -65,7 +67,8 @@ def continuations(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     written = [""] * len(prompts)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), machine.autocast(device, dtype):
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, machine.autocast(device, dtype), _nothing_inherited(model):
         if seed is not None:
             torch.manual_seed(seed)
         with Bar(title, len(batches), quiet=not title) as bar:
@@ -111,7 +114,25 @@ def read(tokenizer: Any, text: str) -> list[int]:
 def longest(model: nn.Module) -> int:
     """How many tokens the model reads at once."""
     inner: Any = model
-    return getattr(inner.config, "max_position_embeddings", None) or sys.maxsize
+    return longest_of(inner.config)
+
+
+def longest_of(config: Any) -> int:
+    """How many tokens a model of this configuration reads at once."""
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+@contextmanager
+def _nothing_inherited(model: nn.Module) -> Iterator[None]:
+    """Inside, the model generates as it is told to: transformers fills what is not said from `generation_config`."""
+    from transformers import GenerationConfig
+
+    inner: Any = model
+    kept, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = kept
 
 
 def _padded_left(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

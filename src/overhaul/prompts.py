@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from overhaul.bundle import Example
 from overhaul.errors import UserError
-from overhaul.generation import continuations, longest, read
+from overhaul.generation import continuations, read
 from overhaul.synthetic import Frame, Sieve, request
 
 ROUND = 64
@@ -21,6 +22,8 @@ FEWEST = 16
 """Tokens that a written prompt may have at least."""
 TOO_LONG = 2
 """A prompt so many times as long as the longest of the data is none of the task."""
+Purpose = Literal["bundle", "transfer"]
+"""What is written for: with the same seed, a transfer must not draw again what its judge has learnt to refuse."""
 
 
 class Writer:
@@ -38,12 +41,13 @@ class Writer:
         frame: Frame,
         *,
         longest: int,
+        purpose: Purpose,
         seed: int,
         temperature: float,
         top_p: float,
         dtype: torch.dtype,
     ) -> None:
-        self.model, self.tokenizer, self.frame, self.seed = model, tokenizer, frame, seed
+        self.model, self.tokenizer, self.frame, self.drawn_from = model, tokenizer, frame, f"{purpose}/{seed}"
         self.examples = [example.prompt for example in seeds]
         self.sieve = Sieve(self.examples, frame, TOO_LONG * longest)
         self.how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "dtype": dtype, "one_line": True}
@@ -51,14 +55,14 @@ class Writer:
 
     def rounds(self, budget: int, title: str = "") -> Iterator[list[str]]:
         """What passes the sieve, round by round, until so many were written."""
-        order = random.Random(self.seed)
+        order = random.Random(_number(self.drawn_from))
         for number in itertools.count():
             count = min(ROUND, budget - self.sieve.seen)
             if count <= 0:
                 return
             asked = [request(self.examples, self.frame, order) for _ in range(count)]
             # Each round has its own numbers: the same ones would write the same prompts.
-            seed = (self.seed * 1_000_003 + number) % 2**63
+            seed = _number(f"{self.drawn_from}/{number}")
             made = continuations(
                 self.model, self.tokenizer, asked, tokens=self.tokens, seed=seed, title=title, **self.how
             )
@@ -74,18 +78,34 @@ class Writer:
         return found[:wanted]
 
 
+def _number(name: str) -> int:
+    """A seed from a name: names that differ in anything draw other numbers."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+
+
 def tokens_for(tokenizer: Any, prompts: Sequence[str], frame: Frame) -> int:
     """How many tokens a prompt may take: those of the longest example, with room."""
     return max(FEWEST, TOO_LONG * max(len(read(tokenizer, frame.inside(prompt))) for prompt in prompts))
 
 
-def refuse_short_context(model: nn.Module, tokenizer: Any, seeds: Sequence[Example], frame: Frame, name: str) -> None:
-    """Raises `UserError` for a model that cannot read the examples and write another one."""
+def refuse_short_context(
+    most: int, tokenizer: Any, seeds: Sequence[Example], frame: Frame, name: str, *, hint: str
+) -> None:
+    """Raises `UserError` for a model that cannot read the examples and write another one.
+
+    Args:
+        most: tokens that it reads at once.
+        tokenizer: its own.
+        seeds: the examples.
+        frame: of the prompts.
+        name: what to call it.
+        hint: what to type instead.
+    """
     examples = [example.prompt for example in seeds]
     needed = len(read(tokenizer, request(examples, frame, random.Random(0)))) + tokens_for(tokenizer, examples, frame)
-    if needed > (most := longest(model)):
+    if needed > most:
         raise UserError(
             f"{name} reads {most} tokens, and the examples with a new prompt take {needed}",
             allowed="a model that reads more",
-            hint="--generator source, or a bundle with fewer --seeds",
+            hint=hint,
         )

@@ -41,16 +41,33 @@ class Frame:
         return cls(before, after[found.start() :] if found else "")
 
     def inside(self, prompt: str) -> str:
-        """What is between, on one line."""
-        return prompt[len(self.before) : len(prompt) - len(self.after)].replace("\n", "\\n")
+        """What is between, on one line; all of a prompt that has another frame."""
+        ends = len(prompt) - len(self.after)
+        is_framed = ends >= len(self.before) and prompt.startswith(self.before) and prompt.endswith(self.after)
+        return _on_one_line(prompt[len(self.before) : ends] if is_framed else prompt)
 
     def around(self, inside: str) -> str:
         """The prompt with this between."""
-        return self.before + inside.replace("\\n", "\n") + self.after
+        return self.before + _as_it_was(inside) + self.after
 
     def to_json(self) -> dict[str, Any]:
         """`{"before":, "after":}`."""
         return asdict(self)
+
+
+def _on_one_line(text: str) -> str:
+    r"""A line break as `\n`; backslashes are doubled where one would be read so, and nowhere else, as in `\frac`."""
+    return re.sub(r"\\+(?=[n\n])", lambda found: 2 * found[0], text).replace("\n", "\\n")
+
+
+def _as_it_was(line: str) -> str:
+    """The inverse of `_on_one_line`."""
+
+    def read(found: re.Match[str]) -> str:
+        pairs, one = divmod(len(found[1]), 2)
+        return pairs * "\\" + ("\n" if one else "n")
+
+    return re.sub(r"(\\+)n", read, line)
 
 
 def _common_beginning(texts: Sequence[str]) -> str:
@@ -75,8 +92,7 @@ def plain(prompt: str) -> str:
 
 def sequences(text: str, words: int = WORDS) -> frozenset[tuple[str, ...]]:
     """All runs of so many words."""
-    found = plain(text).split()
-    return frozenset(tuple(found[start : start + words]) for start in range(len(found) - words + 1))
+    return frozenset(_runs(plain(text).split(), words))
 
 
 class Sieve:
@@ -140,6 +156,28 @@ def longest_run(text: str, others: Iterable[Sequence[str]]) -> int:
                     row[place] = before[place - 1] + 1
             best, before = max(best, *row), row
     return best
+
+
+def longest_runs(texts: Sequence[str], others: Iterable[Sequence[str]]) -> list[int]:
+    """`longest_run` of each text with any of many others.
+
+    Runs grow by a word at a time, and only those others are looked at again that had a run of the length before.
+    """
+    words, rest = [plain(text).split() for text in texts], list(others)
+    best = [0] * len(words)
+    for length in range(1, max(map(len, words), default=0) + 1):
+        own = [_runs(one, length) if best[place] == length - 1 else set() for place, one in enumerate(words)]
+        wanted = set().union(*own)
+        met = [(other, common) for other in rest if (common := wanted.intersection(_runs(other, length)))]
+        rest, shared = [other for other, _ in met], set().union(*(common for _, common in met))
+        if not shared:
+            break
+        best = [length if shared & runs else before for before, runs in zip(best, own, strict=True)]
+    return best
+
+
+def _runs(words: Sequence[str], length: int) -> set[tuple[str, ...]]:
+    return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
 
 
 def likeness(text: str, seeds: Sequence[str], words: int = 2) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from overhaul import artifact, authenticity
 from overhaul.bundle import JUDGE, Bundle, Example, example_of
-from overhaul.corpora import Corpus
+from overhaul.corpora import Corpus, CorpusSpec, open_corpus
 from overhaul.discrepancy import Sums, mmd2
 from overhaul.documents import Row, read_rows, row_text
 from overhaul.errors import UserError
@@ -22,7 +22,7 @@ from overhaul.generation import continuations, mean_states, read
 from overhaul.progress import say
 from overhaul.prompts import Writer
 from overhaul.split import fingerprint
-from overhaul.synthetic import distinct_share, likeness, longest_run, plain
+from overhaul.synthetic import Sieve, distinct_share, likeness, longest_run, plain
 
 LEAST, MOST = 0.02, 0.98
 """Shares of accepted prompts outside of which a judge is of no use."""
@@ -53,7 +53,9 @@ class Synthetic:
 
 @dataclass(frozen=True, slots=True)
 class Teaching:
-    """A bundle at work: its models are loaded when their turn comes, and never two of them.
+    """A bundle at work: its models are loaded when their turn comes, beside the target, and freed after it.
+
+    Two at a time where the source writes what the judge reads, else one.
 
     Attributes:
         bundle: what there is of the task.
@@ -116,12 +118,38 @@ class Teaching:
             UserError: the judge lets next to nothing through, or nothing was written.
         """
         source = None if target is not None else self.load(self.bundle.base.path)
+        how: dict[str, Any] = {"budget": budget, "threshold": threshold, "temperature": temperature, "top_p": top_p}
         model, tokenizer = (source.model, source.processor) if source else (target, self.tokenizer)
         assert model is not None
+        seen, scores, sieve = self._judged(model, tokenizer, wanted, **how)
+        self._refuse_stall(seen, scores, threshold, sieve)
+        kept = _accepted(scores, threshold)[:wanted]
+        if len(kept) < wanted:
+            say(f"warning: the budget of {budget} prompts ended with {len(kept)} of {wanted}")
+        prompts = [seen[place] for place in kept]
+        told = (
+            *self._worth(seen, scores, sieve, threshold),
+            *self._distance(source or self.load(self.bundle.base.path), seen, prompts, threshold),
+            *self._told(prompts),
+        )
+        return Synthetic(prompts=tuple(prompts), scores=tuple(scores[place] for place in kept), told=told)
+
+    def _judged(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        wanted: int,
+        *,
+        budget: int,
+        threshold: float | None,
+        temperature: float,
+        top_p: float,
+    ) -> tuple[list[str], list[float], Sieve]:
+        """What a model writes until enough of it is accepted, and the judge's scores of it."""
         judge = self.load(str(self.bundle.path / JUDGE))
         writer = Writer(
             model, tokenizer, self.bundle.seeds, self.bundle.frame, longest=self.bundle.statistics["longest_prompt"],
-            seed=self.seed, temperature=temperature, top_p=top_p, dtype=self.dtype,
+            purpose="transfer", seed=self.seed, temperature=temperature, top_p=top_p, dtype=self.dtype,
         )  # fmt: skip
         seen: list[str] = []
         scores: list[float] = []
@@ -129,22 +157,11 @@ class Teaching:
             seen += made
             if made:
                 scores += authenticity.scores(judge.model, judge.processor, made, dtype=self.dtype).tolist()
-            kept = [place for place, score in enumerate(scores) if threshold is None or score > threshold]
-            say(f"prompts: {writer.sieve.seen} written, {len(seen)} different, {len(kept)} of {wanted} kept")
-            if len(kept) >= wanted or (len(scores) >= ENOUGH and len(kept) < LEAST * len(scores)):
+            count = len(_accepted(scores, threshold))
+            say(f"prompts: {writer.sieve.seen} written, {len(seen)} different, {count} of {wanted} kept")
+            if count >= wanted or (len(scores) >= ENOUGH and count < LEAST * len(scores)):
                 break
-        self._refuse_stall(seen, scores, threshold, writer)
-        kept = kept[:wanted]
-        if len(kept) < wanted:
-            say(f"warning: the budget of {budget} prompts ended with {len(kept)} of {wanted}")
-        del judge, source
-        prompts = [seen[place] for place in kept]
-        told = (
-            *self._worth(seen, scores, writer, threshold),
-            *self._distance(seen, prompts, threshold),
-            *self._told(prompts),
-        )
-        return Synthetic(prompts=tuple(prompts), scores=tuple(scores[place] for place in kept), told=told)
+        return seen, scores, writer.sieve
 
     def answers(
         self, prompts: Sequence[str], test: Sequence[Example], *, own: Sequence[str] | None
@@ -164,45 +181,44 @@ class Teaching:
         right = right_share(teacher.model, teacher.processor, test, self.bundle, self.dtype)
         return [answer.rstrip() for answer in said], right
 
-    def _refuse_stall(self, seen: list[str], scores: list[float], threshold: float | None, writer: Writer) -> None:
+    def _refuse_stall(self, seen: list[str], scores: list[float], threshold: float | None, sieve: Sieve) -> None:
         """Raises `UserError` where nothing was written, or where next to nothing of it looks real to the judge."""
         if not seen:
             raise UserError(
-                f"none of {writer.sieve.seen} written prompts can be used: {writer.sieve.dropped}",
+                f"none of {sieve.seen} written prompts can be used: {sieve.dropped}",
                 hint="--generator source, or --temperature 1.2",
             )
+        if sieve.unique_share < LEAST_UNIQUE:
+            say(f"warning: of what was written {sieve.unique_share:.0%} is new, the rest repeats")
         if threshold is None:
             return
         share = float(np.mean(np.array(scores) > threshold))
         if share < LEAST:
-            worst = [text for _, text in sorted(zip(scores, seen, strict=True), reverse=True)[:3]]
+            rejected = [(score, text) for score, text in zip(scores, seen, strict=True) if score <= threshold]
+            nearest = [text for _, text in sorted(rejected, reverse=True)[:3]]
             raise UserError(
                 f"the judge accepts {share:.1%} of {len(seen)} prompts, their mean score is {np.mean(scores):.3f}; "
-                f"rejected are {'; '.join(map(repr, worst))}",
+                f"rejected are {'; '.join(map(repr, nearest))}",
                 allowed=f"{LEAST:.0%} or more",
                 hint="--generator source, a lower --threshold, or --prompts unfiltered",
             )
         if share > MOST:
             say(f"warning: the judge accepts {share:.1%} of the prompts: the filter does nothing")
-        if writer.sieve.unique_share < LEAST_UNIQUE:
-            say(f"warning: of what was written {writer.sieve.unique_share:.0%} is new, the rest repeats")
 
-    def _worth(self, seen: list[str], scores: list[float], writer: Writer, threshold: float | None) -> Told:
+    def _worth(self, seen: list[str], scores: list[float], sieve: Sieve, threshold: float | None) -> Told:
         share = float(np.mean(np.array(scores) > (self.bundle.judge["threshold"] if threshold is None else threshold)))
         return (
-            ("written", str(writer.sieve.seen)),
-            (
-                "of these unusable",
-                ", ".join(f"{count} {why}" for why, count in writer.sieve.dropped.items() if count) or "0",
-            ),
-            ("new among the usable", f"{writer.sieve.unique_share:.1%}"),
+            ("written", str(sieve.seen)),
+            ("of these unusable", ", ".join(f"{count} {why}" for why, count in sieve.dropped.items() if count) or "0"),
+            ("new among the usable", f"{sieve.unique_share:.1%}"),
             ("accepted by the judge", f"{share:.1%} of {len(seen)}"),
             ("AUROC of the judge", f"{self.bundle.judge['auroc']:.3f}"),
         )
 
-    def _distance(self, seen: Sequence[str], kept: Sequence[str], threshold: float | None) -> Told:
+    def _distance(
+        self, base: artifact.Artifact, seen: Sequence[str], kept: Sequence[str], threshold: float | None
+    ) -> Told:
         """Discrepancy from the held-out prompts of the data, of all that was written and of what is kept."""
-        base = self.load(self.bundle.base.path)
 
         def distance(prompts: Sequence[str]) -> str:
             if len(prompts) < 2 or self.bundle.real.count < 2:
@@ -228,6 +244,11 @@ class Teaching:
             ("longest run of words shared with an example", str(max(longest_run(text, words) for text in inside))),
             ("likeness to the nearest example", f"{np.mean([likeness(text, seeds) for text in inside]):.1%}"),
         )
+
+
+def _accepted(scores: Sequence[float], threshold: float | None) -> list[int]:
+    """The places of the prompts above the threshold; all without one."""
+    return [place for place, score in enumerate(scores) if threshold is None or score > threshold]
 
 
 def right_share(model: nn.Module, tokenizer: Any, test: Sequence[Example], bundle: Bundle, dtype: torch.dtype) -> float:
@@ -257,6 +278,24 @@ def rows_of(path: str) -> tuple[Example, ...]:
         UserError: it cannot be read, or has other rows.
     """
     return tuple(example_of(row, path) for row in read_rows(path).rows)
+
+
+def say_trained_on(path: str, bundle: Bundle) -> None:
+    """A word of warning where a test holds what the adapter was trained on.
+
+    Raises:
+        UserError: the file cannot be read, or has other rows than prompts with answers.
+    """
+    seeds = {seed.prompt for seed in bundle.seeds}
+    met = len(seeds & {row.prompt for row in rows_of(path)})
+    try:
+        is_data = open_corpus(CorpusSpec(path=path)).fingerprint == bundle.statistics["fingerprint"]
+    except UserError:  # too few rows to be divided as the data was
+        is_data = False
+    if is_data:
+        say(f"warning: --test {path} is the private data itself: what was trained on it is no measure of anything")
+    elif met:
+        say(f"warning: --test {path} has {met} of the bundle's {len(seeds)} examples, which are rows of the data")
 
 
 def learnt(rows: Sequence[tuple[str, str, float | None]], bundle: Bundle) -> Corpus:

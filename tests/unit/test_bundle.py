@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 
 from command import contents, overhaul, refused
-from overhaul.bundle import Bundle
+from overhaul import artifact
+from overhaul.bundle import Bundle, Example, write_lines
 from overhaul.corpora import open_corpus
 
 Spoilt = Callable[[Path], None]
@@ -81,6 +84,116 @@ def test_a_bundle_is_pointed_at_another_teacher(bundle: Path, tiny: Path, tmp_pa
     assert contents(out / "judge") == contents(bundle / "judge")
 
 
+def test_only_an_adapter_and_its_tokenizer_are_copied(
+    adapter: Path, bundle: Path, private: Path, tiny: Path, tmp_path: Path
+):
+    crowded = shutil.copytree(adapter, tmp_path / "crowded")
+    shutil.copy2(private / "private.jsonl", crowded / "tokenized_private.jsonl")
+    shutil.copy2(private / "private.jsonl", crowded / "tokens.jinja")
+    (crowded / "token-cache").mkdir()
+    shutil.copy2(tiny / "tokenizer.json", crowded)
+
+    done = overhaul("bundle", crowded, "-o", tmp_path / "out", "--from", bundle)
+
+    assert done.code == 0, done.err
+    assert {file.name for file in (tmp_path / "out" / "teacher").iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"),
+        *(file.name for file in (bundle / "teacher").iterdir()),
+    }
+
+
+def test_a_line_break_of_another_kind_may_stand_in_a_seed(copy: Path):
+    seeds = [Example(f"sort {number} {mark} 2 :", f" 1{mark}2") for number, mark in enumerate("\u2028\u2029\x85\r\v")]
+    write_lines(copy / "seeds.jsonl", [asdict(seed) for seed in seeds])
+    _edited(copy, lambda stored: stored["parts"].update(contents(copy)))
+
+    assert Bundle.read(copy).seeds == tuple(seeds)
+
+
+def test_where_another_teacher_cannot_be_written(bundle: Path, tiny: Path, tmp_path: Path):
+    full, file = tmp_path / "full", tmp_path / "file"
+    full.mkdir()
+    (full / "something").write_text("")
+    file.write_text("")
+
+    for out, says in (
+        (full, "is not empty"),
+        (file, "is a file"),
+        (bundle / "next", "inside"),
+        (tiny / "next", "inside"),
+    ):
+        refused(overhaul("bundle", tiny, "-o", out, "--from", bundle), says)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "full"]
+    assert not (bundle / "next").exists()
+
+
+@pytest.fixture
+def moved(bundle: Path, tiny: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """`moved("base")` or `moved("teacher")` -> a bundle whose model is somewhere else by now."""
+
+    def make(what: str) -> Path:
+        gone, out = shutil.copytree(tiny, tmp_path / "gone"), tmp_path / "moved"
+        assert overhaul("bundle", gone, "-o", out, "--from", bundle).code == 0
+        if what == "base":
+            _edited(out, lambda stored: stored["base"].update(path=str(gone)))
+            _edited(out, lambda stored: stored["teacher"].update(path=str(tiny)))
+        gone.rename(tmp_path / "elsewhere")
+        return out
+
+    return make
+
+
+@pytest.mark.parametrize("what", ["base", "teacher"])
+def test_a_model_that_is_gone_is_named_with_its_bundle(
+    moved: Callable[[str], Path], tiny: Path, tmp_path: Path, what: str
+):
+    found = moved(what)
+
+    done = overhaul("adapt", "translora", tiny, "-o", tmp_path / "out", "--bundle", found)
+
+    refused(done, f"the {what} of {found}, {tmp_path / 'gone'}, is not there")
+
+
+def test_a_teacher_that_is_gone_is_replaced(moved: Callable[[str], Path], tmp_path: Path):
+    done = overhaul("bundle", tmp_path / "elsewhere", "-o", tmp_path / "next", "--from", moved("teacher"))
+
+    assert done.code == 0, done.err
+    Bundle.read(tmp_path / "next").check()
+
+
+def test_a_base_that_was_moved_is_found_again(adapter: Path, private: Path, tiny: Path, other: Path, tmp_path: Path):
+    gone, own = shutil.copytree(tiny, tmp_path / "gone"), shutil.copytree(adapter, tmp_path / "own")
+    config = json.loads((own / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(gone)}
+    (own / "adapter_config.json").write_text(json.dumps(config))
+    how = ("--data", private / "private.jsonl", "--rows", 20, "--steps", 2)
+    assert overhaul("bundle", own, "-o", tmp_path / "old", *how).code == 0
+    there = gone.rename(tmp_path / "elsewhere")
+    again = ("bundle", tmp_path / "old" / "teacher", "-o", tmp_path / "new", "--from", tmp_path / "old", "--base")
+
+    refused(overhaul(*again, other), "is not the model that the judge of")
+    done = overhaul(*again, there)
+
+    assert done.code == 0, done.err
+    new = Bundle.read(tmp_path / "new")
+    new.check()
+    assert new.base.path == str(there)
+    assert artifact.directories(new.teacher_path) == (new.path / "teacher", there)
+    quick = ("--samples", 4, "--steps", 1, "--threshold", 0, "--evaluate", "none")
+    done = overhaul("adapt", "translora", tiny, "-o", tmp_path / "out", "--bundle", new.path, *quick)
+    assert done.code == 0, done.err
+
+
+@pytest.fixture
+def other(make_tiny: Callable[..., Path]) -> Path:
+    return make_tiny(tie=False)
+
+
+def test_another_teacher_does_not_help_where_the_base_is_gone(moved: Callable[[str], Path], tiny: Path, tmp_path: Path):
+    found = moved("base")
+
+    refused(overhaul("bundle", tiny, "-o", tmp_path / "next", "--from", found), f"the base of {found}", "is not there")
+
+
 @pytest.mark.parametrize(
     ("part", "says"),
     [
@@ -95,6 +208,48 @@ def test_a_missing_part_is_named(copy: Path, tiny: Path, tmp_path: Path, part: s
     (copy / part).unlink()
 
     refused(overhaul("adapt", "translora", tiny, "-o", tmp_path / "out", "--bundle", copy), says)
+
+
+def _edited(copy: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    stored = json.loads((copy / "bundle.json").read_text())
+    change(stored)
+    (copy / "bundle.json").write_text(json.dumps(stored))
+
+
+def _cut_seeds(copy: Path) -> None:
+    (copy / "seeds.jsonl").write_text((copy / "seeds.jsonl").read_text()[:-9])
+
+
+def _renamed_column(copy: Path) -> None:
+    (copy / "seeds.jsonl").write_text((copy / "seeds.jsonl").read_text().replace('"answer"', '"completion"'))
+
+
+def _cut_sums(copy: Path) -> None:
+    (copy / "features.safetensors").write_bytes((copy / "features.safetensors").read_bytes()[:100])
+
+
+def _cut_config(copy: Path) -> None:
+    (copy / "judge" / "adapter_config.json").write_text("{")
+
+
+def _no_ledger(copy: Path) -> None:
+    _edited(copy, lambda stored: stored.pop("ledger"))
+
+
+def _no_threshold(copy: Path) -> None:
+    _edited(copy, lambda stored: stored["judge"].pop("threshold"))
+
+
+def _no_hash(copy: Path) -> None:
+    _edited(copy, lambda stored: stored["parts"].pop("seeds.jsonl"))
+
+
+def _unknown_field(copy: Path) -> None:
+    _edited(copy, lambda stored: stored["base"].update(name="other"))
+
+
+def _a_list(copy: Path) -> None:
+    (copy / "bundle.json").write_text("[]")
 
 
 def _one_seed(copy: Path) -> None:
@@ -127,6 +282,15 @@ def _other_base(copy: Path) -> None:
         (_other_format, "another format"),
         (_no_json, "not valid JSON"),
         (_other_base, "is not the model that the judge"),
+        (_cut_seeds, "seeds.jsonl is not as it was written"),
+        (_renamed_column, "seeds.jsonl is not as it was written"),
+        (_cut_sums, "features.safetensors is not as it was written"),
+        (_cut_config, "judge/adapter_config.json is not as it was written"),
+        (_no_ledger, "it has no 'ledger'"),
+        (_no_threshold, "it has no 'threshold'"),
+        (_no_hash, "it has no 'seeds.jsonl'"),
+        (_unknown_field, "unexpected keyword argument 'name'"),
+        (_a_list, "another format"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -147,6 +311,9 @@ def test_what_cannot_become_a_bundle(adapter: Path, bundle: Path, private: Path,
     refused(overhaul("bundle", adapter, "-o", out, "--data", "sample"), "no prompts with answers")
     refused(overhaul("bundle", adapter, "-o", out, "--data", data, "--seeds", 1), "seeds", "2")
     refused(overhaul("bundle", adapter, "-o", out, "--data", data, "--from", bundle), "without --data")
+    unread = ("--seeds", 3, "--steps", 5, "--seed", 1)
+    refused(overhaul("bundle", adapter, "-o", out, "--data", data, "--base", adapter), "with --from")
+    refused(overhaul("bundle", adapter, "-o", out, "--from", bundle, *unread), "without --seeds, --steps, --seed")
     refused(overhaul("bundle", adapter, "-o", bundle, "--data", data), "not empty")
     refused(overhaul("bundle", tmp_path, "-o", out, "--data", data), "not a model directory")
     assert not out.exists()

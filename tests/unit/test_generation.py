@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from overhaul import artifact, evaluate
 from overhaul.generation import continuations, mean_states
@@ -42,6 +43,17 @@ def test_one_line_ends_with_the_line(made: Any):
 
     assert any("\n" in text for text in free)
     assert not any("\n" in text for text in lines)
+
+
+def test_the_models_own_habits_of_generating_have_no_part_in_it(make_tiny: Any):
+    model = (made := artifact.load(make_tiny(tie=False))).model
+    plain = continuations(model, made.processor, PROMPTS, tokens=12)
+
+    for habit in ({"repetition_penalty": 5.0}, {"num_beams": 3}, {"no_repeat_ngram_size": 1}, {"max_length": 3}):
+        model.generation_config = GenerationConfig(**habit)
+
+        assert continuations(model, made.processor, PROMPTS, tokens=12) == plain
+        assert model.generation_config.to_diff_dict().items() >= habit.items()
 
 
 def test_a_state_does_not_depend_on_the_texts_beside_it(made: Any):

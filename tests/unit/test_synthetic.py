@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import time
 
 import pytest
 
-from overhaul.synthetic import Frame, Sieve, distinct_share, likeness, longest_run, request
+from overhaul.synthetic import Frame, Sieve, distinct_share, likeness, longest_run, longest_runs, request
 
 PROMPTS = ("sort 3 1 2 :", "sort 9 8 :", "sort 5 6 7 :")
 
@@ -32,6 +34,22 @@ def test_a_prompt_of_several_lines_is_asked_for_on_one():
 
     assert frame.inside("a\nb") == "a\\nb"
     assert frame.around("a\\nb") == "a\nb"
+
+
+def test_what_is_put_on_one_line_comes_back_as_it_was():
+    frame = Frame("", "")
+    texts = ["".join(letters) for length in range(7) for letters in itertools.product("\\n\na", repeat=length)]
+
+    lines = [frame.inside(text) for text in texts]
+
+    assert not any("\n" in line for line in lines)
+    assert [frame.around(line) for line in lines] == texts
+    assert frame.inside(r"\frac{a}{b}") == r"\frac{a}{b}"
+
+
+@pytest.mark.parametrize("prompt", ["and they went home again", "sort 3 1", "it is :", "sort :"])
+def test_nothing_is_cut_off_a_text_that_has_another_frame(prompt: str):
+    assert Frame("sort ", " :").inside(prompt) == prompt
 
 
 def test_a_request_has_every_example_once_and_the_next_line_open():
@@ -65,6 +83,31 @@ def test_runs_and_likeness():
     assert longest_run("a b c d", [["x", "b", "c"], ["d", "a"]]) == 2
     assert longest_run("A  B", [["a", "b"]]) == 2
     assert longest_run("a", []) == 0
+    assert longest_runs([], []) == []
+    assert longest_runs(["a", ""], [[]]) == [0, 0]
     assert likeness("a b c", ["a b", "b c d"]) == pytest.approx(1 / 2)
     assert likeness("one", ["one"]) == 0
     assert distinct_share(["a b", "a b c"]) == pytest.approx(2 / 3)
+
+
+def test_many_runs_at_once_are_those_found_one_by_one():
+    draw = random.Random(0)
+    for letters in ("ab", "abcdefgh"):
+        for _ in range(60):
+            texts, others = (
+                [" ".join(draw.choices(letters, k=draw.randrange(14))) for _ in range(draw.randrange(6))]
+                for _ in range(2)
+            )
+            words = [text.split() for text in others]
+
+            assert longest_runs(texts, words) == [longest_run(text, words) for text in texts]
+
+
+def test_many_runs_are_found_in_a_moment():
+    draw, words = random.Random(0), [str(number) for number in range(200)]
+    others = [draw.choices(words, k=60) for _ in range(2_000)]
+    texts = [" ".join(other[20:50]) for other in others[:100]]
+
+    began = time.perf_counter()
+    assert longest_runs(texts, others) == [30] * 100
+    assert time.perf_counter() - began < 30  # one by one it is minutes

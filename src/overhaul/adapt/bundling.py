@@ -27,6 +27,8 @@ USELESS = 0.6
 """A judge whose AUROC is below this filters next to nothing: one that guesses has a half."""
 FEWEST_HELDOUT = 4
 """Held-out prompts below which nothing can be said of a judge."""
+MOST_HELDOUT = 200
+"""Held-out prompts that the judge is tried on, and the sums are of: more say nothing new, and as many are written."""
 LEDGER_ROWS = 100
 """Written prompts that are compared, word by word, with the data."""
 
@@ -70,7 +72,7 @@ class Bundling(Settings):
         machine.seed_everything(options.seed)
         made = self._written(source, task, options.seed, dtype)
         with disk.aside(out) as directory:
-            sums = _sums(source, task.heldout, options.seed, dtype)  # before the judge's adapter is put on
+            sums = _sums(source, task.tried, options.seed, dtype)  # before the judge's adapter is put on
             judge = self._judge(source, task, made, options.seed, dtype, directory / JUDGE)
             bundle = Bundle(
                 path=out, base=Source.of(base), teacher=Source.of(adapted), seeds=task.seeds, frame=task.frame,
@@ -81,12 +83,15 @@ class Bundling(Settings):
 
     def _written(self, source: Artifact, task: _Task, seed: int, dtype: torch.dtype) -> list[str]:
         """Prompts that the source writes: those that the judge learns to refuse, and those it is tried on."""
-        from overhaul.prompts import Writer
+        from overhaul.generation import longest
+        from overhaul.prompts import Writer, refuse_short_context
 
-        wanted = min(len(task.real), self.rows) + len(task.heldout)
+        most = longest(source.model)
+        refuse_short_context(most, source.processor, task.seeds, task.frame, "the source", hint="fewer --seeds")
+        wanted = min(len(task.real), self.rows) + len(task.tried)
         writer = Writer(
-            source.model, source.processor, task.seeds, task.frame, longest=task.longest, seed=seed,
-            temperature=self.temperature, top_p=self.top_p, dtype=dtype,
+            source.model, source.processor, task.seeds, task.frame, longest=task.longest,
+            purpose="bundle", seed=seed, temperature=self.temperature, top_p=self.top_p, dtype=dtype,
         )  # fmt: skip
         # Few examples are enough to tell what this model writes, and a small model repeats itself.
         found = writer.several(wanted, budget=4 * wanted, title="prompts")
@@ -108,7 +113,7 @@ class Bundling(Settings):
         from overhaul.train import train
 
         device = next(source.model.parameters()).device
-        num_heldout = max(FEWEST_HELDOUT, min(len(task.heldout), len(made) // 5))
+        num_heldout = max(FEWEST_HELDOUT, min(len(task.tried), len(made) // 5))
         learnt, unseen = made[num_heldout:], made[:num_heldout]
         count = min(len(task.real), len(learnt), self.rows)  # of both kinds alike
         real = random.Random(seed).sample(task.real, count)
@@ -122,7 +127,7 @@ class Bundling(Settings):
         write_adapter(source.model, source.path, directory)
         # Scored as it will be read: merged, in the precision of the base.
         judge = artifact.load(directory, device=device, dtype=next(source.model.parameters()).dtype).model
-        yes, no = (authenticity.scores(judge, tokenizer, prompts, dtype=dtype) for prompts in (task.heldout, unseen))
+        yes, no = (authenticity.scores(judge, tokenizer, prompts, dtype=dtype) for prompts in (task.tried, unseen))
         found, at = authenticity.auroc(yes, no), authenticity.best_threshold(yes, no)
         say(f"judge: AUROC {found:.3f} on {len(yes)} real and {len(no)} written prompts it has not seen")
         if found < USELESS:
@@ -134,12 +139,17 @@ class Bundling(Settings):
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """The data as the bundle needs it: prompts to learn from, prompts held out, and the examples."""
+    """The data as the bundle needs it: prompts to learn from, prompts held out, and the examples.
+
+    Attributes:
+        tried: of the held-out prompts, those that are worked with.
+    """
 
     seeds: tuple[Example, ...]
     frame: Frame
     real: list[str]
     heldout: list[str]
+    tried: list[str]
     answers: list[str]
     fingerprint: str
 
@@ -151,7 +161,8 @@ class _Task:
         rows = [example_of(row, corpus.name) for row in corpus.train]
         real = list(dict.fromkeys(row.prompt for row in rows))
         heldout = list(dict.fromkeys(example_of(row, corpus.name).prompt for row in (*corpus.calib, *corpus.heldout)))
-        heldout = [prompt for prompt in heldout if prompt not in set(real)]
+        learnt = set(real)
+        heldout = [prompt for prompt in heldout if prompt not in learnt]
         if len(real) < 2 * num_seeds or len(heldout) < FEWEST_HELDOUT:
             raise UserError(
                 f"{corpus.name} has {len(real)} different prompts to learn from and {len(heldout)} that are held out",
@@ -159,8 +170,11 @@ class _Task:
             )
         first = {row.prompt: row for row in reversed(rows)}
         seeds = tuple(first[prompt] for prompt in random.Random(seed).sample(real, num_seeds))
+        tried = heldout
+        if len(heldout) > MOST_HELDOUT:
+            tried = random.Random(seed).sample(heldout, MOST_HELDOUT)
         answers = [row.answer for row in rows]
-        return cls(seeds, Frame.of([*real, *heldout]), real, heldout, answers, corpus.fingerprint)
+        return cls(seeds, Frame.of([*real, *heldout]), real, heldout, tried, answers, corpus.fingerprint)
 
     @property
     def longest(self) -> int:
@@ -171,7 +185,7 @@ class _Task:
         """What of the data as a whole is kept."""
         return {"rows": len(self.answers), "longest_prompt": self.longest,
                 "longest_answer": max(map(len, self.answers)),
-                "one_line_answers": not any("\n" in text.strip() for text in self.answers),
+                "one_line_answers": not any("\n" in text.rstrip() for text in self.answers),
                 "fingerprint": self.fingerprint}  # fmt: skip
 
 
@@ -187,14 +201,13 @@ def _sums(source: Artifact, heldout: Sequence[str], seed: int, dtype: torch.dtyp
 
 def _ledger(task: _Task, made: Sequence[str]) -> dict[str, Any]:
     """What of the data the bundle holds, and how near to the data the source's own writing comes after the examples."""
-    from overhaul.synthetic import longest_run, plain
+    from overhaul.synthetic import longest_runs, plain
 
     inside = task.frame.inside
     kept = {seed.prompt for seed in task.seeds}
     others = [plain(inside(prompt)) for prompt in (*task.real, *task.heldout) if prompt not in kept]
-    words = [text.split() for text in others]
     written = [plain(inside(prompt)) for prompt in made[:LEDGER_ROWS]]
-    equal, runs = set(others), [longest_run(text, words) for text in written]
+    equal, runs = set(others), longest_runs(written, [text.split() for text in others])
     return {
         "rows_of_data": len(task.seeds),
         "compared_prompts": len(written),
@@ -202,5 +215,5 @@ def _ledger(task: _Task, made: Sequence[str]) -> dict[str, Any]:
         "longest_common_run_words": max(runs),
         "mean_common_run_words": sum(runs) / len(runs),
         "also_kept": "what all prompts begin and end with; counts and lengths; the judge's weights; "
-        f"sums of random features of {len(task.heldout)} held-out prompts",
+        f"sums of random features of {len(task.tried)} held-out prompts",
     }

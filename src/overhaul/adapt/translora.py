@@ -70,7 +70,7 @@ class TransLoRA(Pipeline):
     steps: Steps = 300
     batch_size: BatchSize = 8
     seq_len: int = Field(512, gt=1, description="Tokens of a prompt with its answer at most; longer ones are left out.")
-    lr: PeakRate = 2e-4
+    lr: PeakRate | None = Field(None, description="Peak learning rate; that of the new adapter's kind when not given.")
 
     @field_validator("bundle", "test")
     @classmethod
@@ -86,6 +86,7 @@ class TransLoRA(Pipeline):
     def others(self) -> tuple[str, ...]:
         """The teacher, and the model that the judge stands on."""
         bundle = self._bundle()
+        bundle.refuse_missing()
         return tuple(dict.fromkeys((bundle.teacher_path, bundle.base.path)))
 
     def reads_data(self) -> bool:
@@ -98,10 +99,10 @@ class TransLoRA(Pipeline):
         Raises:
             UserError: a part is not as it was written, or does not fit.
         """
+        from overhaul.generation import longest
         from overhaul.layers.lora import refuse_pruned
-        from overhaul.prompts import refuse_short_context
         from overhaul.select import select_linears
-        from overhaul.transfer import rows_of
+        from overhaul.transfer import say_trained_on
 
         assert data is not None
         bundle = self._bundle()
@@ -109,27 +110,49 @@ class TransLoRA(Pipeline):
         names = select_linears(model, self.targets)
         if self.merge == (self.adapter == "lora"):  # LoRA would fill zeros when merged, the others when kept apart
             refuse_pruned(model, names)
-        if self._writes() and self.generator == "target":
-            refuse_short_context(model, data.tokenizer, bundle.seeds, bundle.frame, "the target")
+        if self._writes():
+            self._refuse_short_generator(model, data.tokenizer, bundle)
+        if self.seq_len > (most := longest(model)):
+            given = f"--seq-len {self.seq_len} is more than the target reads"
+            raise UserError(given, allowed=f"up to {most}", hint=f"--seq-len {most}")
         if self.test:
-            rows_of(self.test)
+            say_trained_on(self.test, bundle)
         if data.corpus.fingerprint == bundle.statistics["fingerprint"] and self.prompts != "real":
-            say(
-                f"warning: --data {data.corpus.name} is the private data that a transfer does without: nothing reads it"
-            )
+            told = "prompts are cut out of it" if self.reads_data() else "nothing is learnt from it or measured on it"
+            say(f"warning: --data {data.corpus.name} is the private data that a transfer does without: {told}")
         if self.prompts == "filtered" and bundle.judge["auroc"] < USELESS:
             say(f"warning: the judge's AUROC is {bundle.judge['auroc']:.2f}: the filter is uninformative")
+
+    def _refuse_short_generator(self, model: nn.Module, tokenizer: Any, bundle: Bundle) -> None:
+        """Raises `UserError` where the model that writes the prompts cannot read the examples; loads no weights."""
+        from overhaul.artifact import read_config, read_tokenizer
+        from overhaul.generation import longest, longest_of
+        from overhaul.prompts import refuse_short_context
+
+        most, other = longest(model), "source"
+        if self.generator == "source":
+            most, other = longest_of(read_config(bundle.base.path)), "target"
+            tokenizer = read_tokenizer(bundle.base.path)
+        hint = f"--generator {other}, or a bundle with fewer --seeds"
+        refuse_short_context(most, tokenizer, bundle.seeds, bundle.frame, f"the {self.generator}", hint=hint)
 
     def outline(self, model: nn.Module) -> tuple[str, ...]:
         """What would be written, kept, answered and learnt."""
         bundle = self._bundle()
         wanted = self._wanted(bundle)
-        return (
-            f"{wanted} prompts ({self.prompts}), of at most {self.budget * wanted} that the {self.generator} writes",
-            f"kept above {self._threshold(bundle):.2f} of a judge with AUROC {bundle.judge['auroc']:.2f}",
-            f"answers of {bundle.teacher_path}",
-            f"{self.steps} steps of adapt {self.adapter} on {self.batch_size} of them at a time",
+        auroc = f"a judge with AUROC {bundle.judge['auroc']:.2f}"
+        written = (
+            f"{wanted} prompts ({self.prompts}), of at most {self.budget * wanted} that the {self.generator} writes"
         )
+        made = {
+            "filtered": (written, f"kept above {self._threshold(bundle):.2f} of {auroc}"),
+            "unfiltered": (written, f"all kept, and scored by {auroc}"),
+            "random-text": (f"{wanted} pieces of text (random-text), not judged",),
+            "seeds": (f"{len(bundle.seeds)} examples of the bundle (seeds), not judged",),
+            "real": (f"{wanted} rows of the data at most (real), not judged",),
+        }[self.prompts]
+        answers = "their own answers" if self.prompts == "real" else f"answers of {bundle.teacher_path}"
+        return (*made, answers, f"{self.steps} steps of adapt {self.adapter} on {self.batch_size} of them at a time")
 
     def run(self, model: nn.Module, work: Workspace) -> nn.Module:
         """Prompts, answers, training, and the table of the transfer."""
@@ -199,9 +222,9 @@ class TransLoRA(Pipeline):
 
     def _trained(self) -> Increments:
         """The training of the new adapter."""
-        how: dict[str, Any] = {name: getattr(self, name) for name in ("targets", "merge", "steps", "batch_size", "lr")}
-        if self.rank is not None:
-            how["rank"] = self.rank
+        how: dict[str, Any] = {name: getattr(self, name) for name in ("targets", "merge", "steps", "batch_size")}
+        own = {"rank": self.rank, "lr": self.lr}
+        how |= {name: value for name, value in own.items() if value is not None}
         return KINDS[self.adapter](**how, seq_len=self.seq_len, save_every=0)
 
 
@@ -212,5 +235,5 @@ def _refuse_empty_teacher(answers: Sequence[str]) -> None:
     if not any(said) or (len(answers) >= FEW and count > SAME_ANSWER * len(answers)):
         raise UserError(
             f"the teacher answers {most!r} to {count} of {len(answers)} prompts: there is nothing to learn from that",
-            hint="--prompts real to see whether the teacher knows its own task; a lower --temperature",
+            hint="--prompts real to see what the data itself would teach",
         )

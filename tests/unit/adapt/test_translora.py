@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from command import Finished, overhaul, refused
-from overhaul import artifact
+from overhaul import artifact, machine
 from overhaul.adapt import translora
 from overhaul.adapt.translora import TransLoRA
 from overhaul.bundle import Bundle
+from overhaul.data import Data
+from overhaul.errors import UserError
 from overhaul.generation import continuations
-from overhaul.transfer import answer_tokens
+from overhaul.prompts import Writer
+from overhaul.synthetic import Frame, Sieve
+from overhaul.transfer import Teaching, answer_tokens, learnt
 
 QUICK = ("--samples", 6, "--steps", 4, "--batch-size", 2, "--lr", 1e-3, "--dtype", "fp32", "--evaluate", "none")
 Move = Callable[..., Finished]
@@ -94,6 +99,21 @@ def test_the_answers_are_the_teachers(move: Move, tmp_path: Path, bundle: Path):
     said = continuations(teacher.model, teacher.processor, [r["prompt"] for r in rows], tokens=tokens, one_line=True)
 
     assert [text.rstrip() for text in said] == [row["completion"] for row in rows]
+
+
+def test_the_source_does_not_write_again_what_the_judge_learnt_to_refuse(move: Move, tmp_path: Path, bundle: Path):
+    done = move("--generator", "source", "--samples", 20, "--prompts", "unfiltered")
+    assert done.code == 0, done.err
+    made = Bundle.read(bundle)
+    base = artifact.load(made.base.path)
+    writer = Writer(
+        base.model, base.processor, made.seeds, made.frame, longest=made.statistics["longest_prompt"],
+        purpose="bundle", seed=0, temperature=1.0, top_p=0.95, dtype=machine.compute_dtype("auto", torch.device("cpu")),
+    )  # fmt: skip
+
+    rows = synthetic(tmp_path / "out")
+    assert len(rows) > 10
+    assert {row["prompt"] for row in rows}.isdisjoint(writer.several(60, budget=64))
 
 
 def test_the_table_says_what_became_of_it(move: Move, tmp_path: Path, private: Path):
@@ -174,11 +194,45 @@ def test_the_kept_prompts_are_not_carried_into_the_next_directory(move: Move, tm
 # Mistakes, and what is worth a word.
 
 
+def shortened(model: Path, tmp_path: Path) -> Path:
+    """The model with another configuration: it reads 40 tokens."""
+    short = shutil.copytree(model, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 40}
+    (short / "config.json").write_text(json.dumps(config))
+    return short
+
+
 def test_a_judge_that_accepts_next_to_nothing(move: Move, tmp_path: Path):
     done = move(threshold=1)
 
     refused(done, "accepts 0.0%", "mean score is 0.", "rejected are 'sort ", "--generator source")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_shown_as_rejected_was_rejected(stalled: Callable[..., None]):
+    prompts = [f"prompt {number}" for number in range(200)]
+
+    with pytest.raises(UserError, match="rejected are 'prompt 3'; 'prompt 2'; 'prompt 99'"):
+        stalled(prompts, [0.9, 0.8, 0.3, 0.4, *[0.1] * 196], 0.5)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0])
+def test_prompts_that_repeat_are_told_of_with_and_without_a_filter(
+    stalled: Callable[..., None], threshold: float | None, capsys: pytest.CaptureFixture[str]
+):
+    stalled(["prompt"], [0.5], threshold)
+
+    assert "warning: of what was written 25% is new" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stalled(bundle: Path) -> Callable[..., None]:
+    """What is said of prompts, their scores and a threshold; of four that were written, one was new."""
+    sieve = Sieve((), Frame("", ""), 40)
+    for _ in range(4):
+        sieve("one and the same")
+    teaching = Teaching(Bundle.read(bundle), None, torch.float32, 0, torch.zeros(1))
+    return lambda *given: teaching._refuse_stall(*given, sieve)
 
 
 @pytest.mark.parametrize("answer", [" 1 2", ""], ids=["the same", "none"])
@@ -193,11 +247,23 @@ def test_answers_that_differ_are_no_mistake_and_few_prove_nothing():
 
 
 def test_a_target_that_cannot_read_the_examples(move: Move, tiny: Path, tmp_path: Path):
-    short = shutil.copytree(tiny, tmp_path / "short")
-    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 40}
-    (short / "config.json").write_text(json.dumps(config))
+    refused(move(model=shortened(tiny, tmp_path)), "the target reads 40 tokens", "--generator source")
 
-    refused(move("--evaluate-seq-len", 32, model=short), "reads 40 tokens", "--generator source")
+
+@pytest.mark.parametrize("how", [("--generator", "source"), ("--prompts", "seeds"), ("--prompts", "random-text")])
+def test_a_target_that_cannot_read_the_windows(move: Move, tiny: Path, tmp_path: Path, how: tuple[str, str]):
+    refused(move(*how, model=shortened(tiny, tmp_path)), "--seq-len 512 is more than the target reads", "up to 40")
+
+
+def test_a_source_that_cannot_read_the_examples(move: Move, tiny: Path, bundle: Path, private: Path, tmp_path: Path):
+    short, copy = shortened(tiny, tmp_path), shutil.copytree(bundle, tmp_path / "copy")
+    stored = json.loads((copy / "bundle.json").read_text())
+    stored["base"]["path"] = str(short)
+    (copy / "bundle.json").write_text(json.dumps(stored))
+
+    refused(move("--generator", "source", bundle=copy), "the source reads 40 tokens", "--generator target")
+    done = overhaul("bundle", short, "-o", tmp_path / "new", "--data", private / "private.jsonl")
+    refused(done, "the source reads 40 tokens", "fewer --seeds")
 
 
 def test_private_data_where_none_is_needed(move: Move, tmp_path: Path, private: Path):
@@ -205,7 +271,37 @@ def test_private_data_where_none_is_needed(move: Move, tmp_path: Path, private: 
 
     assert done.code == 0, done.err
     assert "warning: --data private.jsonl is the private data" in done.err
+    assert "nothing is learnt from it or measured on it" in done.err
     assert artifact.read_record(tmp_path / "out")["lineage"][-1]["data"] is None
+
+
+def test_private_data_that_is_cut_into_prompts(move: Move, tmp_path: Path, private: Path):
+    done = move("--data", private / "private.jsonl", "--prompts", "random-text")
+
+    assert done.code == 0, done.err
+    assert "is the private data that a transfer does without: prompts are cut out of it" in done.err
+    assert artifact.read_record(tmp_path / "out")["lineage"][-1]["data"]["name"] == "private.jsonl"
+
+
+def test_private_data_is_not_measured_on_unless_it_is_named(tiny: Path, bundle: Path, private: Path, tmp_path: Path):
+    data = private / "private.jsonl"
+    quick = ("--prompts", "seeds", "--steps", 1, "--evaluate-seq-len", 32, "--evaluate-windows", 2, "--data", data)
+    for out, more in (("unnamed", ()), ("named", ("--evaluate", data))):
+        done = overhaul("adapt", "translora", tiny, "-o", tmp_path / out, "--bundle", bundle, *quick, *more)
+        assert done.code == 0, done.err
+
+    measured = {out: artifact.read_record(tmp_path / out)["facts"][-1]["corpus"] for out in ("unnamed", "named")}
+    assert measured == {"unnamed": "sample", "named": "private.jsonl"}
+
+
+def test_a_test_on_what_was_trained_on(move: Move, bundle: Path, private: Path, tmp_path: Path):
+    seeds, one = Bundle.read(bundle).seeds, tmp_path / "one.jsonl"
+    one.write_text(json.dumps({"prompt": seeds[0].prompt, "completion": " 1"}) + "\n")
+    dry = ("--prompts", "seeds", "--dry-run")
+
+    assert "is the private data itself" in move(*dry, "--test", private / "private.jsonl").err
+    assert "has 1 of the bundle's 5 examples" in move(*dry, "--test", one).err
+    assert "--test" not in move(*dry, "--test", private / "heldout.jsonl").err
 
 
 def test_an_uninformative_judge_is_told_of(move: Move, bundle: Path, tmp_path: Path):
@@ -243,3 +339,43 @@ def test_a_dry_run_says_what_it_would_do(move: Move, tmp_path: Path):
     assert done.code == 0, done.err
     assert "6 prompts (filtered), of at most 60 that the target writes" in done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        ("unfiltered", "all kept, and scored by a judge"),
+        ("random-text", "6 pieces of text (random-text), not judged"),
+        ("seeds", "5 examples of the bundle (seeds), not judged"),
+        ("real", "their own answers"),
+    ],
+)
+def test_a_dry_run_of_a_control_says_what_this_does(tiny: Path, bundle: Path, prompts: str, says: str):
+    told = "; ".join(TransLoRA(bundle=str(bundle), prompts=prompts, samples=6).outline(nn.Module()))  # pyright: ignore
+
+    assert says in told
+    assert ("writes" in told) == (prompts == "unfiltered")
+    assert "kept above" not in told
+
+
+def test_each_kind_is_trained_at_its_own_rate(bundle: Path):
+    rates = {
+        kind: TransLoRA(bundle=str(bundle), adapter=kind, rank=4)._trained().lr  # pyright: ignore
+        for kind in translora.KINDS
+    }
+
+    assert rates == {kind: trained().lr for kind, trained in translora.KINDS.items()}
+    assert TransLoRA(bundle=str(bundle), adapter="vera", lr=0.5)._trained().lr == 0.5
+
+
+def test_an_answer_may_begin_with_a_line_break(bundle: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    made, tokenizer = Bundle.read(bundle), artifact.read_tokenizer(tiny)
+    teaching = Teaching(made, tokenizer, torch.float32, 0, torch.zeros(1))
+    monkeypatch.setattr(Teaching, "load", lambda *_: artifact.load(tiny))
+    monkeypatch.setattr("overhaul.transfer.continuations", lambda *_, **__: ["\n42 \n"])
+
+    answers, _ = teaching.answers(["sort 1 :"], (), own=None)
+    data = Data(learnt([("sort 1 :", answers[0], None)], made), tokenizer)
+
+    assert answers == ["\n42"]
+    assert "\n42" in tokenizer.decode(data.encode(data.corpus.train[0]).ids)
