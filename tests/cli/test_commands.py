@@ -133,7 +133,7 @@ def test_measure_writes_a_page_and_overwrites_none(tiny: Path, half: Path, tmp_p
     assert done.code == 0, done.err
     page = (tmp_path / "page.html").read_text()
     assert page.startswith("<!doctype html")
-    assert "Perplexity runs from" in page
+    assert "Perplexity: from" in page
     assert str(half) in page
     refused(overhaul(*words, "--html", tmp_path / "page.html"), "exists")
     refused(overhaul(*words, "--html", tmp_path / "nowhere" / "page.html"), "no directory")
