@@ -46,7 +46,8 @@ def test_one_line_ends_with_the_line(made: Any):
 
 
 def test_the_models_own_habits_of_generating_have_no_part_in_it(make_tiny: Any):
-    model = (made := artifact.load(make_tiny(tie=False))).model
+    made = artifact.load(make_tiny(tie=False))
+    model: Any = made.model
     plain = continuations(model, made.processor, PROMPTS, tokens=12)
 
     for habit in ({"repetition_penalty": 5.0}, {"num_beams": 3}, {"no_repeat_ngram_size": 1}, {"max_length": 3}):

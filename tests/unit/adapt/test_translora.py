@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from overhaul.adapt.translora import TransLoRA
 from overhaul.bundle import Bundle
 from overhaul.data import Data
 from overhaul.errors import UserError
-from overhaul.generation import continuations
+from overhaul.generation import continuations, mean_states
 from overhaul.prompts import Writer
 from overhaul.synthetic import Frame, Sieve
 from overhaul.transfer import Teaching, answer_tokens, learnt
@@ -114,6 +116,31 @@ def test_the_source_does_not_write_again_what_the_judge_learnt_to_refuse(move: M
     rows = synthetic(tmp_path / "out")
     assert len(rows) > 10
     assert {row["prompt"] for row in rows}.isdisjoint(writer.several(60, budget=64))
+
+
+def test_the_judge_is_gone_when_the_distance_is_measured_and_the_source_is_read_once(
+    tiny: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read: list[tuple[str, weakref.ref[nn.Module]]] = []
+    alive: list[str] = []
+
+    def load(self: Teaching, ref: str) -> artifact.Artifact:
+        made = artifact.load(tiny)  # the weights are of no account
+        read.append((Path(ref).name, weakref.ref(made.model)))
+        return made
+
+    def states(*given: Any, **how: Any) -> Any:
+        gc.collect()
+        alive.extend(name for name, model in read if model() is not None)
+        return mean_states(*given, **how)
+
+    monkeypatch.setattr(Teaching, "load", load)
+    monkeypatch.setattr("overhaul.transfer.mean_states", states)
+    teaching = Teaching(Bundle.read(bundle), artifact.read_tokenizer(tiny), torch.float32, 0, torch.zeros(1))
+    teaching.written(None, 20, budget=64, threshold=None, temperature=1.0, top_p=0.95)
+
+    assert [name for name, _ in read] == [tiny.name, "judge"]
+    assert alive == [tiny.name]
 
 
 def test_the_table_says_what_became_of_it(move: Move, tmp_path: Path, private: Path):
@@ -232,7 +259,7 @@ def stalled(bundle: Path) -> Callable[..., None]:
     for _ in range(4):
         sieve("one and the same")
     teaching = Teaching(Bundle.read(bundle), None, torch.float32, 0, torch.zeros(1))
-    return lambda *given: teaching._refuse_stall(*given, sieve)
+    return lambda seen, scores, threshold: teaching._refuse_stall(seen, scores, threshold, sieve)
 
 
 @pytest.mark.parametrize("answer", [" 1 2", ""], ids=["the same", "none"])
@@ -365,7 +392,7 @@ def test_each_kind_is_trained_at_its_own_rate(bundle: Path):
     }
 
     assert rates == {kind: trained().lr for kind, trained in translora.KINDS.items()}
-    assert TransLoRA(bundle=str(bundle), adapter="vera", lr=0.5)._trained().lr == 0.5
+    assert TransLoRA(bundle=str(bundle), adapter="vera", lr=0.5)._trained().lr == 0.5  # pyright: ignore
 
 
 def test_an_answer_may_begin_with_a_line_break(bundle: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
