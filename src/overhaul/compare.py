@@ -155,6 +155,7 @@ def compare(refs: Sequence[str], options: Options, *, task: str | None = None, s
     changes: list[dict[str, Any]] = []
     lineages: list[tuple[LineageStep, ...]] = []
     reference: dict[str, Tensor] = {}
+    kept = adaptation.weights_of(refs[0]) if task is not None else {}
     for ref, label in zip(refs, labels_of(refs), strict=True):
         made = artifacts.load(ref, device=device, dtype=machine.weights_dtype(dtype))
         judge = Judge.of(options, None, made.processor, dtype)
@@ -166,7 +167,7 @@ def compare(refs: Sequence[str], options: Options, *, task: str | None = None, s
         if task is not None:
             adaptation.refuse_other_tokens([one.tokenizer for one in judges], [one.label for one in facts])
             losses.append(_trial(task, judge).losses(made.model))
-            spent = adaptation.cost(made, lineages[0], adaptation.weights_of(refs[0]))
+            spent = adaptation.cost(made, lineages[0], kept)
             facts[-1] = _adapted(facts[-1], spent, losses)
         if reference:
             changes.append({"model": ref, **difference(reference, made.model)})
