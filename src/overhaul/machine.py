@@ -50,9 +50,15 @@ def compute_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported()
     else:
-        # AVX512's bf16 instructions without AMX's tiles take up to twice the time of fp32.
-        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        fast = device.type == "cpu" and _cpu_multiplies_bf16_faster()
     return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_multiplies_bf16_faster() -> bool:
+    """Intel has AVX512's bf16 instructions too, but without AMX's tiles they take up to twice the time of fp32 there;
+    on AMD (Zen 4) products take 0.45 times, a whole training step 0.55 times."""
+    amd = _cpu_name().startswith("AMD")
+    return torch.cpu._is_amx_tile_supported() or (amd and torch.cpu._is_avx512_bf16_supported())
 
 
 def weights_dtype(dtype: torch.dtype) -> torch.dtype | None:

@@ -32,6 +32,25 @@ def test_precision_by_name():
     assert machine.compute_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("processor", "tiles", "instructions", "dtype"),
+    [
+        ("Intel(R) Xeon(R)", True, True, torch.bfloat16),
+        ("Intel(R) Xeon(R)", False, True, torch.float32),
+        ("AMD EPYC", False, True, torch.bfloat16),
+        ("AMD EPYC", False, False, torch.float32),
+    ],
+)
+def test_auto_takes_the_faster_products_of_a_processor(
+    monkeypatch: pytest.MonkeyPatch, processor: str, tiles: bool, instructions: bool, dtype: torch.dtype
+):
+    monkeypatch.setattr(machine, "_cpu_name", lambda: processor)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+
+    assert machine.compute_dtype("auto", torch.device("cpu")) == dtype
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_multiplies_in_the_given_type(dtype: torch.dtype):
     with machine.autocast(torch.device("cpu"), dtype):
