@@ -123,7 +123,7 @@ def refuse_other_base(base: Stored, tuned: Stored) -> None:
         raise UserError(
             f"{tuned.name} is an adapter of {own}, whose weights were changed since", hint="the model as it was"
         )
-    if artifacts.weights_sha256(own) != artifacts.weights_sha256(base.path):
+    if not own.samefile(base.path) and artifacts.weights_sha256(own) != artifacts.weights_sha256(base.path):
         raise UserError(f"{tuned.name} is an adapter of other weights than those of {base.name}", hint=str(own))
 
 

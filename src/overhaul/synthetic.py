@@ -144,22 +144,8 @@ class Sieve:
         return bool(own) and any(len(own & other) >= NEARLY * len(own | other) for other in self._runs)
 
 
-def longest_run(text: str, others: Iterable[Sequence[str]]) -> int:
-    """Words of the longest run that `text` has in common with one of the others, which are lists of words."""
-    words, best = plain(text).split(), 0
-    for other in others:
-        before = [0] * (len(other) + 1)
-        for word in words:
-            row = [0] * (len(other) + 1)
-            for place, theirs in enumerate(other, 1):
-                if word == theirs:
-                    row[place] = before[place - 1] + 1
-            best, before = max(best, *row), row
-    return best
-
-
 def longest_runs(texts: Sequence[str], others: Iterable[Sequence[str]]) -> list[int]:
-    """`longest_run` of each text with any of many others.
+    """Words of the longest run that each text has in common with any of the others, which are lists of words.
 
     Runs grow by a word at a time, and only those others are looked at again that had a run of the length before.
     """

@@ -22,7 +22,7 @@ from overhaul.generation import continuations, mean_states, read
 from overhaul.progress import say
 from overhaul.prompts import Writer
 from overhaul.split import fingerprint
-from overhaul.synthetic import Sieve, distinct_share, likeness, longest_run, plain
+from overhaul.synthetic import Sieve, distinct_share, likeness, longest_runs, plain
 
 LEAST, MOST = 0.02, 0.98
 """Shares of accepted prompts outside of which a judge is of no use."""
@@ -241,7 +241,7 @@ class Teaching:
             ("kept", str(len(prompts))),
             ("words, tenth, half and nine tenths of the prompts", f"{low}, {middle}, {high}"),
             ("different pairs of words", f"{distinct_share(inside):.1%}"),
-            ("longest run of words shared with an example", str(max(longest_run(text, words) for text in inside))),
+            ("longest run of words shared with an example", str(max(longest_runs(inside, words)))),
             ("likeness to the nearest example", f"{np.mean([likeness(text, seeds) for text in inside]):.1%}"),
         )
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from overhaul.synthetic import Frame, Sieve, distinct_share, likeness, longest_run, longest_runs, request
+from overhaul.synthetic import Frame, Sieve, distinct_share, likeness, longest_runs, request
 
 PROMPTS = ("sort 3 1 2 :", "sort 9 8 :", "sort 5 6 7 :")
 
@@ -80,14 +80,27 @@ def test_the_sieve_says_why():
 
 
 def test_runs_and_likeness():
-    assert longest_run("a b c d", [["x", "b", "c"], ["d", "a"]]) == 2
-    assert longest_run("A  B", [["a", "b"]]) == 2
-    assert longest_run("a", []) == 0
+    assert longest_runs(["a b c d", "A  B", "x"], [["x", "b", "c"], ["d", "a", "b"]]) == [2, 2, 1]
+    assert longest_runs(["a"], []) == [0]
     assert longest_runs([], []) == []
     assert longest_runs(["a", ""], [[]]) == [0, 0]
     assert likeness("a b c", ["a b", "b c d"]) == pytest.approx(1 / 2)
     assert likeness("one", ["one"]) == 0
     assert distinct_share(["a b", "a b c"]) == pytest.approx(2 / 3)
+
+
+def longest_run(text: str, others: list[list[str]]) -> int:
+    """By the textbook's table of common suffixes."""
+    words, best = text.split(), 0
+    for other in others:
+        before = [0] * (len(other) + 1)
+        for word in words:
+            row = [0] * (len(other) + 1)
+            for place, theirs in enumerate(other, 1):
+                if word == theirs:
+                    row[place] = before[place - 1] + 1
+            best, before = max(best, *row), row
+    return best
 
 
 def test_many_runs_at_once_are_those_found_one_by_one():

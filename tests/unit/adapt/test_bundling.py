@@ -10,7 +10,7 @@ import pytest
 from overhaul.adapt import bundling
 from overhaul.adapt.bundling import _ledger, _Task
 from overhaul.corpora import open_corpus
-from overhaul.synthetic import longest_run, plain
+from overhaul.synthetic import longest_runs, plain
 
 
 def task(tmp_path: Path, answers: list[str]) -> _Task:
@@ -45,7 +45,7 @@ def test_the_ledger_counts_common_words(tmp_path: Path):
     written = [made.frame.around(text) for text in ("1 7 9", "4 4", made.frame.inside(made.real[-1]))]
     others = [prompt for prompt in (*made.real, *made.heldout) if prompt not in {seed.prompt for seed in made.seeds}]
     inside = [plain(made.frame.inside(prompt)).split() for prompt in others]
-    runs = [longest_run(made.frame.inside(prompt), inside) for prompt in written]
+    runs = longest_runs([made.frame.inside(prompt) for prompt in written], inside)
 
     found = _ledger(made, written)
 
