@@ -57,7 +57,9 @@ def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, long
     elif data is not None:
         settings: Any = method
         say(f"{settings.samples} windows of {min(settings.seq_len, longest)} tokens from {data.corpus.name}")
-    weights = f"weights ({size / 1e6:.0f} MB)" if isinstance(method, Training) else "weights"  # others change the size
+    # Other methods change the size, and so does what is kept as an adapter or as factors.
+    same_size = isinstance(method, Training) and getattr(method, "merge", True)
+    weights = f"weights ({size / 1e6:.0f} MB)" if same_size else "weights"
     say(f"writes {out}: {weights}, overhaul.json, recipe.yaml, README.md, report.html")
 
 

@@ -94,6 +94,18 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(tiny: Path, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("method", "words", "says"), [
+    ("full", (), "weights (0 MB)"), ("lora", (), "weights (0 MB)"), ("lora", ("--no-merge",), "weights,"),
+    ("sltrain", ("--rank", "2", "--no-merge"), "weights,"),
+])  # fmt: skip
+def test_a_dry_run_says_a_size_only_where_it_stays(
+    method: str, words: tuple[str, ...], says: str, tiny: Path, tmp_path: Path
+):
+    how = ("--data", "sample", "--steps", "1", "--seq-len", "16", "--batch-size", "1")
+
+    assert f"out: {says}" in overhaul("adapt", method, tiny, "-o", tmp_path / "out", *how, *words, "--dry-run").err
+
+
 def test_show(half: Path, tiny: Path):
     shown = json_of("show", half, "--json")
 
