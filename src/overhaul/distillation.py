@@ -28,9 +28,10 @@ from overhaul.divergence import (
 from overhaul.interop import hf
 from overhaul.objective import Balanced, Batch, CrossEntropy, Forward, Objective, Term, predicting
 from overhaul.optim.build import build
+from overhaul.schedules import schedule
 from overhaul.stream import IGNORED, Map
 from overhaul.teacher_cache import TeacherCache
-from overhaul.train import Plan, schedule
+from overhaul.train import Plan
 from overhaul.watch import KeepZeros
 
 if TYPE_CHECKING:

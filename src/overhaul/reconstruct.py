@@ -19,9 +19,10 @@ from overhaul.journal import note_part, note_tokens
 from overhaul.layers.masked import MaskedLinear
 from overhaul.objective import Batch, Forward, Term
 from overhaul.optim.build import build
+from overhaul.schedules import schedule
 from overhaul.stream import Batch as Batches
 from overhaul.stream import Repeat, Rows, Shuffle
-from overhaul.train import Plan, schedule
+from overhaul.train import Plan
 from overhaul.trainable import has_norms, prepare
 from overhaul.walk import Block, Call, walk
 from overhaul.watch import KeepZeros

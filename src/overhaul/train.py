@@ -28,11 +28,9 @@ from overhaul.method import Training
 from overhaul.objective import Batch, Forward, Mean, Objective, weighted_mean
 from overhaul.optim import per_layer
 from overhaul.progress import Bar
+from overhaul.schedules import Schedule
 from overhaul.stream import Stream
 from overhaul.watch import Watcher
-
-Schedule = Callable[[float], float]
-"""Share of the run in (0, 1) -> factor of the peak learning rate."""
 
 FREE_ON_RESUME = ("save_every", "keep", "eval_every")
 
@@ -105,19 +103,6 @@ class History:
             tokens=sum(stage.tokens for stage in stages),
             seconds=sum(stage.seconds for stage in stages),
         )
-
-
-def schedule(name: str, warmup: float, floor: float = 0.0) -> Schedule:
-    """A linear warm-up over the first `warmup` share of the run, then linear or cosine decay to `floor`, or none."""
-
-    def factor(share: float) -> float:
-        if share < warmup:
-            return share / warmup
-        left = (1 - share) / (1 - warmup) if warmup < 1 else 1.0
-        decayed = {"linear": left, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))), "constant": 1.0}[name]
-        return floor + (1 - floor) * decayed
-
-    return factor
 
 
 class _Loss(nn.Module):

@@ -31,8 +31,9 @@ from overhaul.data import Data
 from overhaul.distill.kd import KnowledgeDistillation
 from overhaul.divergence import TeacherLinear, linear_divergence, top_words
 from overhaul.interop import hf
+from overhaul.schedules import schedule
 from overhaul.shrink.minitron import Minitron
-from overhaul.train import Plan, schedule, train
+from overhaul.train import Plan, train
 from overhaul.workspace import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * 3600)]

@@ -17,9 +17,10 @@ from overhaul.adapt.full import Full
 from overhaul.errors import UserError
 from overhaul.objective import Batch, CrossEntropy, Forward, Term
 from overhaul.optim.adamw import adamw
+from overhaul.schedules import schedule
 from overhaul.stream import Batch as Batched
 from overhaul.stream import Repeat, Rows
-from overhaul.train import Plan, schedule, train
+from overhaul.train import Plan, train
 from overhaul.watch import KeepZeros, Watcher
 
 
@@ -93,31 +94,6 @@ def test_the_gradient_is_clipped_and_its_norm_before_is_recorded():
 
     assert plan.model.at.item() == pytest.approx(4 - 0.25)
     assert history.points[0]["grad_norm"] == 100
-
-
-@pytest.mark.parametrize(
-    ("name", "warmup", "expected"),
-    [
-        ("constant", 0.0, {0.0: 1, 0.5: 1, 1.0: 1}),
-        ("linear", 0.0, {0.0: 1, 0.25: 0.75, 1.0: 0}),
-        ("linear", 0.5, {0.0: 0, 0.25: 0.5, 0.5: 1, 0.75: 0.5, 1.0: 0}),
-        ("cosine", 0.0, {0.0: 1, 0.5: 0.5, 1.0: 0}),
-        ("cosine", 0.2, {0.1: 0.5, 0.2: 1, 0.6: 0.5, 1.0: 0}),
-        ("constant", 1.0, {0.5: 0.5, 1.0: 1}),
-    ],
-)
-def test_schedules(name: str, warmup: float, expected: dict[float, float]):
-    factor = schedule(name, warmup)
-
-    assert {share: factor(share) for share in expected} == pytest.approx(expected)
-
-
-def test_a_schedule_that_ends_above_nothing():
-    factor = schedule("cosine", 0.2, 0.1)
-
-    assert {share: factor(share) for share in (0.1, 0.2, 0.6, 1.0)} == pytest.approx(
-        {0.1: 0.5, 0.2: 1, 0.6: 0.55, 1.0: 0.1}
-    )
 
 
 def test_the_rate_follows_the_schedule_in_the_middle_of_each_step():

@@ -26,7 +26,8 @@ class Full(Training):
         from overhaul.layers.masked import without_masks
         from overhaul.objective import CrossEntropy
         from overhaul.optim.build import build
-        from overhaul.train import Plan, schedule
+        from overhaul.schedules import schedule
+        from overhaul.train import Plan
         from overhaul.watch import KeepZeros
 
         model.requires_grad_(True)

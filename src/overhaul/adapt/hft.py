@@ -107,7 +107,8 @@ class HalfFineTuning(Halves, Training):
     def _round(self, model: nn.Module, half: Half, stream: Stream, moments: Moments | None) -> Plan:
         from overhaul.objective import Anchor, CrossEntropy
         from overhaul.optim.build import build
-        from overhaul.train import Plan, schedule
+        from overhaul.schedules import schedule
+        from overhaul.train import Plan
         from overhaul.watch import KeepZeros
 
         held = {name: p for name, p in model.named_parameters() if self.soft and name in half.rest}

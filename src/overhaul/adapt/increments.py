@@ -55,8 +55,9 @@ class Increments(Training):
         from overhaul.layers import merge_all
         from overhaul.objective import CrossEntropy
         from overhaul.optim.build import build
+        from overhaul.schedules import schedule
         from overhaul.select import select_linears
-        from overhaul.train import Plan, schedule
+        from overhaul.train import Plan
 
         merge_all(model)  # an adapter directory over packed weights comes with its increments apart
         names = select_linears(model, self.targets)

@@ -68,7 +68,8 @@ class Perp(Training):
         """
         from overhaul.objective import CrossEntropy
         from overhaul.optim.build import build
-        from overhaul.train import Plan, schedule
+        from overhaul.schedules import schedule
+        from overhaul.train import Plan
         from overhaul.trainable import prepare
         from overhaul.watch import KeepZeros
 

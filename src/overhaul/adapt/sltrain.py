@@ -88,7 +88,8 @@ class SLTrain(Training):
         from overhaul.layers import dequantize_all
         from overhaul.objective import CrossEntropy
         from overhaul.optim.build import build
-        from overhaul.train import Plan, schedule
+        from overhaul.schedules import schedule
+        from overhaul.train import Plan
 
         self.check(model, data)
         layers = factored_layers(model) or convert(

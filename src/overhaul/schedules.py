@@ -1,0 +1,91 @@
+"""Learning rates over a run as pure functions: share of the run in [0, 1] -> factor of the peak rate.
+
+Every schedule is a chain of pieces, each of which begins where the one before it ended: there is no jump by
+construction, and the next run can begin where this one ended.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+Schedule = Callable[[float], float]
+"""Share of the run -> factor of the peak learning rate."""
+Shape = Literal["linear", "cosine", "inverse-sqrt", "one-minus-sqrt", "exponential"]
+
+_INVERSE_SQRT = 10.0
+"""How much of the inverse square root's fall lies at its beginning (Ibrahim et al., 2024)."""
+
+
+class Piece(NamedTuple):
+    """A part of a schedule.
+
+    Attributes:
+        until: share of the run where it ends; one that would have no length is left out, and changes nothing.
+        to: factor of the peak rate there.
+        shape: how it goes there.
+    """
+
+    until: float
+    to: float
+    shape: Shape = "linear"
+
+
+def chain(pieces: Sequence[Piece], *, start: float) -> Schedule:
+    """One piece after the other.
+
+    Args:
+        pieces: in order; after the last one, its factor stays.
+        start: factor at the beginning of the first.
+
+    Raises:
+        ValueError: a piece would end before it begins.
+    """
+    spans: list[tuple[float, float, Piece]] = []
+    began, last = 0.0, start
+    for piece in pieces:
+        if piece.until < began:
+            raise ValueError(f"a piece of the schedule ends at {piece.until:g} of the run and begins at {began:g}")
+        if piece.until > began:
+            spans.append((began, last, piece))
+            began, last = piece.until, piece.to
+
+    def factor(share: float) -> float:
+        for began, value, piece in spans:
+            if share < piece.until:
+                return _between(value, piece.to, (share - began) / (piece.until - began), piece.shape)
+        return last
+
+    return factor
+
+
+def _between(start: float, end: float, share: float, shape: Shape) -> float:
+    if shape == "exponential":
+        return start * (end / start) ** share
+    gone = {
+        "linear": share,
+        "cosine": 0.5 * (1 - math.cos(math.pi * share)),
+        "inverse-sqrt": _inverse_sqrt(share) / _inverse_sqrt(1.0),
+        "one-minus-sqrt": math.sqrt(share),
+    }[shape]
+    return start + (end - start) * gone
+
+
+def _inverse_sqrt(share: float) -> float:
+    return 1 / math.sqrt(1 + _INVERSE_SQRT * share) - 1
+
+
+def schedule(
+    name: Literal["linear", "cosine", "constant"], warmup: float, floor: float = 0.0, *, start: float = 0.0
+) -> Schedule:
+    """A linear warm-up over the first `warmup` share of the run, then linear or cosine decay to `floor`, or none.
+
+    Args:
+        name: what follows the warm-up.
+        warmup: its share of the run.
+        floor: factor at the end of a decay.
+        start: factor at the beginning of a warm-up.
+    """
+    after = Piece(1.0, 1.0) if name == "constant" else Piece(1.0, floor, name)
+    return chain((Piece(warmup, 1.0), after), start=start if warmup else 1.0)
