@@ -89,3 +89,58 @@ def schedule(
     """
     after = Piece(1.0, 1.0) if name == "constant" else Piece(1.0, floor, name)
     return chain((Piece(warmup, 1.0), after), start=start if warmup else 1.0)
+
+
+def warmup_stable_decay(
+    warmup: float, decay: float, floor: float, *, shape: Shape = "linear", start: float = 0.0
+) -> Schedule:
+    """A warm-up, the peak rate, and a decay at the end (Hu et al., 2024, MiniCPM).
+
+    Args:
+        warmup: its share of the run.
+        decay: share of the run at its end in which the rate falls to `floor`.
+        floor: factor at the end.
+        shape: of the decay.
+        start: factor at the beginning of a warm-up.
+
+    Raises:
+        ValueError: warm-up and decay are longer than the run.
+    """
+    stable = Piece(1 - decay, 1.0)
+    return chain((Piece(warmup, 1.0), stable, Piece(1.0, floor, shape)), start=start if warmup else 1.0)
+
+
+def infinite(
+    warmup: float,
+    cooldown: float,
+    constant: float,
+    *,
+    shape: Literal["cosine", "inverse-sqrt"] = "cosine",
+    start: float = 0.0,
+) -> Schedule:
+    """A warm-up, a fall to a rate that can be kept for ever, and that rate (Ibrahim et al., 2024, section 7.4).
+
+    The next run goes on at `constant`, without warming up again; `annealing` makes something to be used of it.
+
+    Args:
+        warmup, cooldown: their shares of the run; without a cooldown the rate stays at its peak.
+        constant: factor of the rate that is kept.
+        shape: of the cooldown.
+        start: factor at the beginning of a warm-up.
+
+    Raises:
+        ValueError: warm-up and cooldown are longer than the run.
+    """
+    last = constant if cooldown else 1.0
+    pieces = (Piece(warmup, 1.0), Piece(warmup + cooldown, constant, shape), Piece(1.0, last))
+    return chain(pieces, start=start if warmup else 1.0)
+
+
+def annealing(floor: float, *, start: float = 1.0) -> Schedule:
+    """An exponential fall over the whole run (Ibrahim et al., 2024, section 7.4).
+
+    Args:
+        floor: factor at the end, above 0.
+        start: factor at the beginning.
+    """
+    return chain((Piece(1.0, floor, "exponential"),), start=start)
