@@ -5,6 +5,7 @@ What is found is reported, never silently dropped: see `Notes`.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -12,8 +13,8 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,9 @@ SHAPES = (
     ("question", "answer"),
 )
 """Columns a row is recognised by; the first that fits wins, other columns are ignored."""
+
+PIECE_BYTES = 1 << 16
+"""Read of a large file at once."""
 
 _BETWEEN_DOCUMENTS = re.compile(r"\n(?:[ \t]*\n){2,}")
 
@@ -144,11 +148,7 @@ Record = tuple[str, Mapping[str, Any] | NotUtf8Error]
 
 
 def read_rows(path: Path | str, field: str | None = None, limit: int | None = None) -> Rows:
-    """Reads rows from a file, a directory, or standard input.
-
-    A `.txt` file is cut into documents where two or more blank lines stand together; in a directory, which
-    is read in sorted order with its subdirectories, each `.txt`, `.md`, `.rst` and `.py` file is one
-    document. Standard input is JSON lines if every line starts with `{`, else text.
+    """All rows of a `Reading`, in memory.
 
     Args:
         path: what to read; `-` is standard input.
@@ -159,42 +159,77 @@ def read_rows(path: Path | str, field: str | None = None, limit: int | None = No
         UserError: nothing there, a suffix or columns that are not understood, malformed JSON, or no row left.
         NotUtf8Error: no row can be decoded.
     """
-    if str(path) == "-":
-        return _collect(_stdin(), field, limit, "standard input")
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist", allowed="a file, a directory, or - for standard input")
-    records = _directory(path) if path.is_dir() else _file(path, alone=True)
-    return _collect(records, field, limit, str(path))
-
-
-def _collect(records: Iterator[Record | None], field: str | None, limit: int | None, name: str) -> Rows:
-    counts: Counter[str] = Counter()
-    failures: list[NotUtf8Error] = []
+    reading = Reading(path, field)
     seen: set[str] = set()
+    duplicates, rows = 0, []
+    for row in islice(reading, limit):
+        duplicates += row.id in seen
+        seen.add(row.id)
+        rows.append(row)
+    reading.refuse_nothing()
+    return Rows(tuple(rows), replace(reading.notes, duplicates=duplicates))
 
-    def readable() -> Iterator[Row]:
-        for record in records:
+
+class Reading(Iterator[Row]):
+    """The rows of a file, a directory, or standard input, one by one: of a table no more than a piece is in memory.
+
+    A `.txt` file is cut into documents where two or more blank lines stand together; in a directory, which
+    is read in sorted order with its subdirectories, each `.txt`, `.md`, `.rst` and `.py` file is one
+    document. Standard input is JSON lines if every line starts with `{`, else text.
+
+    Attributes:
+        name: what is read, for messages.
+    """
+
+    def __init__(self, path: Path | str, field: str | None = None) -> None:
+        """Begins to read.
+
+        Raises:
+            UserError: nothing is there.
+        """
+        self.field, self.counts = field, Counter[str]()
+        self.failures: list[NotUtf8Error] = []
+        if str(path) == "-":
+            self.name, self._records = "standard input", iter(_stdin())
+            return
+        path = Path(path)
+        if not path.exists():
+            raise UserError(f"{path} does not exist", allowed="a file, a directory, or - for standard input")
+        self.name = str(path)
+        self._records: Iterator[Record | None] = _directory(path) if path.is_dir() else _file(path, alone=True)
+
+    def __next__(self) -> Row:
+        """The next row with text; raises `UserError` for what is not understood."""
+        for record in self._records:
             if record is None:
-                counts["unsupported"] += 1
+                self.counts["unsupported"] += 1
             elif isinstance(record[1], NotUtf8Error):
-                failures.append(record[1])
-            elif (row := _row(record[0], record[1], field)) is None:
-                counts["empty"] += 1
+                self.counts["undecodable"] += 1
+                self.failures = self.failures or [record[1]]
+            elif (row := _row(record[0], record[1], self.field)) is None:
+                self.counts["empty"] += 1
             else:
-                counts["duplicates"] += row.id in seen
-                seen.add(row.id)
-                yield row
+                self.counts["rows"] += 1
+                return row
+        raise StopIteration
 
-    rows = tuple(islice(readable(), limit))
-    if not rows and failures:
-        raise failures[0]
-    if not rows:
+    @property
+    def notes(self) -> Notes:
+        """What was met so far; duplicates are not looked for."""
+        counts = self.counts
+        return Notes(empty=counts["empty"], undecodable=counts["undecodable"], unsupported=counts["unsupported"])
+
+    def refuse_nothing(self) -> None:
+        """Raises `UserError` where no row was found so far, `NotUtf8Error` where that is why."""
+        if self.counts["rows"]:
+            return
+        if self.failures:
+            raise self.failures[0]
         raise UserError(
-            f"{name} is empty: no row with text ({counts['empty']} empty rows, {counts['unsupported']} other files)",
+            f"{self.name} is empty: no row with text ({self.counts['empty']} empty rows, "
+            f"{self.counts['unsupported']} other files)",
             allowed=f"files ending in {', '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)}, or a datasets directory",
         )
-    return Rows(rows, Notes(undecodable=len(failures), **counts))
 
 
 def _row(where: str, columns: Mapping[str, Any], field: str | None) -> Row | None:
@@ -251,11 +286,12 @@ def _directory(path: Path) -> Iterator[Record | None]:
 def _file(path: Path, *, alone: bool) -> Iterator[Record]:
     name, where = path.name.lower(), str(path)
     if name.endswith(".jsonl"):
-        yield from _json_lines(where, path.read_bytes())
+        with path.open("rb") as file:
+            yield from _json_lines(where, file)
     elif name.endswith(".jsonl.zst"):
-        yield from _json_lines(where, _decompressed(path))
+        yield from _json_lines(where, _lines(_decompressed(path)))
     elif name.endswith(".csv"):
-        yield from _csv(where, path.read_bytes())
+        yield from _csv(path)
     elif name.endswith(".parquet"):
         yield from _parquet(path)
     elif name.endswith(TEXT_SUFFIXES):
@@ -268,7 +304,7 @@ def _stdin() -> Iterator[Record]:
     raw = sys.stdin.buffer.read()
     lines = [line.lstrip() for line in raw.splitlines() if line.strip()]
     if lines and all(line.startswith(b"{") for line in lines):
-        yield from _json_lines("standard input", raw)
+        yield from _json_lines("standard input", io.BytesIO(raw))
     else:
         yield from _documents("standard input", raw, cut=True)
 
@@ -290,11 +326,11 @@ def _documents(where: str, raw: bytes, *, cut: bool) -> Iterator[Record]:
         yield where, {"text": document}
 
 
-def _json_lines(where: str, raw: bytes) -> Iterator[Record]:
+def _json_lines(where: str, lines: Iterable[bytes]) -> Iterator[Record]:
     start = 0
-    for number, line in enumerate(raw.split(b"\n"), 1):
+    for number, line in enumerate(lines, 1):
         text = _decode(f"{where}:{number}", line, start)
-        start += len(line) + 1
+        start += len(line)
         if isinstance(text, NotUtf8Error):
             yield f"{where}:{number}", text
         elif text.strip():
@@ -313,31 +349,63 @@ def _json_object(where: str, line: str) -> Mapping[str, Any]:
     return found
 
 
-def _decompressed(path: Path) -> bytes:
+def _decompressed(path: Path) -> Iterator[bytes]:
+    """The content piece by piece, frame after frame."""
     import zstandard
 
-    raw, frames = path.read_bytes(), []
+    frame = None
     try:
-        while raw:
-            frame = zstandard.ZstdDecompressor().decompressobj()
-            frames.append(frame.decompress(raw))
-            if not frame.eof:  # the library itself returns half a frame without a word
-                raise zstandard.ZstdError("the file ends too early")
-            raw = frame.unused_data
+        with path.open("rb") as file:
+            while raw := file.read(PIECE_BYTES):
+                while raw:
+                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                    yield frame.decompress(raw)
+                    raw = frame.unused_data
+                    if frame.eof:
+                        frame = None
+        if frame is not None:  # the library itself returns half a frame without a word
+            raise zstandard.ZstdError("the file ends too early")
     except zstandard.ZstdError as error:
         raise UserError(f"{path} cannot be decompressed: {error}", allowed="a file written by zstd") from error
-    return b"".join(frames)
 
 
-def _csv(where: str, raw: bytes) -> Iterator[Record]:
-    text = _decode(where, raw)
-    if isinstance(text, NotUtf8Error):
-        yield where, text
+def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines, with their ends, of what comes in pieces."""
+    rest = b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from (line + b"\n" for line in lines)
+    if rest:
+        yield rest
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    if (bad := _not_utf8(path)) is not None:
+        yield str(path), bad
         return
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="(more)")
-    for record in reader:
-        yield f"{where}:{reader.line_num}", record
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, restkey="(more)")
+        for record in reader:
+            columns = {name: text.replace("\r\n", "\n") if isinstance(text, str) else text
+                       for name, text in record.items()}  # fmt: skip
+            yield f"{path}:{reader.line_num}", columns
+
+
+def _not_utf8(path: Path) -> NotUtf8Error | None:
+    """The first byte of a file that is not UTF-8."""
+    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as file:
+        while True:
+            piece = file.read(PIECE_BYTES)
+            held = len(decoder.getstate()[0])
+            try:
+                decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                return NotUtf8Error(str(path), start - held + error.start, error.object[error.start])
+            if not piece:
+                return None
+            start += len(piece)
 
 
 def _parquet(path: Path) -> Iterator[Record]:

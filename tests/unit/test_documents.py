@@ -3,13 +3,15 @@
 import csv
 import io
 import json
+import random
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import zstandard
 
-from overhaul.documents import Message, NotUtf8Error, Row, read_rows, row_text, text_row
+from overhaul.documents import PIECE_BYTES, Message, NotUtf8Error, Reading, Row, read_rows, row_text, text_row
 from overhaul.errors import UserError
 
 RECORDS = [{"text": "first", "source": 1}, {"text": "second", "source": 2}]
@@ -148,6 +150,36 @@ def test_not_utf8_names_the_file_and_the_first_bad_byte(tmp_path):
 
     with pytest.raises(NotUtf8Error, match=r"a\.txt is not UTF-8: byte 0xe9 at offset 6"):
         read_rows(tmp_path / "a.txt")
+
+
+def test_the_first_bad_byte_of_a_table_is_found_wherever_the_pieces_are_cut(tmp_path):
+    for length in range(PIECE_BYTES - 3, PIECE_BYTES + 2):
+        text = "text\n" + "x" * (length - 5)
+        (tmp_path / "good.csv").write_text(text + "é\n")
+        (tmp_path / "bad.csv").write_bytes(text.encode() + "é".encode()[:1] + b"\n")
+
+        assert texts(tmp_path / "good.csv") == ["x" * (length - 5) + "é"]
+        with pytest.raises(NotUtf8Error, match=rf"byte 0xc3 at offset {length:,}\n"):
+            read_rows(tmp_path / "bad.csv")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".csv"])
+def test_a_table_is_read_piece_by_piece(suffix: str, tmp_path: Path):
+    file, draw = tmp_path / f"a{suffix}", random.Random(0)
+    rows = [draw.randbytes(500).hex() for _ in range(20_000)]
+    if suffix == ".csv":
+        file.write_text("text\n" + "\n".join(rows))
+    else:
+        lines = json_lines([{"text": text} for text in rows]).encode()
+        file.write_bytes(lines if suffix == ".jsonl" else zstandard.compress(lines))
+    tracemalloc.start()
+
+    count = sum(1 for _ in Reading(file))
+
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 20_000
+    assert peak < 2e6  # of 20 MB of text
 
 
 @pytest.mark.parametrize(
