@@ -1,0 +1,220 @@
+"""Documents as tokens, cut into shards: in memory, or mapped from files so that memory does not grow with them.
+
+Letters of shapes: N tokens, D documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from overhaul import disk
+from overhaul.documents import Row
+from overhaul.errors import UserError
+from overhaul.stream import Encoded, Stream
+
+SHARD_TOKENS = 10_000_000
+"""Of a shard, at most; a document that is longer makes one of its own (Chen et al., 2024, have the same 0.01B)."""
+ROWS_AT_ONCE = 256
+"""Encoded together, which tokenizers do on all processors."""
+MANIFEST, VERSION = "tokens.json", 1
+
+Encode = Callable[[Sequence[Row]], Sequence[Encoded]]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Some documents, one after the other.
+
+    Attributes:
+        ids_N: of the tokens, unsigned.
+        ends_D: where each document ends.
+        trained_N: whether each token is trained on; None where all are.
+    """
+
+    ids_N: np.ndarray
+    ends_D: np.ndarray
+    trained_N: np.ndarray | None
+
+    @classmethod
+    def of(cls, documents: Sequence[Encoded]) -> Shard:
+        """Puts documents together."""
+        ids_N, trained_N = (np.concatenate([document[part] for document in documents]) for part in (0, 1))
+        narrow = np.uint16 if ids_N.max(initial=0) <= np.iinfo(np.uint16).max else np.uint32
+        ends_D = np.cumsum([len(document.ids) for document in documents])
+        return cls(ids_N.astype(narrow), ends_D, None if trained_N.all() else trained_N)
+
+    def __len__(self) -> int:
+        return len(self.ends_D)
+
+    def __getitem__(self, place: int) -> Encoded:
+        first, end = int(self.ends_D[place - 1]) if place else 0, int(self.ends_D[place])
+        trained = np.ones(end - first, bool) if self.trained_N is None else np.array(self.trained_N[first:end])
+        return Encoded(self.ids_N[first:end].astype(np.int64), trained)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all documents."""
+        return len(self.ids_N)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A corpus as one tokenizer reads it.
+
+    Attributes:
+        name: for people.
+        fingerprint: hash of the text and of what encoded it.
+        shards: in the order of the text.
+    """
+
+    name: str
+    fingerprint: str
+    shards: tuple[Shard, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.shards))
+
+    @property
+    def num_tokens(self) -> int:
+        """Of one pass."""
+        return sum(shard.num_tokens for shard in self.shards)
+
+
+def in_memory(rows: Iterable[Row], encode: Encode, *, name: str, fingerprint: str) -> Tokens:
+    """Encodes rows and keeps all of them."""
+    return Tokens(name, fingerprint, tuple(_shards(rows, encode)))
+
+
+def on_disk(rows: Iterable[Row], encode: Encode, directory: Path, *, name: str, fingerprint: str) -> Tokens:
+    """Encodes rows into files, shard by shard, or finds them there; no more than one shard is in memory.
+
+    Args:
+        rows: read only where the files are not there.
+        encode: as `in_memory`.
+        directory: made whole or not at all.
+        name, fingerprint: of the result; the second says that the files are the right ones.
+
+    Raises:
+        UserError: the disk is full or refuses, or what is there is damaged.
+    """
+    if not (directory / MANIFEST).is_file():
+        try:
+            with disk.aside(directory) as made:
+                _write(rows, encode, made, fingerprint)
+        except UserError:
+            if not (directory / MANIFEST).is_file():  # else another process was faster
+                raise
+    return _opened(directory, name, fingerprint)
+
+
+def _write(rows: Iterable[Row], encode: Encode, directory: Path, fingerprint: str) -> None:
+    files = []
+    for number, shard in enumerate(_shards(rows, encode)):
+        stem = f"{number:05d}-{shard.num_tokens}"
+        parts = {"ids": shard.ids_N, "ends": shard.ends_D, "trained": shard.trained_N}
+        for part, array in parts.items():
+            if array is not None:
+                np.save(directory / f"{stem}.{part}.npy", array)
+        files.append({"stem": stem, "tokens": shard.num_tokens, "documents": len(shard)})
+    manifest = {"version": VERSION, "fingerprint": fingerprint, "shards": files}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _opened(directory: Path, name: str, fingerprint: str) -> Tokens:
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        if (manifest["version"], manifest["fingerprint"]) != (VERSION, fingerprint):
+            raise ValueError("it is of another text, tokenizer or version")
+        return Tokens(name, fingerprint, tuple(_mapped(directory, told) for told in manifest["shards"]))
+    except (ValueError, KeyError, OSError, EOFError) as error:
+        raise UserError(f"the tokens in {directory} cannot be used: {error}", hint=f"rm -r {directory}") from error
+
+
+def _mapped(directory: Path, told: Mapping[str, Any]) -> Shard:
+    ids, ends, trained = (directory / f"{told['stem']}.{part}.npy" for part in ("ids", "ends", "trained"))
+    shard = Shard(_map(ids), _map(ends), _map(trained) if trained.is_file() else None)
+    if (len(shard), shard.num_tokens) != (told["documents"], told["tokens"]):
+        raise ValueError(f"{told['stem']} has another length than the manifest says")
+    return shard
+
+
+def _map(file: Path) -> np.ndarray:
+    return np.load(file, mmap_mode="r")
+
+
+def _shards(rows: Iterable[Row], encode: Encode) -> Iterator[Shard]:
+    held: list[Encoded] = []
+    count = 0
+    following = iter(rows)
+    while some := list(islice(following, ROWS_AT_ONCE)):
+        for document in encode(some):
+            if held and count + len(document.ids) > SHARD_TOKENS:
+                yield Shard.of(held)
+                held, count = [], 0
+            held.append(document)
+            count += len(document.ids)
+    if held:
+        yield Shard.of(held)
+
+
+class Documents(Stream):
+    """The documents of a corpus, once: as they stand, or, with a seed, shards shuffled and documents within each.
+
+    Only the order within one shard is in memory.
+    """
+
+    def __init__(self, tokens: Tokens, *, seed: int | None = None) -> None:
+        self.held, self.seed = tokens, seed
+        self.restart(0)
+
+    def __next__(self) -> Encoded:
+        while self.cursor >= len(self._within):
+            if self.place + 1 >= len(self._among):
+                raise StopIteration
+            self._enter(self.place + 1)
+        self.cursor += 1
+        return self._shard[int(self._within[self.cursor - 1])]
+
+    def own_state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "place": self.place, "cursor": self.cursor}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.restart(state["epoch"])
+        self._enter(state["place"])
+        self.cursor = state["cursor"]
+
+    def label(self) -> str:
+        order = "in order" if self.seed is None else f"shuffled(seed={self.seed})"
+        return f"{self.held.name} ({len(self.held):,} documents, {self.held.fingerprint[:8]}) {order}"
+
+    def tokens(self) -> int | None:
+        return self.held.num_tokens
+
+    def restart(self, epoch: int) -> None:
+        self.epoch = epoch
+        self._among = self._order(len(self.held.shards))
+        self._enter(0)
+
+    def _enter(self, place: int) -> None:
+        self.place, self.cursor = place, 0
+        number = int(self._among[place])
+        self._shard = self.held.shards[number]
+        self._within = self._order(len(self._shard), number)
+
+    def _order(self, count: int, *shard: int) -> np.ndarray:
+        if self.seed is None:
+            return np.arange(count)
+        return np.random.default_rng((self.seed, self.epoch, *shard)).permutation(count)
+
+
+def fingerprint_of(*parts: str) -> str:
+    """Hash of what tokens depend on, and of this module's version."""
+    return hashlib.sha256("\n".join([*parts, str(VERSION)]).encode()).hexdigest()

@@ -1,0 +1,147 @@
+"""Tokens in shards: all documents once, in an order that can be taken up again, from memory or from files."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from overhaul import tokens
+from overhaul.documents import Row, text_row
+from overhaul.errors import UserError
+from overhaul.stream import Encoded, Repeat
+from overhaul.tokens import Documents, Tokens
+
+NAMES = {"name": "numbers/train", "fingerprint": "1234"}
+
+
+def rows(count: int) -> list[Row]:
+    draw = random.Random(0)
+    return [text_row(" ".join(str(draw.randrange(1000)) for _ in range(draw.randrange(1, 30)))) for _ in range(count)]
+
+
+def numbers(some: Sequence[Row]) -> list[Encoded]:
+    """A tokenizer that reads numbers; those below 100 are not trained on."""
+    found = [np.array([int(word) for word in row["text"].split()]) for row in some]
+    return [Encoded(ids, ids >= 100) for ids in found]
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "SHARD_TOKENS", 200)
+    monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 7)
+
+
+@pytest.fixture(params=["memory", "disk"])
+def made(request: pytest.FixtureRequest, tmp_path: Path) -> Tokens:
+    if request.param == "memory":
+        return tokens.in_memory(rows(100), numbers, **NAMES)
+    return tokens.on_disk(rows(100), numbers, tmp_path / "tokens", **NAMES)
+
+
+def plain(documents: Iterator[Encoded]) -> list[tuple[list[int], list[bool]]]:
+    return [(document.ids.tolist(), document.trained.tolist()) for document in documents]
+
+
+def test_documents_in_order_are_those_that_were_encoded(made: Tokens):
+    wanted = plain(iter(numbers(rows(100))))
+
+    assert plain(Documents(made)) == wanted
+    assert (len(made), made.num_tokens) == (100, sum(len(ids) for ids, _ in wanted))
+    assert len(made.shards) > 5
+    assert all(shard.num_tokens <= 200 for shard in made.shards)
+
+
+def test_each_epoch_has_all_documents_in_an_order_of_its_own(made: Tokens):
+    stream = Repeat(Documents(made, seed=3), times=2)
+    both = plain(stream)
+    first, second = both[:100], both[100:]
+
+    assert sorted(first) == sorted(second) == sorted(plain(Documents(made)))
+    assert first != second
+    assert first == plain(Documents(made, seed=3)) != plain(Documents(made, seed=4))
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("cut", [0, 1, 37, 99, 100, 151])
+def test_a_stream_goes_on_in_the_middle_of_a_shard(made: Tokens, seed: int | None, cut: int):
+    stream, whole = (Repeat(Documents(made, seed=seed), times=2) for _ in range(2))
+    for _ in range(cut):
+        next(stream)
+    other = Repeat(Documents(made, seed=seed), times=2)
+
+    other.load_state_dict(stream.state_dict())
+
+    assert plain(other) == plain(whole)[cut:]
+
+
+def test_files_are_made_once_and_tell_their_tokens(tmp_path: Path):
+    made = tokens.on_disk(rows(100), numbers, tmp_path / "tokens", **NAMES)
+    again = tokens.on_disk(iter(()), numbers, tmp_path / "tokens", **NAMES)
+
+    assert plain(Documents(again)) == plain(Documents(made))
+    told = [file.name.split(".")[0] for file in sorted((tmp_path / "tokens").glob("*.ids.npy"))]
+    assert told == [f"{number:05d}-{shard.num_tokens}" for number, shard in enumerate(made.shards)]
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(65_535, np.uint16), (65_536, np.uint32)])
+def test_ids_take_two_bytes_where_they_can(largest: int, dtype: type):
+    made = tokens.in_memory([text_row(f"5 {largest}")], numbers, **NAMES)
+
+    assert made.shards[0].ids_N.dtype == dtype
+    assert next(Documents(made)).ids.tolist() == [5, largest]
+
+
+def test_what_is_all_trained_on_needs_no_word_of_it(tmp_path: Path):
+    made = tokens.on_disk([text_row("100 200")], numbers, tmp_path / "tokens", **NAMES)
+
+    assert not list((tmp_path / "tokens").glob("*.trained.npy"))
+    assert next(Documents(made)).trained.tolist() == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("tokens.json", "{"), ("00000-*.ids.npy", ""), ("00000-*.ends.npy", None)]
+)
+def test_damaged_files_are_refused(file: str, content: str | None, tmp_path: Path):
+    tokens.on_disk(rows(20), numbers, tmp_path / "tokens", **NAMES)
+    found = next((tmp_path / "tokens").glob(file))
+    if content is None:
+        np.save(found, np.array([1]))
+    else:
+        found.write_text(content)
+
+    with pytest.raises(UserError, match=r"cannot be used.*\n.*rm -r"):
+        tokens.on_disk(iter(()), numbers, tmp_path / "tokens", **NAMES)
+
+
+def test_files_of_another_text_are_refused(tmp_path: Path):
+    tokens.on_disk(rows(20), numbers, tmp_path / "tokens", **NAMES)
+
+    with pytest.raises(UserError, match="it is of another text, tokenizer or version"):
+        tokens.on_disk(rows(20), numbers, tmp_path / "tokens", name="other", fingerprint="5678")
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Twice as many documents are written and read in the same memory, to within what each file's name takes."""
+    monkeypatch.setattr(tokens, "SHARD_TOKENS", 50_000)
+
+    def peak(count: int) -> int:
+        endless = (text_row("123 456 789 " * 100) for _ in range(count))
+        tracemalloc.start()
+        made = tokens.on_disk(endless, numbers, tmp_path / f"{count}", **NAMES)
+        assert sum(1 for _ in Documents(made, seed=0)) == count
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    few, many = peak(1000), peak(4000)
+
+    assert many < 1.1 * few
+
+
+def test_no_row_at_all_is_no_shard():
+    assert tokens.in_memory([], numbers, **NAMES).shards == ()
