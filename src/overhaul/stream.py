@@ -89,6 +89,10 @@ class Stream(ABC, Iterator[Any]):
         """Tokens in one pass, where known."""
         return self.sources[0].tokens() if len(self.sources) == 1 else None
 
+    def seen(self) -> dict[str, int]:
+        """Tokens that each source of a mixture has given so far, by name; empty where nothing is mixed."""
+        return {name: count for source in self.sources for name, count in source.seen().items()}
+
     def restart(self, epoch: int) -> None:
         """Back to the first item; a shuffled stream takes the order of that epoch."""
         for source in self.sources:
@@ -285,47 +289,6 @@ class Take(Stream):
     def restart(self, epoch: int) -> None:
         self.taken = 0
         super().restart(epoch)
-
-
-class Mix(Stream):
-    """Several sources of documents or windows in token-exact shares.
-
-    The next item comes from the source that is furthest behind its share, counted in tokens, so that the realised
-    share is never further off than one item and needs no random numbers. Ends when any source ends.
-    """
-
-    def __init__(self, sources: Sequence[Stream], shares: Sequence[float]) -> None:
-        if len(sources) != len(shares) or any(share < 0 for share in shares) or not sum(shares) > 0:
-            raise ValueError(f"{len(sources)} sources need as many shares >= 0, not all zero; got {list(shares)}")
-        kept = [(source, share / sum(shares)) for source, share in zip(sources, shares, strict=True) if share > 0]
-        self.sources = tuple(source for source, _ in kept)
-        self.shares = tuple(share for _, share in kept)
-        self.seen = [0] * len(kept)
-
-    def __next__(self) -> Any:
-        behind = [share * (sum(self.seen) + 1) - seen for share, seen in zip(self.shares, self.seen, strict=True)]
-        index = int(np.argmax(behind))
-        item = next(self.sources[index])
-        self.seen[index] += num_tokens(item)
-        return item
-
-    def own_state(self) -> dict[str, Any]:
-        return {"seen": list(self.seen)}
-
-    def load_own_state(self, state: Mapping[str, Any]) -> None:
-        self.seen = list(state["seen"])
-
-    def label(self) -> str:
-        return f"mix({', '.join(f'{share:.3g}' for share in self.shares)})"
-
-    def restart(self, epoch: int) -> None:
-        self.seen = [0] * len(self.sources)
-        super().restart(epoch)
-
-
-def replay(new: Stream, old: Stream, *, share: float) -> Stream:
-    """New data with a share of old data among it; a share of 0 is the plain stream of new data."""
-    return Mix((new, old), (1 - share, share)) if share > 0 else new
 
 
 def num_tokens(item: Any) -> int:

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overhaul.stream import IGNORED, Batch, Encoded, Map, Mix, Pack, Repeat, Rows, Shuffle, Stream, Take, replay
+from overhaul.mixture import Mix, Phase, replay
+from overhaul.stream import IGNORED, Batch, Encoded, Map, Pack, Repeat, Rows, Shuffle, Stream, Take
 
 
 def document(number: int, length: int) -> Encoded:
@@ -37,12 +38,23 @@ COMPOSITIONS: dict[str, Callable[[], Stream]] = {
     "map": lambda: Map(rows(), twice, name="twice"),
     "pack": lambda: Pack(rows(), seq_len=5),
     "take": lambda: Take(Repeat(rows()), 12),
-    "mix": lambda: Mix([Repeat(rows()), Repeat(rows(5, first=100))], [0.7, 0.3]),
+    "mix": lambda: Mix({"a": Repeat(rows()), "b": Repeat(rows(5, first=100))}, [Phase({"a": 0.7, "b": 0.3})]),
+    "phases": lambda: Mix(
+        {"a": Repeat(rows()), "b": Repeat(rows(5, first=100)), "c": Repeat(rows(3, first=200))},
+        [Phase({"a": 0.7, "b": 0.3}, 40), Phase({"b": 1}, 30), Phase({"a": 1, "c": 2}, 50)],
+    ),
     "replay": lambda: replay(Repeat(rows()), Repeat(rows(5, first=100)), share=0.2),
     "training": lambda: Batch(Pack(Repeat(Shuffle(rows(), seed=1)), seq_len=4), batch_size=2),
     "all of it": lambda: Batch(
         Pack(
-            Take(Mix([Repeat(Shuffle(rows(), seed=1)), Repeat(Map(rows(3), twice, name="x"))], [1, 2]), 40), seq_len=3
+            Take(
+                Mix(
+                    {"a": Repeat(Shuffle(rows(), seed=1)), "b": Repeat(Map(rows(3), twice, name="x"))},
+                    [Phase({"a": 1, "b": 2})],
+                ),
+                40,
+            ),
+            seq_len=3,
         ),
         batch_size=3,
     ),
@@ -117,33 +129,6 @@ def test_batches_are_stacked_windows_and_a_smaller_last_one_is_left_out():
 
     assert len(batches) == len(windows) // 2
     assert (batches[1]["input_ids"] == torch.stack([w["input_ids"] for w in windows[2:4]])).all()
-
-
-@given(
-    shares=st.lists(st.floats(0.01, 1), min_size=2, max_size=4),
-    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4),
-)
-def test_mix_is_never_off_its_shares_by_more_than_the_longest_item_per_source(shares: list[float], lengths: list[int]):
-    shares, lengths = shares[: len(lengths)], lengths[: len(shares)]
-    sources = [Repeat(Rows([document(n, length)], name=str(n), fingerprint=str(n))) for n, length in enumerate(lengths)]
-    seen = np.zeros(len(shares))
-    for item in islice(Mix(sources, shares), 200):
-        seen[item.ids[0]] += len(item.ids)
-        wanted = np.array(shares) / sum(shares) * seen.sum()
-        assert (np.abs(seen - wanted) <= len(shares) * max(lengths) + 1e-9).all()
-
-
-def test_a_share_of_zero_is_the_plain_stream():
-    new = rows()
-
-    assert replay(new, rows(), share=0) is new
-    assert [plain(i) for i in Mix([rows(), rows(5, first=9)], [1, 0])] == [plain(i) for i in rows()]
-
-
-@pytest.mark.parametrize("shares", [[1.0], [0.0, 0.0], [-1.0, 2.0]])
-def test_shares_that_make_no_mixture(shares: list[float]):
-    with pytest.raises(ValueError, match="shares"):
-        Mix([rows(), rows()], shares)
 
 
 def test_the_description_is_a_tree_with_hashes_and_counts():

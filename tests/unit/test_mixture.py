@@ -1,0 +1,155 @@
+"""Mixtures: exact shares, phases that change at their token, and what each source gave."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overhaul.mixture import Mix, Phase, replay
+from overhaul.stream import Batch, Encoded, Pack, Repeat, Rows, Take
+
+WINDOW = 64
+
+
+def document(number: int, length: int) -> Encoded:
+    """`length` tokens that all say which source they are of."""
+    return Encoded(np.full(length, number, np.int64), np.ones(length, bool))
+
+
+def source(number: int, *lengths: int) -> Rows:
+    items = [document(number, length) for length in lengths]
+    return Rows(items, name=str(number), fingerprint=f"{number}-{lengths}", tokens=sum(lengths))
+
+
+def windows(number: int) -> Pack:
+    """Of a source with documents of many lengths, without end."""
+    lengths = np.random.default_rng(number).integers(5, 300, 50).tolist()
+    return Pack(Repeat(source(number, *lengths)), seq_len=WINDOW)
+
+
+def origin(item: Any) -> int:
+    ids = item.ids if isinstance(item, Encoded) else item["input_ids"]
+    assert len(set(ids.tolist())) == 1
+    return int(ids[0])
+
+
+@given(
+    shares=st.lists(st.floats(0.01, 1), min_size=2, max_size=4),
+    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+)
+def test_a_share_is_never_off_by_more_than_the_longest_item_per_source(shares: list[float], lengths: list[int]):
+    shares, lengths = shares[: len(lengths)], lengths[: len(shares)]
+    sources = {str(number): Repeat(source(number, length)) for number, length in enumerate(lengths)}
+    mix = Mix(sources, [Phase({str(number): share for number, share in enumerate(shares)})])
+    seen = np.zeros(len(shares))
+    for item in islice(mix, 200):
+        seen[origin(item)] += len(item.ids)
+        wanted = np.array(shares) / sum(shares) * seen.sum()
+        assert (np.abs(seen - wanted) <= len(shares) * max(lengths) + 1e-9).all()
+    assert list(mix.seen().values()) == seen.tolist()
+
+
+def test_a_share_of_zero_is_the_plain_stream():
+    new = source(0, 5, 6)
+    alone = Mix({"a": source(1, 3, 4), "b": source(2, 9)}, [Phase({"a": 1, "b": 0})])
+
+    assert replay(new, source(1, 7), share=0) is new
+    assert [len(item.ids) for item in alone] == [3, 4]
+
+
+def test_in_a_million_tokens_shares_of_windows_are_exact():
+    """Whatever the lengths of the documents are: shares of documents would be far off."""
+    mix = Mix({"old": windows(0), "new": windows(1)}, [Phase({"old": 0.05, "new": 0.95})])
+    seen = [0, 0]
+    for window in islice(mix, 1_000_000 // WINDOW):
+        seen[origin(window)] += WINDOW
+
+    assert seen[0] / sum(seen) == pytest.approx(0.05, abs=1e-4)
+    assert mix.seen() == {"old": seen[0], "new": seen[1]}
+
+
+def test_the_number_of_tokens_does_not_depend_on_the_share():
+    def total(share: float) -> int:
+        stream = Take(Batch(replay(windows(0), windows(1), share=share), batch_size=4), 50)
+        return sum(batch["input_ids"].numel() for batch in stream)
+
+    assert total(0.0) == total(0.05) == total(0.5) == 50 * 4 * WINDOW
+
+
+def test_each_source_keeps_its_order():
+    items = {name: [document(number, length) for length in range(3, 40)] for number, name in enumerate(("old", "new"))}
+    rows = {name: Rows(some, name=name, fingerprint=name) for name, some in items.items()}
+
+    mixed = list(Mix(dict(rows), [Phase({"old": 0.3, "new": 0.7})]))
+
+    for number in (0, 1):
+        lengths = [len(item.ids) for item in mixed if origin(item) == number]
+        assert lengths == list(range(3, 3 + len(lengths)))
+
+
+def test_phases_change_with_the_item_that_completes_their_tokens():
+    phases = [Phase({"a": 1, "b": 1}, 20 * WINDOW), Phase({"b": 1}, 10 * WINDOW), Phase({"a": 3, "c": 1}, 40 * WINDOW)]
+    mix = Mix({"a": windows(0), "b": windows(1), "c": windows(2)}, phases)
+
+    origins = [origin(window) for window in mix]
+
+    assert len(origins) == 70
+    assert origins[:20].count(0) == origins[:20].count(1) == 10
+    assert set(origins[20:30]) == {1}
+    assert (origins[30:].count(0), origins[30:].count(2)) == (30, 10)
+    assert mix.seen() == {"a": 40 * WINDOW, "b": 20 * WINDOW, "c": 10 * WINDOW}
+
+
+def test_before_a_branch_the_items_are_the_same():
+    """Runs that change their mixture at different places see the same until the first of these."""
+
+    def run(first: int) -> list[int]:
+        phases = [Phase({"a": 2, "b": 1}, first * WINDOW), Phase({"b": 1})]
+        return [origin(window) for window in islice(Mix({"a": windows(0), "b": windows(1)}, phases), 60)]
+
+    early, late = run(20), run(45)
+
+    assert early[:20] == late[:20]
+    assert 0 not in early[20:]
+    assert 0 in late[20:45]
+
+
+def test_a_phase_without_an_end_is_the_last():
+    mix = Mix({"a": windows(0), "b": windows(1)}, [Phase({"a": 1}, WINDOW), Phase({"b": 1})])
+
+    assert [origin(window) for window in islice(mix, 50)] == [0] + 49 * [1]
+
+
+def test_seen_reaches_through_what_is_built_on_a_mixture():
+    stream = Batch(Mix({"a": windows(0), "b": windows(1)}, [Phase({"a": 1, "b": 3})]), batch_size=8)
+    next(stream)
+
+    assert stream.seen() == {"a": 2 * WINDOW, "b": 6 * WINDOW}
+    assert Pack(source(0, 3), seq_len=2).seen() == {}
+
+
+def test_the_label_tells_shares_and_phases():
+    mix = Mix({"new": windows(0), "old": windows(1)}, [Phase({"new": 3, "old": 1}, 1000), Phase({"new": 1})])
+
+    assert mix.label() == "mix(1,000 tokens of new 0.75, old 0.25; new 1)"
+
+
+@pytest.mark.parametrize(
+    ("phases", "says"),
+    [
+        ([], "a mixture has phases"),
+        ([Phase({"a": 1}), Phase({"a": 1})], "only the last one may have no end"),
+        ([Phase({"a": 0, "b": 0})], "not all 0"),
+        ([Phase({"a": -1, "b": 2})], "0 or more"),
+        ([Phase({"c": 1})], "no source 'c', but a, b"),
+        ([Phase({"a": 1}, 0)], "1 token or more"),
+    ],
+)
+def test_what_is_no_mixture(phases: list[Phase], says: str):
+    with pytest.raises(ValueError, match=says):
+        Mix({"a": source(0, 1), "b": source(1, 1)}, phases)
