@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -80,25 +81,25 @@ def target(smol: Path) -> Artifact:
 
 
 @pytest.fixture(scope="module")
-def found(smol: Path, target: Artifact, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Found]]:
-    """What came out by task, one for each seed; all of it is recorded."""
-    made = {
-        task: [_Transfer(task, seed, smol, target, tmp_path_factory.mktemp(f"{task}-{seed}")).run() for seed in SEEDS]
-        for task in TASKS
-    }
-    results.record(
-        Row(id=f"adapt-translora/{task}-{name}", kind="claim", unit="share", seeds=SEEDS, settings=SETTINGS,
-            what=f"Right answers, task {task}: {_TOLD[name]}", values=tuple(one.right[name] for one in all_seeds))
-        for task, all_seeds in made.items()
-        for name in all_seeds[0].right
-    )  # fmt: skip
-    results.record(
-        Row(id=f"adapt-translora/{task}-accepted", kind="claim", unit="", seeds=SEEDS, settings=SETTINGS,
-            what=f"Prompts that the judge accepts, of {WRITTEN} written, {KEPT} at most, task {task}",
-            values=tuple(float(one.accepted) for one in all_seeds))
-        for task, all_seeds in made.items()
-    )  # fmt: skip
-    return made
+def found(smol: Path, target: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Found]]:
+    """What came out for a task, one for each seed, once it is asked for; all of it is recorded."""
+
+    @lru_cache
+    def of(task: str) -> list[Found]:
+        made = [_Transfer(task, seed, smol, target, tmp_path_factory.mktemp(f"{task}-{seed}")).run() for seed in SEEDS]
+        results.record(
+            Row(id=f"adapt-translora/{task}-{name}", kind="claim", unit="share", seeds=SEEDS, settings=SETTINGS,
+                what=f"Right answers, task {task}: {_TOLD[name]}", values=tuple(one.right[name] for one in made))
+            for name in made[0].right
+        )  # fmt: skip
+        accepted = f"Prompts that the judge accepts, of {WRITTEN} written, {KEPT} at most, task {task}"
+        results.record([
+            Row(id=f"adapt-translora/{task}-accepted", kind="claim", unit="", seeds=SEEDS, settings=SETTINGS,
+                what=accepted, values=tuple(float(one.accepted) for one in made))
+        ])  # fmt: skip
+        return made
+
+    return of
 
 
 _TOLD = {
@@ -218,7 +219,7 @@ def _work(made: Artifact, data: Data) -> Workspace:
 def test_most_of_what_the_data_would_give_is_recovered(found, task):
     """(transferred - before) / (trained on the data - before), where training on the data gives anything."""
     shares = []
-    for one in found[task]:
+    for one in found(task):
         gain = one.right["real"] - one.right["before"]
         assert gain > 0.1, "the data itself teaches the target nothing: the task is no test"
         shares.append((one.right["filtered"] - one.right["before"]) / gain)
@@ -234,14 +235,14 @@ def test_the_target_gains(found, task):
     _check(
         id=f"adapt-translora/{task}-gain", target=Target(">", 0.1),
         what=f"Right answers on task {task}: target after the transfer less before",
-        values=tuple(one.right["filtered"] - one.right["before"] for one in found[task]),
+        values=tuple(one.right["filtered"] - one.right["before"] for one in found(task)),
     )  # fmt: skip
 
 
 def test_the_judge_tells_real_from_written(found):
     _check(
         id="adapt-translora/auroc", target=Target(">", 0.8), unit="",
-        what=f"AUROC of the judge, task {ABLATED}", values=tuple(one.auroc for one in found[ABLATED]),
+        what=f"AUROC of the judge, task {ABLATED}", values=tuple(one.auroc for one in found(ABLATED)),
     )  # fmt: skip
 
 
@@ -249,7 +250,7 @@ def test_the_filter_helps_against_a_corrupted_generator(found):
     _check(
         id="adapt-translora/filter-worth", target=Target(">=", 0.03),
         what=f"Right answers on task {ABLATED}, {OFF_TASK:.0%} of the prompts off it: filtered less unfiltered",
-        values=tuple(one.right["corrupted-filtered"] - one.right["corrupted-unfiltered"] for one in found[ABLATED]),
+        values=tuple(one.right["corrupted-filtered"] - one.right["corrupted-unfiltered"] for one in found(ABLATED)),
     )  # fmt: skip
 
 
@@ -257,14 +258,14 @@ def test_filtered_prompts_are_nearer_to_the_data(found):
     _check(
         id="adapt-translora/filter-distance", target=Target(">", 0), unit="",
         what=f"MMD^2 from the data, task {ABLATED}, {OFF_TASK:.0%} of the prompts off it: unfiltered less filtered",
-        values=tuple(one.mmd2["corrupted-unfiltered"] - one.mmd2["corrupted-filtered"] for one in found[ABLATED]),
+        values=tuple(one.mmd2["corrupted-unfiltered"] - one.mmd2["corrupted-filtered"] for one in found(ABLATED)),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("less", ["seeds", "random-text"])
 def test_filtered_prompts_teach_more(found, less):
     """The mean over the seeds counts, as with the orders of the paper's tables; two points are a tie."""
-    gains = [one.right["filtered"] - one.right[less] for one in found[ABLATED]]
+    gains = [one.right["filtered"] - one.right[less] for one in found(ABLATED)]
 
     _check(
         id=f"adapt-translora/ahead-of-{less}", target=Target(">", -0.02), values=(float(np.mean(gains)),),
