@@ -10,7 +10,7 @@ intervals of the losses themselves.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,19 +77,12 @@ class Trial:
 
 def metrics(model: str, own: Losses, reference: Losses) -> tuple[Row, ...]:
     """Task loss, task gain and forgetting, in nats a token, each with its 95% interval."""
-    return (
-        _row(model, TASK_LOSS, own.task),
-        _row(model, TASK_GAIN, reference.task, own.task),
-        _row(model, FORGETTING, own.general, reference.general),
-    )
-
-
-def _row(model: str, metric: str, losses: WindowLosses, less: WindowLosses | None = None) -> Row:
-    """The mean loss, or the difference of two over the same windows."""
-    sums_N = losses.sums_N - (less.sums_N if less else 0.0)
-    low, high = evaluate.bootstrap_ratio(sums_N, losses.counts_N)
-    count = int(losses.counts_N.sum())
-    return Row(model=model, metric=metric, value=float(sums_N.sum()) / count, low=low, high=high, count=count)
+    estimates = {
+        TASK_LOSS: evaluate.mean_loss(own.task),
+        TASK_GAIN: evaluate.mean_loss(reference.task, own.task),
+        FORGETTING: evaluate.mean_loss(own.general, reference.general),
+    }
+    return tuple(Row(model=model, metric=metric, **asdict(estimate)) for metric, estimate in estimates.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -134,6 +134,14 @@ def window_losses(
     return WindowLosses(torch.cat(sums).numpy(), kept_NT.sum(1).numpy())
 
 
+def mean_loss(losses: WindowLosses, less: WindowLosses | None = None) -> Estimate:
+    """Nats a token, or the difference of two models' over the same windows, whose interval is far narrower."""
+    sums_N = losses.sums_N - (less.sums_N if less else 0.0)
+    low, high = bootstrap_ratio(sums_N, losses.counts_N)
+    count = int(losses.counts_N.sum())
+    return Estimate(float(sums_N.sum()) / count, low, high, count)
+
+
 def bootstrap_ratio(
     sums_N: np.ndarray, counts_N: np.ndarray, *, seed: int = 0, draws: int = 2000, share: float = 0.95
 ) -> tuple[float, float]:

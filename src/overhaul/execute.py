@@ -222,7 +222,7 @@ def _train(
                 goes_on=method.in_stages(),
                 asked=asked,
                 # A part of a model predicts no tokens.
-                evaluate=None if method.in_parts() else judge.perplexity,
+                evaluate=None if method.in_parts() else judge.probe,
                 track=options.track,
                 quiet=method.in_parts(),
             )
@@ -271,7 +271,8 @@ def _others(method: Method) -> tuple[Parent, ...]:
 def _recorded(options: Options) -> dict[str, Any]:
     """What the record keeps of the options: files by their absolute path."""
     kept = options.model_dump(mode="json", exclude_defaults=True, exclude=PASSING_OPTIONS)
-    return kept | {name: from_anywhere(kept[name]) for name in ("data", "evaluate") if name in kept}
+    kept |= {name: from_anywhere(kept[name]) for name in ("data", "evaluate") if name in kept}
+    return kept | ({"watch": [from_anywhere(path) for path in kept["watch"]]} if "watch" in kept else {})
 
 
 def _fields(method: Method, others: tuple[Parent, ...]) -> dict[str, Any]:

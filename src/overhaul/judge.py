@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from overhaul.layers import Packed
 from overhaul.layers.masked import MaskedLinear
 from overhaul.options import DEFAULT_CORPUS, Options
 from overhaul.progress import say
-from overhaul.report.facts import BITS_PER_BYTE, Facts, LayerFacts
+from overhaul.report.facts import BITS_PER_BYTE, HELDOUT, LOSS_ON, Facts, LayerFacts
 from overhaul.select import block_weights
 from overhaul.table import Row
 
@@ -41,36 +41,53 @@ class Judge:
         corpus: its held-out part is read; None measures no quality.
         windows: the held-out windows.
         dtype: of matrix products.
+        watched: held-out windows of further corpora, by name.
     """
 
     corpus: Corpus | None
     windows: Tensor | None
     processor: Any
     dtype: torch.dtype
+    watched: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, options: Options, corpus: Corpus | None, processor: Any, dtype: torch.dtype) -> Judge:
         """The judge that the options ask for: on --evaluate, else on the corpus of --data, else on the sample."""
+
+        def heldout(corpus: Corpus) -> Tensor:
+            data = Data(corpus, processor)
+            return data.windows("heldout", seq_len=options.evaluate_seq_len, limit=options.evaluate_windows)
+
+        opened = [open_corpus(CorpusSpec(path=path)) for path in options.watch]
+        watched = {one.name: heldout(one) for one in opened}
         if options.evaluate == "none":
-            return cls(None, None, processor, dtype)
+            return cls(None, None, processor, dtype, watched)
         if options.evaluate is not None or corpus is None:
             corpus = open_corpus(CorpusSpec(path=options.evaluate or DEFAULT_CORPUS))
-        data = Data(corpus, processor)
-        windows = data.windows("heldout", seq_len=options.evaluate_seq_len, limit=options.evaluate_windows)
-        return cls(corpus, windows, processor, dtype)
+        return cls(corpus, heldout(corpus), processor, dtype, watched)
 
     @property
     def key(self) -> str:
         """Facts measured under one key can be compared."""
+        watched = "".join(f"/{_hash(windows)}" for windows in self.watched.values())
         if self.corpus is None or self.windows is None:
-            return "none"
-        return f"{self.corpus.fingerprint[:16]}/{tuple(self.windows.shape)}/{self.dtype}"
+            return f"none{watched}"
+        return f"{self.corpus.fingerprint[:16]}/{tuple(self.windows.shape)}/{self.dtype}{watched}"
 
-    def perplexity(self, model: nn.Module) -> float:
-        """Held-out perplexity, for evaluation while training."""
+    def probe(self, model: nn.Module) -> dict[str, float]:
+        """Held-out perplexity, and the losses on what is watched, for evaluation while training."""
+        losses = {f"{HELDOUT}/{name}": row.value for name, row in zip(self.watched, self._watched(model), strict=True)}
         if self.windows is None:
-            return float("nan")
-        return evaluate.perplexity(model, self.windows, dtype=self.dtype).estimate.value
+            return losses
+        return {"perplexity": evaluate.perplexity(model, self.windows, dtype=self.dtype).estimate.value, **losses}
+
+    def _watched(self, model: nn.Module, label: str = "") -> tuple[Row, ...]:
+        """The loss on each further corpus, in nats a token."""
+        found = []
+        for name, windows_NT in self.watched.items():
+            losses = evaluate.window_losses(model, windows_NT, windows_NT, dtype=self.dtype)
+            found.append(Row(model=label, metric=f"{LOSS_ON} {name}", **asdict(evaluate.mean_loss(losses))))
+        return tuple(found)
 
     def chain(self, parent: Artifact) -> tuple[Facts, ...]:
         """Facts of the parent and of what it was made from, as its record has them under this key.
@@ -147,7 +164,8 @@ class Judge:
                 "decode_tokens_per_second": _decode_speed(said),
                 "generations": tuple((prompt, one.text) for prompt, one in zip(PROMPTS, said, strict=True)),
             }
-        return Facts(label=label, path=path, **counts(model, errors), **quality)
+        watched = self._watched(model, path or label)
+        return Facts(label=label, path=path, metrics=watched, **counts(model, errors), **quality)
 
     def timed(self, facts: Facts, model: nn.Module) -> Facts:
         """The facts with speeds that are measured now: those of a record may be from another machine or hour."""
@@ -184,9 +202,11 @@ class Judge:
     @property
     def tokenizer(self) -> str:
         """Hash of the windows: models with the same are scored on the same tokens."""
-        if self.windows is None:
-            return ""
-        return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()[:12]
+        return "" if self.windows is None else _hash(self.windows)
+
+
+def _hash(windows_NT: Tensor) -> str:
+    return hashlib.sha256(windows_NT.numpy().tobytes()).hexdigest()[:12]
 
 
 def _decode_speed(said: Sequence[evaluate.Generation]) -> float | None:

@@ -24,6 +24,9 @@ class Options(Settings):
         default=None,
         description="Corpus whose held-out part judges the result: default that of --data, or none for no table.",
     )
+    watch: tuple[str, ...] = Field(
+        default=(), description="Further corpora: the loss on their held-out parts, before, while training, and after."
+    )
     evaluate_windows: Positive = Field(default=16, description="Held-out windows scored before and after.")
     evaluate_seq_len: int = Field(default=512, gt=1, description="Tokens per held-out window.")
     seed: Natural = Field(default=0, description="Of every random choice.")

@@ -126,7 +126,7 @@ def train(
     resume: bool = False,
     goes_on: bool = False,
     asked: dict[str, Any] | None = None,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     track: str | None = None,
     quiet: bool = False,
 ) -> History:
@@ -141,7 +141,7 @@ def train(
         resume: go on from the newest checkpoint in `state_dir`, bit for bit.
         goes_on: other plans follow: a checkpoint after the last step too, so that resuming need not run this one again.
         asked: further settings that must not change on resume.
-        evaluate: held-out perplexity, called every `settings.eval_every` steps.
+        evaluate: numbers about the model by name, taken every `settings.eval_every` steps.
         track: a tracker that accelerate knows, to which every point is mirrored.
         quiet: no progress.
 
@@ -175,7 +175,7 @@ def train(
             if evaluate and settings.eval_every and step % settings.eval_every == 0:
                 plan.model.eval()
                 with sharding.callable_parts(loss):
-                    point["perplexity"] = evaluate(plan.model)
+                    point |= evaluate(plan.model)
                 plan.model.train()
             run.history.points.append(point | {"seconds": round(run.history.seconds, 3)})
             accelerator.log(point, step=step)

@@ -93,9 +93,9 @@ class Bench:
         )
         losses = [self.loss(model, data)]
 
-        def look(trained: nn.Module) -> float:
+        def look(trained: nn.Module) -> dict[str, float]:
             losses.append(self.loss(trained, data))
-            return math.exp(losses[-1].text)
+            return {"perplexity": math.exp(losses[-1].text)}
 
         machine.seed_everything(data.seed)
         plan = method.plan(model, data)

@@ -94,6 +94,21 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(tiny: Path, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_loss_on_further_text_is_watched(tiny: Path, tmp_path: Path):
+    how = ("--data", "sample", "--steps", "4", "--seq-len", "32", "--batch-size", "2", "--eval-every", "2")
+    judged = ("--evaluate-windows", "2", "--evaluate-seq-len", "32", "--watch", "sample", "stdlib")
+    done = overhaul("adapt", "full", tiny, "-o", tmp_path / "out", *how, *judged)
+
+    assert done.code == 0, done.err
+    assert "loss on stdlib" in done.out
+    points = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [set(point) >= {"held-out/sample", "held-out/stdlib"} for point in points] == [False, True, False, True]
+    assert "held-out loss (nats per token)" in (tmp_path / "out" / "report.html").read_text()
+    again = overhaul("run", tmp_path / "out" / "recipe.yaml", f"out={tmp_path / 'again'}")
+    assert again.code == 0, again.err
+    assert "loss on stdlib" in again.out
+
+
 @pytest.mark.parametrize(("method", "words", "says"), [
     ("full", (), "weights (0 MB)"), ("lora", (), "weights (0 MB)"), ("lora", ("--no-merge",), "weights,"),
     ("sltrain", ("--rank", "2", "--no-merge"), "weights,"),

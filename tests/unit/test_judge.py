@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,7 +34,6 @@ def facts(judge: Judge, made: Artifact) -> Facts:
 def test_both_speeds_are_measured(facts: Facts):
     assert facts.tokens_per_second
     assert facts.decode_tokens_per_second
-    assert facts.tokens_per_second > facts.decode_tokens_per_second > 0
 
 
 def test_speeds_are_measured_anew_and_nothing_else(judge: Judge, made: Artifact, facts: Facts):
@@ -62,3 +62,35 @@ def test_models_of_other_tokenizers_have_another_hash(judge: Judge, made: Artifa
 
     assert other.tokenizer != judge.tokenizer
     assert Judge.of(Options(evaluate="none"), None, made.processor, torch.float32).tokenizer == ""
+
+
+@pytest.fixture(scope="module")
+def watchful(made: Artifact) -> Judge:
+    options = Options(evaluate_windows=3, evaluate_seq_len=32, evaluate="sample", watch=("sample", "stdlib"))
+    return Judge.of(options, None, made.processor, torch.float32)
+
+
+def test_what_is_watched_is_a_metric_with_an_interval(watchful: Judge, made: Artifact):
+    facts = watchful.facts(made.model, label="tiny", path="")
+    rows = {row.metric: row for row in facts.metrics}
+
+    assert list(rows) == ["loss on sample", "loss on stdlib"]
+    assert facts.perplexity
+    assert rows["loss on sample"].value == pytest.approx(math.log(facts.perplexity.value))
+    assert all(row.low < row.value < row.high and row.count == 3 * 31 for row in rows.values())
+
+
+def test_while_training_the_same_losses_are_seen(watchful: Judge, made: Artifact):
+    seen = watchful.probe(made.model)
+    facts = watchful.facts(made.model, label="tiny", path="")
+
+    assert list(seen) == ["perplexity", "held-out/sample", "held-out/stdlib"]
+    assert list(seen.values())[1:] == pytest.approx([row.value for row in facts.metrics])
+    assert list(replace(watchful, windows=None).probe(made.model)) == ["held-out/sample", "held-out/stdlib"]
+
+
+def test_facts_without_what_is_watched_are_of_another_key(watchful: Judge):
+    blind = replace(watchful, watched={})
+
+    assert watchful.key.startswith(f"{blind.key}/")
+    assert replace(watchful, corpus=None).key != replace(blind, corpus=None).key == "none"

@@ -131,9 +131,9 @@ def test_watchers_are_called_at_the_start_after_every_step_and_at_the_end():
 def test_evaluations_stand_in_the_history_and_see_the_model_evaluating():
     seen: list[bool] = []
 
-    def evaluate(model: nn.Module) -> float:
+    def evaluate(model: nn.Module) -> dict[str, float]:
         seen.append(model.training)
-        return 7.0
+        return {"perplexity": 7.0}
 
     history = train(descent([1.0]), Full(steps=5, eval_every=2), evaluate=evaluate, quiet=True)
 

@@ -14,6 +14,10 @@ BITS_PER_BYTE = "bits per byte"
 """The metric that compares models of different tokenizers."""
 TASK_LOSS, TASK_GAIN, FORGETTING = "task loss", "task gain", "forgetting"
 """The metrics of adaptations, in nats a token: see `overhaul.adaptation`."""
+LOSS_ON = "loss on"
+"""How the metrics begin that are the losses on further corpora, in nats a token."""
+HELDOUT = "held-out"
+"""How these are called in a training history, before a slash and the corpus."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,18 +124,21 @@ HISTORY_LABELS = {
     "perplexity": "held-out perplexity",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
+    HELDOUT: "held-out loss (nats per token)",
 }
 
 
 def curves_of_history(history: Sequence[Mapping[str, float]]) -> tuple[Curve, ...]:
-    """The curves in a training history: loss, its terms if there are several, held-out perplexity, rate, gradient norm.
+    """The curves in a training history: loss, its terms if several, what was held out, rate, gradient norm.
 
     Args:
-        history: points `{"step":, "loss":, "loss/<term>":, "lr":, "grad_norm":, ...}`; a key may be absent.
+        history: points `{"step":, "loss":, "loss/<term>":, "held-out/<corpus>":, "lr":, "grad_norm":, ...}`; a key may
+            be absent.
     """
     names = list(dict.fromkeys(key for point in history for key in point))
     terms = [name for name in names if name.startswith("loss/")]
-    wanted = ["loss", *(terms if len(terms) > 1 else ()), "perplexity", "lr", "grad_norm"]
+    watched = [name for name in names if name.startswith(f"{HELDOUT}/")]
+    wanted = ["loss", *(terms if len(terms) > 1 else ()), "perplexity", *watched, "lr", "grad_norm"]
     curves = []
     for name in wanted:
         points = [(point["step"], point[name]) for point in history if name in point]

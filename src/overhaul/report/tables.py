@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from overhaul.report.facts import BITS_PER_BYTE, TASK_LOSS, Facts, same_tokens
+from overhaul.report.facts import BITS_PER_BYTE, LOSS_ON, TASK_LOSS, Facts, same_tokens
 from overhaul.report.numbers import (
     MISSING,
     as_count,
@@ -153,7 +153,7 @@ def _metric_column(metric: str) -> _MetricColumn:
     return _MetricColumn(
         title=metric,
         row=lambda one: next((row for row in one.metrics if row.metric == metric), None),
-        better=DIRECTION.get(metric.split("/")[0]),
+        better="less" if metric.startswith(f"{LOSS_ON} ") else DIRECTION.get(metric.split("/")[0]),
     )
 
 
