@@ -10,8 +10,8 @@ import sysconfig
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from platform import python_version
 
@@ -124,6 +124,23 @@ def open_corpus(spec: str | Path | CorpusSpec) -> Corpus:
         )
     name = "stdin" if spec.path == "-" else Path(spec.path).resolve().name
     return _divided(name, "not stated", spec.path, read_rows(spec.path, spec.field, spec.limit))
+
+
+def open_several(paths: Sequence[str], *, taken: str = "") -> dict[str, Corpus]:
+    """Corpora by what they were asked for; where two have one name, the later is called by its whole path.
+
+    Args:
+        paths: names or paths.
+        taken: a name that another corpus has.
+
+    Raises:
+        UserError: as `open_corpus`.
+    """
+    found: dict[str, Corpus] = {}
+    for path in paths:
+        corpus, names = open_corpus(CorpusSpec(path=path)), {taken, *(other.name for other in found.values())}
+        found[path] = replace(corpus, name=from_anywhere(path)) if corpus.name in names else corpus
+    return found
 
 
 def _divided(name: str, licence: str, source: str, found: Rows) -> Corpus:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from overhaul import tokens
-from overhaul.corpora import Corpus
+from overhaul.corpora import Corpus, open_several
 from overhaul.documents import Row, row_text
 from overhaul.errors import UserError
 from overhaul.fetch import cache_directory
@@ -27,7 +27,7 @@ from overhaul.tokens import Documents, Tokens
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "calib", "heldout"]
-IN_MEMORY_BYTES = 64_000_000
+IN_MEMORY_BYTES = 4_000_000
 """Of text, whose tokens are kept in memory; those of a larger corpus are written to files and mapped."""
 
 
@@ -44,6 +44,7 @@ class Data:
         dense_tensors: prefix of names -> the weights before pruning, without the prefix, read from the ancestor's
             files; None when the lineage names no dense ancestor that is still there.
         lineage: what was done to the model before.
+        beside: further corpora that were opened already, by the names that `on` is given.
     """
 
     corpus: Corpus
@@ -53,6 +54,18 @@ class Data:
     dtype: torch.dtype = torch.float32
     dense_tensors: Callable[[str], dict[str, Tensor]] | None = None
     lineage: tuple[LineageStep, ...] = ()
+    beside: Mapping[str, Corpus] = field(default_factory=dict)
+
+    def on(self, path: str) -> Data:
+        """The same with another corpus.
+
+        Args:
+            path: a named corpus, a file or a directory.
+
+        Raises:
+            UserError: there is no such corpus.
+        """
+        return replace(self, corpus=self.beside.get(path) or open_several([path], taken=self.corpus.name)[path])
 
     def encode(self, row: Row) -> Encoded:
         """One document as tokens, closed by the end-of-sequence token, which is trained on.
@@ -148,10 +161,21 @@ class Data:
 
     def training(self, settings: Training) -> Stream:
         """Shuffled training documents without end, packed and batched."""
-        if self._train.num_tokens < settings.seq_len:
-            raise self._too_short(("train",), settings.seq_len)
-        documents = Repeat(Documents(self._train, seed=self.seed))
-        return Batch(Pack(documents, seq_len=settings.seq_len), batch_size=settings.batch_size)
+        return Batch(self.endless(seq_len=settings.seq_len), batch_size=settings.batch_size)
+
+    def endless(self, *, seq_len: int, in_order: bool = False) -> Stream:
+        """Training documents without end, as windows.
+
+        Args:
+            seq_len: tokens per window.
+            in_order: as they stand in the corpus, instead of shuffled anew in each pass.
+
+        Raises:
+            UserError: the text is shorter than one window.
+        """
+        if self._train.num_tokens < seq_len:
+            raise self._too_short(("train",), seq_len)
+        return Pack(Repeat(Documents(self._train, seed=None if in_order else self.seed)), seq_len=seq_len)
 
     def examples(self, settings: Training) -> Stream:
         """Shuffled training documents without end, each alone in a window, so that none is read after another.
@@ -202,11 +226,20 @@ class Data:
         """Tokens of one pass over the training documents."""
         return self._train.num_tokens
 
+    def unread_share(self) -> float:
+        """Share of the training tokens, of the first shard, that are unknown words or bytes of words spelled out."""
+        vocabulary = self.tokenizer.get_vocab()
+        odd = [vocabulary[f"<0x{byte:02X}>"] for byte in range(256) if f"<0x{byte:02X}>" in vocabulary]
+        # Where an end-of-text token stands for unknown words, all documents have one.
+        if self.tokenizer.unk_token_id not in (None, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id):
+            odd.append(self.tokenizer.unk_token_id)
+        return float(np.isin(self._train.shards[0].ids_N, odd).mean()) if odd and self._train.shards else 0.0
+
     def steps_for(self, settings: Training, *, processes: int = 1) -> Training:
         """Turns `epochs` into `steps`."""
         if settings.epochs is None:
             return settings
-        a_step = settings.batch_size * settings.accumulate * settings.seq_len * processes
+        a_step = settings.batch_size * settings.accumulate * settings.seq_len * processes * settings.new_share()
         return settings.model_copy(
             update={"steps": max(1, math.ceil(settings.epochs * self.num_training_tokens / a_step))}
         )

@@ -20,7 +20,7 @@ from torch import nn
 from overhaul import artifact as artifacts
 from overhaul import journal, machine, pretrained
 from overhaul.artifact import Artifact
-from overhaul.corpora import NO_CORPUS, Corpus, CorpusSpec, from_anywhere, open_corpus
+from overhaul.corpora import NO_CORPUS, Corpus, CorpusSpec, from_anywhere, open_corpus, open_several
 from overhaul.data import Data
 from overhaul.dry_run import say_plan
 from overhaul.errors import Interrupted, UserError
@@ -85,7 +85,8 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
             hint="--data sample, or overhaul data list",
         )
     corpus = open_data(options) if needs_data or options.data else None
-    for note in corpus.notes if corpus else ():
+    beside = open_several(method.texts(), taken=corpus.name if corpus else "")
+    for note in (note for text in (corpus, *beside.values()) if text for note in text.notes):
         say(f"note: {note}")
     parent = artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype))
     _refuse_packed(method, parent)
@@ -100,6 +101,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
             options.seed,
             dense_tensors=artifacts.dense_ancestor(parent),
             lineage=parent.lineage,
+            beside=beside,
         )
         if text
         else None
@@ -111,7 +113,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
         return None
     # What a pipeline has no use for is not read by the back door either: --evaluate can still name it.
     judged = None if isinstance(method, Pipeline) and not needs_data else corpus
-    judge = Judge.of(options, judged, parent.processor, dtype)
+    judge = Judge.of(options, judged, parent.processor, dtype, tuple(beside.values()))
     before = judge.chain(parent)
     changed, notes, history = _change(step, parent, others, data, dtype, out, judge, command)
     if not is_main_process():
@@ -159,13 +161,15 @@ def _change(
             assert data is not None
             model, history = _train(method, parent, others, data, dtype, out, options, judge)
             tokens = notes.num_tokens or history.tokens
+    seen = history.seen if history else {}
     lineage = LineageStep(
         verb=step.entry.verb,
         method=step.entry.name,
         fields=_fields(method, others),
         non_default=tuple(flat_fields(method.model_dump(mode="json", exclude_defaults=True))),
         parents=(Parent(path=_called(parent.name, parent.path), hash=parent.weights_sha256), *others),
-        data=_data_used(data, tokens) if needs_data else None,
+        data=_data_used(data.corpus, seen.get(data.corpus.name, tokens)) if data and needs_data else None,
+        beside=tuple(_data_used(text, seen.get(text.name, 0)) for text in (data.beside.values() if data else ())),
         seed=options.seed,
         options=_recorded(options),
         # A resumed run counts what it had taken before it was stopped.
@@ -204,6 +208,7 @@ def _train(
     asked = {
         "model": parent.weights_sha256,
         "data": data.corpus.fingerprint,
+        "beside": [text.fingerprint for text in data.beside.values()],
         "dtype": str(dtype),
         "processes": num_processes,
         "others": [other.hash for other in others],
@@ -276,8 +281,9 @@ def _recorded(options: Options) -> dict[str, Any]:
 
 
 def _fields(method: Method, others: tuple[Parent, ...]) -> dict[str, Any]:
-    """Every setting by its dotted name; other models as the record calls them."""
+    """Every setting by its dotted name; other models and corpora as the record calls them."""
     called = dict(zip(method.others(), (other.path for other in others), strict=True))
+    called |= {path: from_anywhere(path) for path in method.texts()}
     fields = flat_fields(method.model_dump(mode="json"))
     return {name: called.get(value, value) if isinstance(value, str) else value for name, value in fields.items()}
 
@@ -327,10 +333,7 @@ def _refuse_track(tracker: str, method: Training) -> None:
         )
 
 
-def _data_used(data: Data | None, tokens: int) -> DataUsed | None:
-    if data is None:
-        return None
-    corpus = data.corpus
+def _data_used(corpus: Corpus, tokens: int) -> DataUsed:
     return DataUsed(name=corpus.name, fingerprint=corpus.fingerprint, tokens=tokens, licence=corpus.licence)
 
 

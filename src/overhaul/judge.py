@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from overhaul import artifact as artifacts
 from overhaul import evaluate, machine
 from overhaul.artifact import Artifact
-from overhaul.corpora import Corpus, CorpusSpec, open_corpus
+from overhaul.corpora import Corpus, CorpusSpec, open_corpus, open_several
 from overhaul.data import Data
 from overhaul.journal import LayerNote
 from overhaul.layers import Packed
@@ -51,14 +51,29 @@ class Judge:
     watched: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, options: Options, corpus: Corpus | None, processor: Any, dtype: torch.dtype) -> Judge:
-        """The judge that the options ask for: on --evaluate, else on the corpus of --data, else on the sample."""
+    def of(
+        cls,
+        options: Options,
+        corpus: Corpus | None,
+        processor: Any,
+        dtype: torch.dtype,
+        beside: Sequence[Corpus] = (),
+    ) -> Judge:
+        """The judge that the options ask for: on --evaluate, else on the corpus of --data, else on the sample.
+
+        Args:
+            options: they may name further corpora to be watched.
+            corpus: that of --data.
+            processor: the tokenizer.
+            dtype: of matrix products.
+            beside: what is watched in any case.
+        """
 
         def heldout(corpus: Corpus) -> Tensor:
             data = Data(corpus, processor)
             return data.windows("heldout", seq_len=options.evaluate_seq_len, limit=options.evaluate_windows)
 
-        opened = [open_corpus(CorpusSpec(path=path)) for path in options.watch]
+        opened = [*beside, *open_several(options.watch).values()]
         watched = {one.name: heldout(one) for one in opened}
         if options.evaluate == "none":
             return cls(None, None, processor, dtype, watched)
@@ -249,6 +264,7 @@ def _label(verb: str, method: str, before: Sequence[Facts]) -> str:
         "quantize": "quantized",
         "distill": "won back" if is_lossy else "distilled",
         "adapt": "won back" if is_lossy else "adapted",
+        "extend": "extended",
     }
     return f"{done.get(verb, verb)} ({method})"
 

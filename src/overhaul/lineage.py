@@ -39,6 +39,7 @@ class LineageStep:
         non_default: the names in `fields` that were not left at their default.
         parents: what it read.
         data: the corpus it read.
+        beside: further corpora it read.
         seed: of every random choice.
         options: settings of the run that were not left at their default, such as `data` and `dtype`.
         seconds: wall time of the change itself, without measuring before and after.
@@ -56,6 +57,7 @@ class LineageStep:
     non_default: tuple[str, ...] = ()
     parents: tuple[Parent, ...] = ()
     data: DataUsed | None = None
+    beside: tuple[DataUsed, ...] = ()
     seed: int | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     seconds: float | None = None
@@ -77,6 +79,7 @@ class LineageStep:
         known = {name: stored[name] for name in cls.__dataclass_fields__ if name in stored}
         known["parents"] = tuple(Parent(**parent) for parent in stored.get("parents", ()))
         known["data"] = DataUsed(**stored["data"]) if stored.get("data") else None
+        known["beside"] = tuple(DataUsed(**used) for used in stored.get("beside", ()))
         known["non_default"] = tuple(stored.get("non_default", ()))
         return cls(**known)
 

@@ -53,6 +53,10 @@ class Method(Settings, ABC):
         """The models it reads beside the one it changes, as the user named them; they go into the lineage."""
         return ()
 
+    def texts(self) -> tuple[str, ...]:
+        """The corpora it reads beside that of --data, as the user named them; the loss on them is watched."""
+        return ()
+
     def at(self, path: Path) -> Self:
         """The method for the model in a directory: what its settings leave to that model is filled in.
 
@@ -191,6 +195,10 @@ class Training(Method, ABC):
         is resumed goes through all of them again, each as its last checkpoint left it.
         """
         yield self.plan(model, data)
+
+    def new_share(self) -> float:
+        """Of the tokens it trains on, those of --data: `epochs` are passes over these."""
+        return 1.0
 
     def in_stages(self) -> bool:
         """Whether there is more than one plan: then each has checkpoints of its own."""

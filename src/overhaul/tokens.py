@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -216,5 +217,5 @@ class Documents(Stream):
 
 
 def fingerprint_of(*parts: str) -> str:
-    """Hash of what tokens depend on, and of this module's version."""
-    return hashlib.sha256("\n".join([*parts, str(VERSION)]).encode()).hexdigest()
+    """Hash of what tokens depend on, and of the code that makes them."""
+    return hashlib.sha256("\n".join([*parts, str(VERSION), version("overhaul")]).encode()).hexdigest()

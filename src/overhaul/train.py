@@ -37,6 +37,9 @@ FREE_ON_RESUME = ("save_every", "keep", "eval_every")
 _COUNTED = ("step", "tokens", "seconds")
 """What in a point of the history counts on from the first point."""
 
+SEEN = "seen/"
+"""In a point of the history, what the tokens of a mixture's source are called begins so."""
+
 _TERM = "loss/"
 """In a point of the history, what the mean of a term is called begins so."""
 
@@ -81,6 +84,12 @@ class History:
     optimizer_bytes: int = 0
     tokens: int = 0
     seconds: float = 0.0
+
+    @property
+    def seen(self) -> dict[str, int]:
+        """Tokens that each source of a mixture has given; empty where nothing was mixed."""
+        last = self.points[-1] if self.points else {}
+        return {key.removeprefix(SEEN): count for key, count in last.items() if key.startswith(SEEN)}
 
     @classmethod
     def joined(cls, stages: Sequence[History], *, in_parts: bool = False) -> History:
@@ -270,6 +279,7 @@ class _Run:
             **{f"{_TERM}{name}": mean for name, mean in means.items()},
             "lr": self.peak_rates[0] * factor,
             "grad_norm": float(norm),
+            **{f"{SEEN}{name}": count for name, count in self.plan.stream.seen().items()},
         }
 
     def _backward(

@@ -126,7 +126,8 @@ def found(smol: Path) -> dict[str, list[tuple[float, float, int]]]:
         losses[name] = [task.losses(name, chosen[name], seed) for seed in SEEDS]
     settings = _settings(chosen)
     results.record(
-        Row(id=f"adapt-{'vera' if name == 'vera' else 'randlora'}/{part}-{name}", kind="claim", unit="nats", seeds=SEEDS, settings=settings,
+        Row(id=f"adapt-{'vera' if name == 'vera' else 'randlora'}/{part}-{name}",
+            kind="claim", unit="nats", seeds=SEEDS, settings=settings,
             what=f"{what} on text with {EXCHANGED} words exchanged: {name}, {losses[name][0][2]:,} numbers",
             values=tuple(loss[index] for loss in losses[name]))
         for name in METHODS
