@@ -35,6 +35,7 @@ VERBS = {
     "quantize": "Store weights, or compute, in fewer bits.",
     "adapt": "Train a model, or a small part of it, on text.",
     "distill": "Train a model to predict what another one predicts.",
+    "extend": "Go on pre-training: new text, new languages, without losing the old.",
     "measure": "Numbers with intervals.",
 }
 
@@ -141,6 +142,13 @@ ENTRIES = (
         "distill.kd:KnowledgeDistillation",
         "Learn what a larger model predicts, word by word, instead of which word came next.",
         2,
+    ),
+    Entry(
+        "extend",
+        "cpt",
+        "extend.cpt:ContinualPretraining",
+        "Go on pre-training on new text, with a share of the old among it and a rate that rises and falls again.",
+        9,
     ),
     Entry(
         "measure",

@@ -1,0 +1,1 @@
+"""Methods that go on pre-training: new text, new languages, without losing the old."""

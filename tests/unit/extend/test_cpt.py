@@ -1,0 +1,200 @@
+"""`extend cpt`: what it is without a replay, shares and order of what it reads, rates, records, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from command import overhaul, refused
+from overhaul.adapt.full import Full
+from overhaul.corpora import open_corpus
+from overhaul.data import Data
+from overhaul.extend.cpt import ContinualPretraining
+
+TINY = ("--steps", "6", "--batch-size", "2", "--seq-len", "32", "--dtype", "fp32")
+JUDGED = ("--evaluate-windows", "2", "--evaluate-seq-len", "32")
+
+
+def write(path: Path, word: str, count: int = 300) -> Path:
+    lines = (
+        json.dumps({"text": f"{word} number {number} of {number % 7} and {word}. " * 8}) for number in range(count)
+    )
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("texts") / "new.jsonl", "Neues")
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("texts") / "old.jsonl", "what was")
+
+
+@pytest.fixture
+def data(tiny: Path, new: Path) -> Data:
+    return Data(open_corpus(new), AutoTokenizer.from_pretrained(tiny))
+
+
+def windows(stream: Any, count: int) -> list[list[int]]:
+    """Of the first micro-batches of windows, their tokens."""
+    return [window for batch in islice(stream, count) for window in batch["input_ids"].tolist()]
+
+
+def test_without_a_replay_it_is_full_training(tiny: Path, new: Path, tmp_path: Path):
+    """On the same text at a constant rate: the same weights, to the bit."""
+    how = (*TINY, "--data", new, "--lr", "1e-3", "--schedule", "constant", "--evaluate", "none")
+    assert overhaul("extend", "cpt", tiny, "-o", tmp_path / "cpt", *how).code == 0
+    assert overhaul("adapt", "full", tiny, "-o", tmp_path / "full", *how, "--warmup", "0").code == 0
+
+    own, full = (load_file(tmp_path / name / "model.safetensors") for name in ("cpt", "full"))
+    assert all(torch.equal(own[name], full[name]) for name in full)
+
+
+def test_a_replayed_share_is_exact_and_costs_no_tokens(data: Data, old: Path):
+    how: dict[str, Any] = {"seq_len": 32, "batch_size": 4, "steps": 100}
+    settings = ContinualPretraining(replay=str(old), replay_share=0.25, **how)
+    stream = settings.stream(data)
+
+    read = windows(stream, 100)
+
+    assert len(read) == len(windows(ContinualPretraining(**how).stream(data), 100)) == 400
+    assert stream.seen() == {"new.jsonl": 300 * 32, "old.jsonl": 100 * 32}
+    own = set(map(tuple, windows(data.training(Full(**how)), 75)))
+    assert sum(tuple(window) in own for window in read) == 300
+
+
+def test_each_batch_has_old_and_new(data: Data, old: Path):
+    settings = ContinualPretraining(replay=str(old), replay_share=0.25, seq_len=32, batch_size=4)
+    stream, before = settings.stream(data), Counter[str]()
+    for _ in range(20):
+        next(stream)
+        seen = Counter(stream.seen())
+        assert seen - before == {"new.jsonl": 3 * 32, "old.jsonl": 32}
+        before = seen
+
+
+def test_old_text_is_read_in_its_order(data: Data, old: Path):
+    """Also where it is read a second time; new text is shuffled."""
+    settings = ContinualPretraining(replay=str(old), replay_share=0.5, seq_len=32, batch_size=2)
+    replayed = data.on(str(old))
+    in_order = [window["input_ids"].tolist() for window in islice(replayed.endless(seq_len=32, in_order=True), 100)]
+    wanted = [window["input_ids"].tolist() for window in islice(replayed.packed("train", seq_len=32), 100)]
+
+    read = windows(settings.stream(data), 100)
+
+    assert in_order == wanted
+    assert [window for window in read if window in wanted] == wanted
+
+
+def test_epochs_are_passes_over_the_new_text(data: Data, old: Path):
+    how: dict[str, Any] = {"epochs": 2.0, "seq_len": 32, "batch_size": 2}
+    alone, mixed = (
+        data.steps_for(settings).steps
+        for settings in (ContinualPretraining(**how), ContinualPretraining(replay=str(old), replay_share=0.5, **how))
+    )
+
+    assert mixed in (2 * alone - 1, 2 * alone)
+
+
+def test_rates_of_the_schedules():
+    def ends(**how: Any) -> list[float]:
+        factor = ContinualPretraining(warmup=0.1, floor=0.1, hold=0.5, **how).rate()
+        return [round(factor(share), 6) for share in (0.0, 0.05, 0.1, 0.5, 1.0)]
+
+    assert ends(schedule="rewarm-cosine") == [0, 0.5, 1, 0.628142, 0.1]
+    assert ends(schedule="rewarm") == [0, 0.5, 1, 1, 1]
+    assert ends(schedule="constant") == [1, 1, 1, 1, 1]
+    assert ends(schedule="wsd", decay=0.5) == [0, 0.5, 1, 1, 0.1]
+    assert ends(schedule="infinite", cooldown=0.4) == [0, 0.5, 1, 0.5, 0.5]
+    assert ends(schedule="hold") == [0.5, 0.5, 0.5, 0.5, 0.5]
+    assert ends(schedule="anneal")[::4] == [0.5, 0.1]
+
+
+def test_a_chain_of_the_infinite_schedule_has_no_jump(tiny: Path, new: Path, old: Path, tmp_path: Path):
+    how = (*TINY, "--data", new, "--replay", old, "--lr", "1e-3", "--evaluate", "none")
+    parent, last = tiny, None
+    for name in ("infinite", "hold", "anneal"):
+        done = overhaul("extend", "cpt", parent, "-o", tmp_path / name, *how, "--schedule", name, "--cooldown", "0.5")
+        assert done.code == 0, done.err
+        rates = [json.loads(line)["lr"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        if last is not None:
+            assert rates[0] == pytest.approx(last, rel=0.2)
+        parent, last = tmp_path / name, rates[-1]
+    assert last == pytest.approx(1e-4, rel=0.2)
+
+
+def test_the_record_tells_what_was_read_of_both_and_does_it_again(tiny: Path, new: Path, old: Path, tmp_path: Path):
+    how = (*TINY, *JUDGED, "--data", new, "--replay", old, "--replay-share", "0.25", "--eval-every", "3")
+    done = overhaul("extend", "cpt", tiny, "-o", tmp_path / "out", *how)
+    assert done.code == 0, done.err
+
+    step = json.loads((tmp_path / "out" / "overhaul.json").read_text())["lineage"][-1]
+    assert (step["data"]["tokens"], [used["tokens"] for used in step["beside"]]) == (9 * 32, [3 * 32])
+    assert step["fields"]["replay"] == str(old)
+    assert "loss on old.jsonl" in done.out
+    assert "96 of 384 tokens are replayed" in done.err
+    points = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [point["step"] for point in points if "held-out/old.jsonl" in point] == [3, 6]
+    again = overhaul("run", tmp_path / "out" / "recipe.yaml", f"out={tmp_path / 'again'}")
+    assert again.code == 0, again.err
+    one, two = (load_file(next(tmp_path.glob(f"{name}/**/model.safetensors"))) for name in ("out", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_texts_of_one_name_are_told_apart(tiny: Path, new: Path, tmp_path: Path):
+    (tmp_path / "before").mkdir()
+    same = write(tmp_path / "before" / "new.jsonl", "earlier")
+
+    done = overhaul("extend", "cpt", tiny, "-o", tmp_path / "out", *TINY, *JUDGED, "--data", new, "--replay", same)
+
+    assert done.code == 0, done.err
+    assert set(json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])) >= {
+        "seen/new.jsonl", f"seen/{same}"
+    }  # fmt: skip
+
+
+def test_what_is_refused_on_the_command_line(tiny: Path, new: Path, tmp_path: Path):
+    run = ("extend", "cpt", tiny, "-o", tmp_path / "out", *TINY, "--data", new)
+
+    refused(overhaul(*run, "--replay", new), "is the new text itself")
+    refused(overhaul(*run, "--replay", tmp_path / "nothing.jsonl"), "neither a name nor an existing path")
+    refused(overhaul(*run, "--replay-share", "0.2"), "needs a corpus to replay")
+    refused(overhaul(*run, "--replay", "sample", "--replay-share", "1"), "replay_share", "less than 1")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"schedule": "infinite", "hold": 0.05}, "hold 0.05, is below floor 0.1"),
+        ({"schedule": "anneal", "floor": 0.0}, "never ends at 0"),
+        ({"schedule": "infinite", "warmup": 0.5, "cooldown": 0.6}, "is more than the whole run"),
+        ({"schedule": "wsd", "warmup": 0.5, "decay": 0.6}, "is more than the whole run"),
+        ({"replay": "sample", "replay_share": 0.0}, "greater than 0"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], says: str):
+    with pytest.raises(ValidationError, match=says):
+        ContinualPretraining(**settings)
+
+
+def test_old_text_that_is_read_many_times_is_worth_a_word(tiny: Path, new: Path, tmp_path: Path):
+    few = write(tmp_path / "few.jsonl", "few", 12)
+    how = ("--steps", "400", "--batch-size", "4", "--seq-len", "64", "--data", new, "--replay", few)
+
+    done = overhaul("extend", "cpt", tiny, "-o", tmp_path / "out", *how, "--replay-share", "0.5", "--dry-run")
+
+    assert "warning: that is" in done.err
+    assert "times all of" in done.err
