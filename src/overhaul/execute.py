@@ -161,7 +161,7 @@ def _change(
             assert data is not None
             model, history = _train(method, parent, others, data, dtype, out, options, judge)
             tokens = notes.num_tokens or history.tokens
-    seen = history.seen if history else {}
+    seen = {drawn.name: drawn.tokens for drawn in history.ledger} if history else {}
     lineage = LineageStep(
         verb=step.entry.verb,
         method=step.entry.name,

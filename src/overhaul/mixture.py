@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from overhaul.stream import Stream, num_tokens
+from overhaul.stream import Drawn, Stream, num_tokens
 
 
 class Phase(NamedTuple):
@@ -55,7 +55,7 @@ class Mix(Stream):
             self.in_phase = [0] * len(self.names)
         if self.phase >= len(self.phases):
             raise StopIteration
-        shares = self._shares()
+        shares = self._shares(self.phase)
         total = sum(self.in_phase) + 1
         turn = max(range(len(shares)), key=lambda place: shares[place] * total - self.in_phase[place])
         item = next(self.sources[turn])
@@ -63,12 +63,21 @@ class Mix(Stream):
             counts[turn] += num_tokens(item)
         return item
 
-    def _shares(self) -> list[float]:
-        shares = [self.phases[self.phase].shares.get(name, 0.0) for name in self.names]
+    def _shares(self, phase: int) -> list[float]:
+        shares = [self.phases[phase].shares.get(name, 0.0) for name in self.names]
         return [share / sum(shares) for share in shares]
 
-    def seen(self) -> dict[str, int]:
-        return dict(zip(self.names, self.given, strict=True))
+    def ledger(self) -> tuple[Drawn, ...]:
+        asked, borders = [0.0] * len(self.names), [0, *self.ends[: self.phase], sum(self.given)]
+        # Behind the last phase there is nothing more.
+        for number, (began, ended) in enumerate(itertools.pairwise(borders[: len(self.phases) + 1])):
+            for place, share in enumerate(self._shares(number)):
+                asked[place] += share * (ended - began)
+        lengths = [source.tokens() for source in self.sources]
+        return tuple(
+            Drawn(name, given, wanted, given / length if length else None)
+            for name, given, wanted, length in zip(self.names, self.given, asked, lengths, strict=True)
+        )
 
     def own_state(self) -> dict[str, Any]:
         return {"phase": self.phase, "in_phase": list(self.in_phase), "given": list(self.given)}

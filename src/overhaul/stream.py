@@ -50,6 +50,22 @@ class Encoded(NamedTuple):
     trained: np.ndarray
 
 
+class Drawn(NamedTuple):
+    """What a mixture has taken from one source.
+
+    Attributes:
+        name: of the source.
+        tokens: so many.
+        asked: so many would have been its exact shares.
+        passes: over the source, where its length is known.
+    """
+
+    name: str
+    tokens: int
+    asked: float
+    passes: float | None
+
+
 def padded(document: Encoded, width: int) -> dict[str, torch.Tensor]:
     """A document alone in a window, filled up on the right, where a causal model does not look and nothing is trained.
 
@@ -89,9 +105,9 @@ class Stream(ABC, Iterator[Any]):
         """Tokens in one pass, where known."""
         return self.sources[0].tokens() if len(self.sources) == 1 else None
 
-    def seen(self) -> dict[str, int]:
-        """Tokens that each source of a mixture has given so far, by name; empty where nothing is mixed."""
-        return {name: count for source in self.sources for name, count in source.seen().items()}
+    def ledger(self) -> tuple[Drawn, ...]:
+        """What each source of a mixture has given so far; empty where nothing is mixed."""
+        return tuple(drawn for source in self.sources for drawn in source.ledger())
 
     def restart(self, epoch: int) -> None:
         """Back to the first item; a shuffled stream takes the order of that epoch."""

@@ -29,7 +29,7 @@ from overhaul.objective import Batch, Forward, Mean, Objective, weighted_mean
 from overhaul.optim import per_layer
 from overhaul.progress import Bar
 from overhaul.schedules import Schedule
-from overhaul.stream import Stream
+from overhaul.stream import Drawn, Stream
 from overhaul.watch import Watcher
 
 FREE_ON_RESUME = ("save_every", "keep", "eval_every")
@@ -37,7 +37,7 @@ FREE_ON_RESUME = ("save_every", "keep", "eval_every")
 _COUNTED = ("step", "tokens", "seconds")
 """What in a point of the history counts on from the first point."""
 
-SEEN = "seen/"
+_SEEN = "seen/"
 """In a point of the history, what the tokens of a mixture's source are called begins so."""
 
 _TERM = "loss/"
@@ -77,19 +77,14 @@ class Plan:
 
 @dataclass(slots=True)
 class History:
-    """One point per optimizer step, as written to `metrics.jsonl`."""
+    """One point per optimizer step, as written to `metrics.jsonl`, and the ledger of what was mixed."""
 
     points: list[dict[str, Any]] = field(default_factory=list)
+    ledger: tuple[Drawn, ...] = ()
     trainable_parameters: int = 0
     optimizer_bytes: int = 0
     tokens: int = 0
     seconds: float = 0.0
-
-    @property
-    def seen(self) -> dict[str, int]:
-        """Tokens that each source of a mixture has given; empty where nothing was mixed."""
-        last = self.points[-1] if self.points else {}
-        return {key.removeprefix(SEEN): count for key, count in last.items() if key.startswith(SEEN)}
 
     @classmethod
     def joined(cls, stages: Sequence[History], *, in_parts: bool = False) -> History:
@@ -107,6 +102,7 @@ class History:
             points += [point | counts | told for point, counts in zip(stage.points, counted, strict=True)]
         return cls(
             points,
+            ledger=stages[-1].ledger if stages else (),
             trainable_parameters=(sum if in_parts else max)(stage.trainable_parameters for stage in stages),
             optimizer_bytes=max((stage.optimizer_bytes for stage in stages), default=0),
             tokens=sum(stage.tokens for stage in stages),
@@ -198,6 +194,7 @@ def train(
     for watcher in plan.watchers:
         watcher.end(plan.model)
     run.history.optimizer_bytes = run.optimizer_bytes()
+    run.history.ledger = plan.stream.ledger()
     if state_dir and goes_on and settings.save_every and first < settings.steps:
         run.save(state_dir, settings.steps, asked, is_done=True)
     sharding.gather(trained, into=whole)
@@ -279,7 +276,7 @@ class _Run:
             **{f"{_TERM}{name}": mean for name, mean in means.items()},
             "lr": self.peak_rates[0] * factor,
             "grad_norm": float(norm),
-            **{f"{SEEN}{name}": count for name, count in self.plan.stream.seen().items()},
+            **{f"{_SEEN}{drawn.name}": drawn.tokens for drawn in self.plan.stream.ledger()},
         }
 
     def _backward(

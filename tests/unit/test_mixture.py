@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overhaul.mixture import Mix, Phase, replay
-from overhaul.stream import Batch, Encoded, Pack, Repeat, Rows, Take
+from overhaul.stream import Batch, Encoded, Pack, Repeat, Rows, Stream, Take
 
 WINDOW = 64
 
@@ -30,6 +30,10 @@ def windows(number: int) -> Pack:
     """Of a source with documents of many lengths, without end."""
     lengths = np.random.default_rng(number).integers(5, 300, 50).tolist()
     return Pack(Repeat(source(number, *lengths)), seq_len=WINDOW)
+
+
+def tokens_of(stream: Stream) -> dict[str, int]:
+    return {drawn.name: drawn.tokens for drawn in stream.ledger()}
 
 
 def origin(item: Any) -> int:
@@ -51,7 +55,7 @@ def test_a_share_is_never_off_by_more_than_the_longest_item_per_source(shares: l
         seen[origin(item)] += len(item.ids)
         wanted = np.array(shares) / sum(shares) * seen.sum()
         assert (np.abs(seen - wanted) <= len(shares) * max(lengths) + 1e-9).all()
-    assert list(mix.seen().values()) == seen.tolist()
+    assert list(tokens_of(mix).values()) == seen.tolist()
 
 
 def test_a_share_of_zero_is_the_plain_stream():
@@ -70,7 +74,7 @@ def test_in_a_million_tokens_shares_of_windows_are_exact():
         seen[origin(window)] += WINDOW
 
     assert seen[0] / sum(seen) == pytest.approx(0.05, abs=1e-4)
-    assert mix.seen() == {"old": seen[0], "new": seen[1]}
+    assert tokens_of(mix) == {"old": seen[0], "new": seen[1]}
 
 
 def test_the_number_of_tokens_does_not_depend_on_the_share():
@@ -102,7 +106,7 @@ def test_phases_change_with_the_item_that_completes_their_tokens():
     assert origins[:20].count(0) == origins[:20].count(1) == 10
     assert set(origins[20:30]) == {1}
     assert (origins[30:].count(0), origins[30:].count(2)) == (30, 10)
-    assert mix.seen() == {"a": 40 * WINDOW, "b": 20 * WINDOW, "c": 10 * WINDOW}
+    assert tokens_of(mix) == {"a": 40 * WINDOW, "b": 20 * WINDOW, "c": 10 * WINDOW}
 
 
 def test_before_a_branch_the_items_are_the_same():
@@ -125,12 +129,29 @@ def test_a_phase_without_an_end_is_the_last():
     assert [origin(window) for window in islice(mix, 50)] == [0] + 49 * [1]
 
 
-def test_seen_reaches_through_what_is_built_on_a_mixture():
+def test_the_ledger_reaches_through_what_is_built_on_a_mixture():
     stream = Batch(Mix({"a": windows(0), "b": windows(1)}, [Phase({"a": 1, "b": 3})]), batch_size=8)
     next(stream)
 
-    assert stream.seen() == {"a": 2 * WINDOW, "b": 6 * WINDOW}
-    assert Pack(source(0, 3), seq_len=2).seen() == {}
+    assert tokens_of(stream) == {"a": 2 * WINDOW, "b": 6 * WINDOW}
+    assert Pack(source(0, 3), seq_len=2).ledger() == ()
+
+
+def test_the_ledger_tells_what_was_asked_and_how_often_a_source_was_read():
+    sources = {"a": Repeat(source(0, *[10] * 6)), "b": Repeat(source(1, *[10] * 20)), "c": windows(2)}
+    mix = Mix(sources, [Phase({"a": 1, "b": 3}, 400), Phase({"b": 1, "c": 1})])
+    for _ in range(40):
+        next(mix)
+    a, b = mix.ledger()[:2]
+    assert (a.tokens, a.asked, a.passes) == (100, 100, pytest.approx(100 / 60))
+    assert (b.tokens, b.asked, b.passes) == (300, 300, 1.5)
+
+    next(mix)
+
+    asked = [drawn.asked for drawn in mix.ledger()]
+    assert sum(asked) == pytest.approx(sum(tokens_of(mix).values()))
+    assert asked[0] == 100
+    assert asked[1] - 300 == asked[2]
 
 
 def test_the_label_tells_shares_and_phases():

@@ -19,6 +19,7 @@ from overhaul.adapt.full import Full
 from overhaul.corpora import open_corpus
 from overhaul.data import Data
 from overhaul.extend.cpt import ContinualPretraining
+from overhaul.stream import Stream
 
 TINY = ("--steps", "6", "--batch-size", "2", "--seq-len", "32", "--dtype", "fp32")
 JUDGED = ("--evaluate-windows", "2", "--evaluate-seq-len", "32")
@@ -52,6 +53,10 @@ def windows(stream: Any, count: int) -> list[list[int]]:
     return [window for batch in islice(stream, count) for window in batch["input_ids"].tolist()]
 
 
+def given(stream: Stream) -> dict[str, int]:
+    return {drawn.name: drawn.tokens for drawn in stream.ledger()}
+
+
 def test_without_a_replay_it_is_full_training(tiny: Path, new: Path, tmp_path: Path):
     """On the same text at a constant rate: the same weights, to the bit."""
     how = (*TINY, "--data", new, "--lr", "1e-3", "--schedule", "constant", "--evaluate", "none")
@@ -70,24 +75,26 @@ def test_a_replayed_share_is_exact_and_costs_no_tokens(data: Data, old: Path):
     read = windows(stream, 100)
 
     assert len(read) == len(windows(ContinualPretraining(**how).stream(data), 100)) == 400
-    assert stream.seen() == {"new.jsonl": 300 * 32, "old.jsonl": 100 * 32}
+    assert given(stream) == {"new.jsonl": 300 * 32, "old.jsonl": 100 * 32}
     own = set(map(tuple, windows(data.training(Full(**how)), 75)))
     assert sum(tuple(window) in own for window in read) == 300
 
 
 def test_each_batch_has_old_and_new(data: Data, old: Path):
-    settings = ContinualPretraining(replay=str(old), replay_share=0.25, seq_len=32, batch_size=4)
+    how: dict[str, Any] = {"seq_len": 32, "batch_size": 4}
+    settings = ContinualPretraining(replay=str(old), replay_share=0.25, **how)
     stream, before = settings.stream(data), Counter[str]()
     for _ in range(20):
         next(stream)
-        seen = Counter(stream.seen())
+        seen = Counter(given(stream))
         assert seen - before == {"new.jsonl": 3 * 32, "old.jsonl": 32}
         before = seen
 
 
 def test_old_text_is_read_in_its_order(data: Data, old: Path):
     """Also where it is read a second time; new text is shuffled."""
-    settings = ContinualPretraining(replay=str(old), replay_share=0.5, seq_len=32, batch_size=2)
+    how: dict[str, Any] = {"seq_len": 32, "batch_size": 2}
+    settings = ContinualPretraining(replay=str(old), replay_share=0.5, **how)
     replayed = data.on(str(old))
     in_order = [window["input_ids"].tolist() for window in islice(replayed.endless(seq_len=32, in_order=True), 100)]
     wanted = [window["input_ids"].tolist() for window in islice(replayed.packed("train", seq_len=32), 100)]
