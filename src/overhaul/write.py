@@ -18,10 +18,11 @@ from overhaul.journal import Notes, TableNote
 from overhaul.judge import Judge
 from overhaul.lineage import LineageStep, nested_fields
 from overhaul.report.card import CardData, Relation, model_card, overhaul_snippet
-from overhaul.report.facts import Facts, Report, curves_of_history
+from overhaul.report.facts import HELDOUT, LOSS_ON, Facts, Report, curves_of_history
 from overhaul.report.figures import curves_png
 from overhaul.report.html import html_report
 from overhaul.select import has_adapters
+from overhaul.stability import gaps_note
 from overhaul.table import Curve
 from overhaul.train import History
 
@@ -59,10 +60,11 @@ def write_directory(
         size = artifacts.size_on_disk(directory)
         facts = (*facts[:-1], replace(facts[-1], path=str(out), bytes=size))
         extra = {"facts_key": judge.key, "facts": [asdict(one) for one in facts]}
+        tables = (*notes.tables, *_told_by(history, facts)) if history else tuple(notes.tables)
         if notes.parts:
             extra["reconstruction"] = [asdict(part) for part in notes.parts]
-        if notes.tables:
-            extra["tables"] = [asdict(table) for table in notes.tables]
+        if tables:
+            extra["tables"] = [asdict(table) for table in tables]
         for beside in notes.tensors:
             save_file(dict(beside.tensors), directory / beside.file, metadata=dict(beside.metadata))
         for records in notes.rows:
@@ -72,7 +74,7 @@ def write_directory(
         recipe_yaml = replay(made.lineage, out)
         (directory / "recipe.yaml").write_text(recipe_yaml)
         curves = reconstruction_curves(notes) if notes.parts else curves_of_history(history.points if history else ())
-        report = build_report(made.lineage, facts, curves, recipe_yaml, notes.tables)
+        report = build_report(made.lineage, facts, curves, recipe_yaml, tables)
         (directory / "report.html").write_text(html_report(report))
         if history:
             lines = (json.dumps(point) for point in history.points)
@@ -82,6 +84,24 @@ def write_directory(
             card(made, report, out, adapter=(directory / "adapter_config.json").exists())
         )
     return facts
+
+
+def _told_by(history: History, facts: Sequence[Facts]) -> list[TableNote]:
+    """What was read of a mixture, and what happened to the losses on other text on the way."""
+    told = []
+    if history.ledger:
+        total = sum(drawn.tokens for drawn in history.ledger)
+        rows = [
+            (drawn.name, f"{drawn.tokens:,}", f"{drawn.asked / total:.2%}", f"{drawn.tokens / total:.2%}",
+             "" if drawn.passes is None else f"{drawn.passes:.3g}")
+            for drawn in history.ledger
+        ]  # fmt: skip
+        columns = ("text", "tokens", "share asked", "share read", "passes over it")
+        told.append(TableNote(title="What was read.", columns=columns, rows=tuple(rows)))
+    losses = {row.metric: row.value for row in facts[-2].metrics} if len(facts) > 1 else {}
+    before = {name.removeprefix(LOSS_ON).strip(): loss for name, loss in losses.items() if name.startswith(LOSS_ON)}
+    gaps = gaps_note(history.points, before, f"{HELDOUT}/")
+    return told + ([gaps] if gaps else [])
 
 
 def reconstruction_curves(notes: Notes) -> tuple[Curve, ...]:

@@ -154,6 +154,9 @@ def test_the_record_tells_what_was_read_of_both_and_does_it_again(tiny: Path, ne
     assert "96 of 384 tokens are replayed" in done.err
     points = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [point["step"] for point in points if "held-out/old.jsonl" in point] == [3, 6]
+    titles = [table["title"] for table in json.loads((tmp_path / "out" / "overhaul.json").read_text())["tables"]]
+    assert titles == ["What was read.", "What happened to other text on the way."]
+    assert "share read" in (tmp_path / "out" / "report.html").read_text()
     again = overhaul("run", tmp_path / "out" / "recipe.yaml", f"out={tmp_path / 'again'}")
     assert again.code == 0, again.err
     one, two = (load_file(next(tmp_path.glob(f"{name}/**/model.safetensors"))) for name in ("out", "again"))
