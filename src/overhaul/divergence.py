@@ -36,17 +36,22 @@ _CHUNK_TOKENS = CHUNK_TOKENS // 2
 
 
 class TeacherLinear(NamedTuple):
-    """What the teacher predicts, by its last hidden states (N, E) and its output embedding (V, E)."""
+    """What the teacher predicts, by its last hidden states (N, E) and its output embedding (V, E).
+
+    With `gold_N`, the words that really follow, each of these changes places with the likeliest one: see `swap_`.
+    """
 
     hidden_NE: Tensor
     weight_VE: Tensor
     bias_V: Tensor | None = None
+    gold_N: Tensor | None = None
 
 
 class TeacherLogits(NamedTuple):
-    """What the teacher predicts, by logits (N, V) that are there as a whole."""
+    """What the teacher predicts, by logits (N, V) that are there as a whole; `gold_N` as in `TeacherLinear`."""
 
     logits_NV: Tensor
+    gold_N: Tensor | None = None
 
 
 class TopWords(NamedTuple):
@@ -153,6 +158,13 @@ class _LogitsOf:
             self.hidden_NE, self.weight_VE = teacher.hidden_NE.detach().to(dtype), teacher.weight_VE.detach().to(dtype)
 
     def __call__(self, at: slice) -> Tensor:
+        logits_CV, gold_N = self._made(at), self.teacher.gold_N
+        if gold_N is None:
+            return logits_CV
+        # Whole logits are the caller's.
+        return swap_(logits_CV.clone() if isinstance(self.teacher, TeacherLogits) else logits_CV, gold_N[at])
+
+    def _made(self, at: slice) -> Tensor:
         if isinstance(self.teacher, TeacherLogits):
             return self.teacher.logits_NV[at].detach()
         hidden_CE = self.hidden_NE[at]
@@ -160,6 +172,18 @@ class _LogitsOf:
             self.buffer_CV = hidden_CE.new_empty(len(hidden_CE), len(self.weight_VE))
         logits_CV = torch.mm(hidden_CE, self.weight_VE.t(), out=self.buffer_CV[: len(hidden_CE)])
         return logits_CV if self.teacher.bias_V is None else logits_CV.add_(self.teacher.bias_V.detach())
+
+
+def swap_(logits_CV: Tensor, gold_C: Tensor) -> Tensor:
+    """Exchanges the logit of the word that really follows with the largest one, in place (Jiang et al., 2025).
+
+    What was right stays as it is; elsewhere the right word gets the confidence that the teacher had in a wrong one, and
+    all other words keep theirs, so that the entropy is the teacher's.
+    """
+    top_C1 = logits_CV.max(-1, keepdim=True)
+    gold_C1 = gold_C[:, None]
+    own_C1 = logits_CV.gather(1, gold_C1)
+    return logits_CV.scatter_(1, gold_C1, top_C1.values).scatter_(1, top_C1.indices, own_C1)
 
 
 def _comparison(teacher: Teacher, temperature: float, direction: Direction) -> _WithAllWords | _WithTopWords:

@@ -17,6 +17,7 @@ from overhaul.divergence import (
     TopWords,
     linear_divergence,
     logits_divergence,
+    swap_,
     top_words,
 )
 
@@ -42,7 +43,7 @@ def teacher(dtype: torch.dtype = torch.float64, words: int = WORDS) -> TeacherLi
 
 
 def logits_of(linear: TeacherLinear) -> Tensor:
-    return F.linear(*linear)
+    return F.linear(*linear[:3])
 
 
 def plain(student_NV: Tensor, teacher_NV: Tensor, temperature: float, direction: Direction) -> Tensor:
@@ -262,3 +263,62 @@ def test_a_student_that_finds_the_tail_impossible_has_a_finite_loss():
     expected = 0.5 * (torch.tensor(0.5).log() * 2 + 400 - torch.tensor(2.0).log())
     torch.testing.assert_close(loss.detach(), expected)
     torch.testing.assert_close(student_NV.grad, torch.tensor([[0.5, -0.25, -0.25]]))
+
+
+GOLD = torch.randint(WORDS, (TOKENS,), generator=torch.Generator().manual_seed(2))
+
+
+def swapped() -> Tensor:
+    """The teacher's logits with two of each token exchanged, one after the other."""
+    logits_NV = logits_of(teacher()).clone()
+    for logits_V, gold in zip(logits_NV, GOLD.tolist(), strict=True):
+        top = int(logits_V.argmax())
+        logits_V[gold], logits_V[top] = logits_V[top].clone(), logits_V[gold].clone()
+    return logits_NV
+
+
+def test_swapped_logits_have_the_right_word_on_top_and_the_teachers_entropy():
+    before, after = logits_of(teacher()), swap_(logits_of(teacher()), GOLD)
+
+    assert (after.argmax(-1) == GOLD).all()
+    assert torch.equal(after, swapped())
+    assert torch.equal(before.sort(-1).values, after.sort(-1).values)
+    entropies = [torch.distributions.Categorical(logits=logits).entropy() for logits in (before, after)]
+    assert torch.allclose(*entropies, atol=1e-12)
+
+
+@both_directions
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 512])
+def test_a_swapped_teacher_is_torchs_kl_div_with_swapped_logits(direction, chunk_tokens):
+    hidden_ND, weight_VD, bias_V = student()
+    taught = teacher()._replace(gold_N=GOLD)
+
+    loss = linear_divergence(hidden_ND, weight_VD, taught, bias_V, direction=direction, chunk_tokens=chunk_tokens)
+
+    leaves = (hidden_ND, weight_VD, bias_V)
+    wanted = plain(F.linear(*leaves), swapped(), 1.0, direction)
+    assert torch.allclose(loss, wanted, rtol=1e-12)
+    for own, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(wanted, leaves), strict=True):
+        assert torch.allclose(own, theirs, atol=1e-10)
+
+
+def test_the_gradient_of_a_students_logits_is_its_probability_less_the_swapped_teachers():
+    logits_NV = F.linear(*student()).detach().requires_grad_()
+    theirs = logits_of(teacher())
+    before = theirs.clone()
+
+    logits_divergence(logits_NV, TeacherLogits(theirs, GOLD)).backward()
+
+    assert logits_NV.grad is not None
+    assert torch.allclose(logits_NV.grad, logits_NV.softmax(-1) - swapped().softmax(-1), atol=1e-12)
+    assert torch.equal(theirs, before)
+
+
+def test_where_the_teacher_is_right_a_swap_is_plain_distillation():
+    hidden_ND, weight_VD, bias_V = student()
+    right = teacher()._replace(gold_N=logits_of(teacher()).argmax(-1))
+
+    assert torch.equal(
+        linear_divergence(hidden_ND, weight_VD, right, bias_V),
+        linear_divergence(hidden_ND, weight_VD, teacher(), bias_V),
+    )
