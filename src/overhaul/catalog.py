@@ -151,6 +151,13 @@ ENTRIES = (
         9,
     ),
     Entry(
+        "extend",
+        "mix-cpt",
+        "extend.mix_cpt:MixCPT",
+        "Go on pre-training on documents mixed with instructions as plain text, held to what the model said before.",
+        35,
+    ),
+    Entry(
         "measure",
         "perplexity",
         "measure.perplexity:MeasurePerplexity",

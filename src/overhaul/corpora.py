@@ -17,6 +17,7 @@ from platform import python_version
 
 from pydantic import Field
 
+from overhaul import documents
 from overhaul.documents import Row, Rows, read_rows, text_row
 from overhaul.errors import UserError, did_you_mean
 from overhaul.method import Positive, Settings
@@ -58,6 +59,12 @@ class Corpus:
     def check_leakage(self) -> list[str]:
         """Documents and long lines of heldout that train or calib hold too: empty, by construction."""
         return leaks(self.train + self.calib, self.heldout)
+
+
+def as_plain_text(corpus: Corpus) -> Corpus:
+    """The corpus with questions and answers, conversations and preferences as plain documents."""
+    parts = [tuple(map(documents.as_plain_text, part)) for part in (corpus.train, corpus.calib, corpus.heldout)]
+    return replace(corpus, train=parts[0], calib=parts[1], heldout=parts[2], fingerprint=fingerprint(parts))
 
 
 NO_CORPUS = Corpus(

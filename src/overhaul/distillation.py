@@ -60,16 +60,29 @@ class Distill(Term):
             micro-batches.
         temperature: both models' logits are divided by it.
         direction: `forward` is KL(teacher || student), `reverse` KL(student || teacher).
+        swap: in what the teacher says the likeliest word changes places with the right one, which is logit-swap
+            self-distillation (Jiang et al., 2025); not with a cache, which may not have the right one.
+
+    Raises:
+        ValueError: a cache is to be swapped.
     """
 
-    name = "kl"
-
     def __init__(
-        self, teacher: nn.Module | TeacherCache, *, temperature: float = 1.0, direction: Direction = "forward"
+        self,
+        teacher: nn.Module | TeacherCache,
+        *,
+        temperature: float = 1.0,
+        direction: Direction = "forward",
+        swap: bool = False,
     ) -> None:
-        self.teacher, self.temperature, self.direction = teacher, temperature, direction
+        if swap and isinstance(teacher, TeacherCache):
+            raise ValueError("a cache of likely words may not have the right one to change places with")
+        self.teacher, self.temperature, self.direction, self.swap = teacher, temperature, direction, swap
+        self.name = "swapped_kl" if swap else "kl"
 
     def total(self, forward: Forward, batch: Batch) -> Tensor:
+        if self.teacher is forward.model:
+            raise ValueError("a model that learns from itself as it is now learns nothing: use a frozen copy")
         kept_N = _trained(batch)
         target = self._target(forward, batch, kept_N)
         how: dict[str, Any] = {"temperature": self.temperature, "direction": self.direction}
@@ -84,9 +97,10 @@ class Distill(Term):
             words = self.teacher.words(batch)
             return TopWords(*(of_N[kept_N] for of_N in words[:-1]), num_words=words.num_words)
         made, head = forward.of(self.teacher).outputs(), hf.head(self.teacher)
+        gold_N = batch["labels"][:, 1:].reshape(-1)[kept_N] if self.swap else None
         if head is None:
-            return TeacherLogits(_rows(made.logits, kept_N))
-        return TeacherLinear(_rows(made.hidden, kept_N), head.weight, head.bias)
+            return TeacherLogits(_rows(made.logits, kept_N), gold_N)
+        return TeacherLinear(_rows(made.hidden, kept_N), head.weight, head.bias, gold_N)
 
 
 class HiddenStates(Term):

@@ -98,6 +98,12 @@ def row_text(row: Row) -> list[tuple[str, bool]]:
             raise ValueError(f"no shape has the columns {columns}")
 
 
+def as_plain_text(row: Row) -> Row:
+    """The row as a document of its own, all of it trained on: a prompt with its answer, a conversation line by line."""
+    between = "\n" if tuple(row) == ("messages",) else ""
+    return text_row(between.join(text for text, _ in row_text(row)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notes:
     """What reading met.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from overhaul.data import Data
+    from overhaul.objective import Objective
     from overhaul.stream import Stream
     from overhaul.train import Plan
 
@@ -133,7 +134,6 @@ class ContinualPretraining(Training):
     def plan(self, model: nn.Module, data: Data) -> Plan:
         """All parameters; new optimizer states; windows of the new text shuffled, those of the old in its order."""
         from overhaul.layers.masked import without_masks
-        from overhaul.objective import CrossEntropy
         from overhaul.optim.build import build
         from overhaul.train import Plan
         from overhaul.watch import KeepZeros
@@ -141,7 +141,7 @@ class ContinualPretraining(Training):
         model.requires_grad_(True)
         return Plan(
             model=model,
-            objective=CrossEntropy(),
+            objective=self.objective(model),
             stream=self.stream(data),
             optimizer=build(self, model.parameters(), model=model),
             schedule=self.rate(),
@@ -149,18 +149,34 @@ class ContinualPretraining(Training):
             finish=(lambda model: model) if self.keep_zeros else without_masks,
         )
 
+    def objective(self, model: nn.Module) -> Objective:
+        """The next word, whatever the text.
+
+        Args:
+            model: as it is before the first step.
+        """
+        from overhaul.objective import CrossEntropy
+
+        return CrossEntropy()
+
     def stream(self, data: Data) -> Stream:
-        """Micro-batches of new windows, with old ones among them in their share of the tokens."""
+        """Micro-batches of new windows, with others among them in their shares of the tokens."""
         from overhaul.mixture import Mix, Phase
         from overhaul.stream import Batch
 
         new = data.endless(seq_len=self.seq_len)
-        if self.replay is None:
+        if not (beside := self.beside(data)):
             return Batch(new, batch_size=self.batch_size)
-        old = data.on(self.replay)
-        sources = {data.corpus.name: new, old.corpus.name: old.endless(seq_len=self.seq_len, in_order=True)}
-        shares = {data.corpus.name: self.new_share(), old.corpus.name: self.replayed_share()}
+        shares = {data.corpus.name: self.new_share()} | {name: share for name, (_, share) in beside.items()}
+        sources = {data.corpus.name: new} | {name: windows for name, (windows, _) in beside.items()}
         return Batch(Mix(sources, [Phase(shares)]), batch_size=self.batch_size)
+
+    def beside(self, data: Data) -> dict[str, tuple[Stream, float]]:
+        """Windows that are read among the new ones, by the name of their text, and their shares of the tokens."""
+        if self.replay is None:
+            return {}
+        old = data.on(self.replay)
+        return {old.corpus.name: (old.endless(seq_len=self.seq_len, in_order=True), self.replayed_share())}
 
     def replayed_share(self) -> float:
         """Of all tokens."""

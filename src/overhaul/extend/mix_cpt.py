@@ -1,0 +1,83 @@
+"""Mix-CPT, stage one: knowledge without format, anchored by logit-swap self-distillation (Jiang et al., 2025)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field, model_validator
+
+from overhaul.extend.cpt import ContinualPretraining
+from overhaul.method import NonNegative, Share
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from overhaul.data import Data
+    from overhaul.objective import Objective
+    from overhaul.stream import Stream
+
+
+class MixCPT(ContinualPretraining):
+    """Go on pre-training on documents mixed with instructions as plain text, held to what the model said before.
+
+    The model as it was is the teacher. Where its likeliest word is not the one that follows, the two change places: the
+    new word is learnt with the confidence that the old one had, and the rest of the distribution stays.
+    """
+
+    paper: ClassVar[str] = (
+        "Jiang, Li, Zhao, Song, Zhang, Wen: Mix-CPT: A Domain Adaptation Framework via Decoupling Knowledge Learning "
+        "and Format Alignment, ICLR 2025, arXiv:2407.10804"
+    )
+
+    general: str | None = Field(
+        None, description="Corpus of instructions or preferences, read as plain text: prompts with their answers."
+    )
+    general_share: Share = Field(0.25, description="Of the tokens, those from --general; others are as many fewer.")
+    ce_weight: NonNegative = Field(1.0, description="Weight of the cross-entropy; 0 is self-distillation alone.")
+    kl_weight: NonNegative = Field(0.3, description="Weight of the divergence from the model as it was.")
+    swap: bool = Field(
+        True, description="Exchange its likeliest word with the right one; otherwise plain distillation."
+    )
+
+    @model_validator(mode="after")
+    def _something_is_learnt(self) -> MixCPT:
+        if not self.ce_weight and not self.kl_weight:
+            raise ValueError("with ce_weight 0 and kl_weight 0 there is no loss")
+        if not self.ce_weight and not self.swap:
+            raise ValueError(
+                "a model that is held to what it said before learns nothing; use ce_weight above 0, or swap"
+            )
+        if self.new_share() <= 0:
+            shares = f"general_share {self.general_share:g} and replay_share {self.replayed_share():g}"
+            raise ValueError(f"{shares} leave nothing of the tokens for data")
+        return self
+
+    def texts(self) -> tuple[str, ...]:
+        """The instructions, and the corpus that is replayed."""
+        return (*((self.general,) if self.general is not None else ()), *super().texts())
+
+    def new_share(self) -> float:
+        """Of all tokens, those of --data."""
+        return super().new_share() - (self.general_share if self.general is not None else 0.0)
+
+    def objective(self, model: nn.Module) -> Objective:
+        """Cross-entropy, and the divergence from a frozen copy of the model as it is now."""
+        from overhaul.distillation import Distill
+        from overhaul.objective import CrossEntropy
+
+        if not self.kl_weight:
+            return self.ce_weight * CrossEntropy()
+        held = self.kl_weight * Distill(copy.deepcopy(model).requires_grad_(False).eval(), swap=self.swap)
+        return self.ce_weight * CrossEntropy() + held if self.ce_weight else held
+
+    def beside(self, data: Data) -> dict[str, tuple[Stream, float]]:
+        """Instructions, shuffled, and what is replayed."""
+        from overhaul.corpora import as_plain_text
+
+        if self.general is None:
+            return super().beside(data)
+        told = data.on(self.general)
+        plain = replace(told, corpus=as_plain_text(told.corpus))
+        return {told.corpus.name: (plain.endless(seq_len=self.seq_len), self.general_share)} | super().beside(data)
