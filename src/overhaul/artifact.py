@@ -29,6 +29,7 @@ RECORD = "overhaul.json"
 MASKS = "masks.safetensors"
 IMPORTANCE = "importance.safetensors"
 SYNTHETIC = "synthetic.jsonl"
+CONTINUATION = "continuation.pt"
 STATE = ".state"
 TRACKED = "overhaul"
 """What a tracker that writes files calls its folder, inside `STATE` while it trains."""
@@ -38,7 +39,7 @@ WEIGHTS = (
 )
 """Files with weights, in this and in other programs' formats: they are those of the model before."""
 # Files that this project writes anew for every directory; everything else beside the weights is copied.
-_OWN = {RECORD, MASKS, IMPORTANCE, SYNTHETIC, "recipe.yaml", "README.md", "report.html", "metrics.jsonl",
+_OWN = {RECORD, MASKS, IMPORTANCE, SYNTHETIC, CONTINUATION, "recipe.yaml", "README.md", "report.html", "metrics.jsonl",
         "curves.png", "config.json", "generation_config.json", "source.json", "adapter_config.json"}  # fmt: skip
 
 

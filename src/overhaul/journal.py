@@ -67,6 +67,14 @@ class TensorsNote:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StateNote:
+    """What a run that goes on needs, written to `file` beside the weights as torch does: tensors and plain data."""
+
+    file: str
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowsNote:
     """Records for anyone to read, written to `file` beside the weights as JSON lines."""
 
@@ -83,6 +91,7 @@ class Notes:
     tables: list[TableNote] = field(default_factory=list)
     tensors: list[TensorsNote] = field(default_factory=list)
     rows: list[RowsNote] = field(default_factory=list)
+    states: list[StateNote] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
     @property
@@ -133,6 +142,12 @@ def note_rows(file: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Adds a file of records to the recording in progress; does nothing when there is none."""
     if (notes := _notes.get()) is not None:
         notes.rows.append(RowsNote(file=file, rows=tuple(rows)))
+
+
+def note_state(file: str, state: Mapping[str, Any]) -> None:
+    """Adds what a run that goes on needs to the recording in progress; does nothing when there is none."""
+    if (notes := _notes.get()) is not None:
+        notes.states.append(StateNote(file=file, state=state))
 
 
 def note_tokens(count: int) -> None:

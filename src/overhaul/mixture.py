@@ -47,7 +47,7 @@ class Mix(Stream):
         used = [name for name in sources if any(phase.shares.get(name) for phase in phases)]
         self.names, self.sources, self.phases = tuple(used), tuple(sources[name] for name in used), tuple(phases)
         self.ends = list(itertools.accumulate(phase.tokens for phase in phases if phase.tokens is not None))
-        self.restart(0)
+        self._begin()  # the sources are taken where they are
 
     def __next__(self) -> Any:
         while self.phase < len(self.ends) and sum(self.given) >= self.ends[self.phase]:
@@ -94,8 +94,11 @@ class Mix(Stream):
         return shares if phase.tokens is None else f"{phase.tokens:,} tokens of {shares}"
 
     def restart(self, epoch: int) -> None:
-        self.phase, self.in_phase, self.given = 0, [0] * len(self.names), [0] * len(self.names)
+        self._begin()
         super().restart(epoch)
+
+    def _begin(self) -> None:
+        self.phase, self.in_phase, self.given = 0, [0] * len(self.names), [0] * len(self.names)
 
 
 def _refuse_no_mixture(phase: Phase, sources: Mapping[str, Stream]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors.torch import save_file
 
@@ -67,6 +68,8 @@ def write_directory(
             extra["tables"] = [asdict(table) for table in tables]
         for beside in notes.tensors:
             save_file(dict(beside.tensors), directory / beside.file, metadata=dict(beside.metadata))
+        for left in notes.states:
+            torch.save(dict(left.state), directory / left.file)
         for records in notes.rows:
             lines = (json.dumps(row, ensure_ascii=False) for row in records.rows)
             (directory / records.file).write_text("\n".join(lines) + "\n")

@@ -85,6 +85,13 @@ def test_the_number_of_tokens_does_not_depend_on_the_share():
     assert total(0.0) == total(0.05) == total(0.5) == 50 * 4 * WINDOW
 
 
+def test_sources_are_taken_where_they_are():
+    started = Rows([document(0, length) for length in (3, 4, 5)], name="a", fingerprint="a")
+    next(started)
+
+    assert [len(item.ids) for item in Mix({"a": started}, [Phase({"a": 1})])] == [4, 5]
+
+
 def test_each_source_keeps_its_order():
     items = {name: [document(number, length) for length in range(3, 40)] for number, name in enumerate(("old", "new"))}
     rows = {name: Rows(some, name=name, fingerprint=name) for name, some in items.items()}

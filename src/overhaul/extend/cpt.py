@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from overhaul.errors import UserError
 from overhaul.method import Fraction, PeakRate, Share, Training
 from overhaul.schedules import Piece, Schedule, annealing, chain, infinite, schedule, warmup_stable_decay
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
     from overhaul.data import Data
@@ -55,6 +58,13 @@ class ContinualPretraining(Training):
         None, description=f"Of the tokens, those from --replay; {REPLAYED} where it is given. Others are as many fewer."
     )
     keep_zeros: bool = Field(True, description="Hold the pruned weights of a pruned model at zero.")
+    keep_state: bool = Field(
+        False, description="Write moments and the places in all texts beside the weights, for a run that goes on."
+    )
+    go_on: bool = Field(
+        False, description="Begin with the moments, the rate and the places that the run before has left."
+    )
+    _path: Path | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _replay_has_a_corpus(self) -> ContinualPretraining:
@@ -80,23 +90,41 @@ class ContinualPretraining(Training):
             ) from error
         return self
 
+    def at(self, path: Path) -> Self:
+        """The same for the model in a directory, whose run may be gone on with.
+
+        Raises:
+            UserError: that run has left nothing to go on with.
+        """
+        from overhaul import continuation
+
+        if self.go_on:
+            continuation.check(path)
+        placed = self.model_copy()
+        placed._path = path
+        return placed
+
     def texts(self) -> tuple[str, ...]:
         """The corpus that is replayed."""
         return (self.replay,) if self.replay is not None else ()
 
-    def rate(self) -> Schedule:
-        """The learning rate over the run, as a factor of --lr."""
+    def rate(self, start: float = 0.0) -> Schedule:
+        """The learning rate over the run, as a factor of --lr.
+
+        Args:
+            start: factor that a warm-up begins at.
+        """
         match self.schedule:
             case "rewarm-cosine":
-                return schedule("cosine", self.warmup, self.floor)
+                return schedule("cosine", self.warmup, self.floor, start=start)
             case "rewarm":
-                return schedule("constant", self.warmup)
+                return schedule("constant", self.warmup, start=start)
             case "constant":
                 return schedule("constant", 0.0)
             case "wsd":
-                return warmup_stable_decay(self.warmup, self.decay, self.floor)
+                return warmup_stable_decay(self.warmup, self.decay, self.floor, start=start)
             case "infinite":
-                return infinite(self.warmup, self.cooldown, self.hold, shape=self.cooldown_shape)
+                return infinite(self.warmup, self.cooldown, self.hold, shape=self.cooldown_shape, start=start)
             case "hold":
                 return chain((Piece(1.0, self.hold),), start=self.hold)
             case "anneal":
@@ -106,10 +134,13 @@ class ContinualPretraining(Training):
         """Refuses a replay of the new text itself, and says what is odd about the texts.
 
         Raises:
-            UserError: both texts are the same.
+            UserError: both texts are the same, or a state is to be put into sharded parameters.
         """
         from overhaul.progress import say
+        from overhaul.sharding import is_sharded
 
+        if self.go_on and is_sharded():
+            raise UserError("--go-on needs whole parameters, which FSDP has not", hint="accelerate launch --multi_gpu")
         if data is None:
             return
         if data.tokenizer.chat_template:
@@ -132,21 +163,39 @@ class ContinualPretraining(Training):
             say(f"warning: that is {passes:.1f} times all of {self.replay}, {old.num_training_tokens:,} tokens")
 
     def plan(self, model: nn.Module, data: Data) -> Plan:
-        """All parameters; new optimizer states; windows of the new text shuffled, those of the old in its order."""
+        """All parameters; new moments, or those of the run before; new text shuffled, old in its own order."""
+        from overhaul import continuation
         from overhaul.layers.masked import without_masks
         from overhaul.optim.build import build
+        from overhaul.progress import say
         from overhaul.train import Plan
         from overhaul.watch import KeepZeros
 
         model.requires_grad_(True)
+        objective, optimizer = self.objective(model), build(self, model.parameters(), model=model)
+        sources = self.sources(data)
+        streams = {name: windows for name, (windows, _) in sources.items()}
+        before = continuation.read(self._path) if self.go_on and self._path else None
+        if before:
+            known = continuation.take_up(before, self.optimizer, optimizer, streams)
+            say(
+                f"going on at a rate of {before.rate:.3g}" + "".join(f", in {name} where it was left" for name in known)
+            )
+        rate = self.rate(before.rate / self.lr if before else 0.0)
+
+        def finish(trained: nn.Module) -> nn.Module:
+            if self.keep_state:
+                continuation.leave(self.optimizer, optimizer, rate(1.0) * self.lr, streams, before)
+            return trained if self.keep_zeros else without_masks(trained)
+
         return Plan(
             model=model,
-            objective=self.objective(model),
-            stream=self.stream(data),
-            optimizer=build(self, model.parameters(), model=model),
-            schedule=self.rate(),
+            objective=objective,
+            stream=self.mixed(sources),
+            optimizer=optimizer,
+            schedule=rate,
             watchers=(KeepZeros(),) if self.keep_zeros else (),
-            finish=(lambda model: model) if self.keep_zeros else without_masks,
+            finish=finish,
         )
 
     def objective(self, model: nn.Module) -> Objective:
@@ -159,24 +208,23 @@ class ContinualPretraining(Training):
 
         return CrossEntropy()
 
-    def stream(self, data: Data) -> Stream:
-        """Micro-batches of new windows, with others among them in their shares of the tokens."""
+    def sources(self, data: Data) -> dict[str, tuple[Stream, float]]:
+        """Windows without end and their share of the tokens, by the name of their text; the new text first."""
+        new = {data.corpus.name: (data.endless(seq_len=self.seq_len), self.new_share())}
+        if self.replay is None:
+            return new
+        old = data.on(self.replay)
+        return new | {old.corpus.name: (old.endless(seq_len=self.seq_len, in_order=True), self.replayed_share())}
+
+    def mixed(self, sources: Mapping[str, tuple[Stream, float]]) -> Stream:
+        """Micro-batches of windows from all sources in their shares."""
         from overhaul.mixture import Mix, Phase
         from overhaul.stream import Batch
 
-        new = data.endless(seq_len=self.seq_len)
-        if not (beside := self.beside(data)):
-            return Batch(new, batch_size=self.batch_size)
-        shares = {data.corpus.name: self.new_share()} | {name: share for name, (_, share) in beside.items()}
-        sources = {data.corpus.name: new} | {name: windows for name, (windows, _) in beside.items()}
-        return Batch(Mix(sources, [Phase(shares)]), batch_size=self.batch_size)
-
-    def beside(self, data: Data) -> dict[str, tuple[Stream, float]]:
-        """Windows that are read among the new ones, by the name of their text, and their shares of the tokens."""
-        if self.replay is None:
-            return {}
-        old = data.on(self.replay)
-        return {old.corpus.name: (old.endless(seq_len=self.seq_len, in_order=True), self.replayed_share())}
+        streams = {name: windows for name, (windows, _) in sources.items()}
+        shares = {name: share for name, (_, share) in sources.items()}
+        windows = Mix(streams, [Phase(shares)]) if len(streams) > 1 else next(iter(streams.values()))
+        return Batch(windows, batch_size=self.batch_size)
 
     def replayed_share(self) -> float:
         """Of all tokens."""

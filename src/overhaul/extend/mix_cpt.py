@@ -72,12 +72,13 @@ class MixCPT(ContinualPretraining):
         held = self.kl_weight * Distill(copy.deepcopy(model).requires_grad_(False).eval(), swap=self.swap)
         return self.ce_weight * CrossEntropy() + held if self.ce_weight else held
 
-    def beside(self, data: Data) -> dict[str, tuple[Stream, float]]:
-        """Instructions, shuffled, and what is replayed."""
+    def sources(self, data: Data) -> dict[str, tuple[Stream, float]]:
+        """Documents, instructions as plain text, and what is replayed."""
         from overhaul.corpora import as_plain_text
 
+        found = super().sources(data)
         if self.general is None:
-            return super().beside(data)
+            return found
         told = data.on(self.general)
         plain = replace(told, corpus=as_plain_text(told.corpus))
-        return {told.corpus.name: (plain.endless(seq_len=self.seq_len), self.general_share)} | super().beside(data)
+        return found | {told.corpus.name: (plain.endless(seq_len=self.seq_len), self.general_share)}

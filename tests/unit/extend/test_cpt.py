@@ -69,12 +69,12 @@ def test_without_a_replay_it_is_full_training(tiny: Path, new: Path, tmp_path: P
 
 def test_a_replayed_share_is_exact_and_costs_no_tokens(data: Data, old: Path):
     how: dict[str, Any] = {"seq_len": 32, "batch_size": 4, "steps": 100}
-    settings = ContinualPretraining(replay=str(old), replay_share=0.25, **how)
-    stream = settings.stream(data)
+    settings, plain = ContinualPretraining(replay=str(old), replay_share=0.25, **how), ContinualPretraining(**how)
+    stream = settings.mixed(settings.sources(data))
 
     read = windows(stream, 100)
 
-    assert len(read) == len(windows(ContinualPretraining(**how).stream(data), 100)) == 400
+    assert len(read) == len(windows(plain.mixed(plain.sources(data)), 100)) == 400
     assert given(stream) == {"new.jsonl": 300 * 32, "old.jsonl": 100 * 32}
     own = set(map(tuple, windows(data.training(Full(**how)), 75)))
     assert sum(tuple(window) in own for window in read) == 300
@@ -83,7 +83,7 @@ def test_a_replayed_share_is_exact_and_costs_no_tokens(data: Data, old: Path):
 def test_each_batch_has_old_and_new(data: Data, old: Path):
     how: dict[str, Any] = {"seq_len": 32, "batch_size": 4}
     settings = ContinualPretraining(replay=str(old), replay_share=0.25, **how)
-    stream, before = settings.stream(data), Counter[str]()
+    stream, before = settings.mixed(settings.sources(data)), Counter[str]()
     for _ in range(20):
         next(stream)
         seen = Counter(given(stream))
@@ -99,7 +99,7 @@ def test_old_text_is_read_in_its_order(data: Data, old: Path):
     in_order = [window["input_ids"].tolist() for window in islice(replayed.endless(seq_len=32, in_order=True), 100)]
     wanted = [window["input_ids"].tolist() for window in islice(replayed.packed("train", seq_len=32), 100)]
 
-    read = windows(settings.stream(data), 100)
+    read = windows(settings.mixed(settings.sources(data)), 100)
 
     assert in_order == wanted
     assert [window for window in read if window in wanted] == wanted

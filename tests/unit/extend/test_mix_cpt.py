@@ -104,7 +104,8 @@ def test_rows_as_plain_text(columns: Any, text: str):
 def test_instructions_are_trained_on_as_a_whole_in_their_share(tiny: Path, general: Path):
     data = Data(open_corpus("sample"), AutoTokenizer.from_pretrained(tiny))
     how: dict[str, Any] = {"seq_len": 32, "batch_size": 4}
-    stream = MixCPT(general=str(general), general_share=0.5, **how).stream(data)
+    settings = MixCPT(general=str(general), general_share=0.5, **how)
+    stream = settings.mixed(settings.sources(data))
 
     batches = list(islice(stream, 20))
 
