@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import itertools
 import json
 import re
 import struct
@@ -17,10 +19,11 @@ from platform import python_version
 
 from pydantic import Field
 
-from overhaul import documents
+from overhaul import documents, on_disk
 from overhaul.documents import Row, Rows, read_rows, text_row
 from overhaul.errors import UserError, did_you_mean
 from overhaul.method import Positive, Settings
+from overhaul.on_disk import RowsOnDisk
 from overhaul.split import fingerprint, leaks, num_bytes, split
 
 
@@ -41,7 +44,8 @@ class Corpus:
         licence: what its text may be used under.
         source: the package and version, or the path it was read from.
         bytes: size of the text of all parts, UTF-8.
-        train, calib, heldout: for training, for calibration statistics, for measuring.
+        train, calib, heldout: for training, for calibration statistics, for measuring; the first of a large corpus
+            stays on disk.
         notes: what was dropped, kept or cut, one sentence each.
         fingerprint: content hash of the parts, hex.
     """
@@ -50,7 +54,7 @@ class Corpus:
     licence: str
     source: str
     bytes: int
-    train: tuple[Row, ...]
+    train: tuple[Row, ...] | RowsOnDisk
     calib: tuple[Row, ...]
     heldout: tuple[Row, ...]
     notes: tuple[str, ...]
@@ -58,13 +62,19 @@ class Corpus:
 
     def check_leakage(self) -> list[str]:
         """Documents and long lines of heldout that train or calib hold too: empty, by construction."""
-        return leaks(self.train + self.calib, self.heldout)
+        return leaks(itertools.chain(self.train, self.calib), self.heldout)
 
 
 def as_plain_text(corpus: Corpus) -> Corpus:
     """The corpus with questions and answers, conversations and preferences as plain documents."""
-    parts = [tuple(map(documents.as_plain_text, part)) for part in (corpus.train, corpus.calib, corpus.heldout)]
-    return replace(corpus, train=parts[0], calib=parts[1], heldout=parts[2], fingerprint=fingerprint(parts))
+    calib, heldout = (tuple(map(documents.as_plain_text, part)) for part in (corpus.calib, corpus.heldout))
+    if isinstance(corpus.train, RowsOnDisk):
+        train = replace(corpus.train, change=documents.as_plain_text)
+        known = hashlib.sha256(f"{corpus.fingerprint} as plain text".encode()).hexdigest()[:16]
+    else:
+        train = tuple(map(documents.as_plain_text, corpus.train))
+        known = fingerprint((train, calib, heldout))
+    return replace(corpus, train=train, calib=calib, heldout=heldout, fingerprint=known)
 
 
 NO_CORPUS = Corpus(
@@ -130,7 +140,33 @@ def open_corpus(spec: str | Path | CorpusSpec) -> Corpus:
             hint=did_you_mean(spec.path, _NAMED) or "overhaul data list",
         )
     name = "stdin" if spec.path == "-" else Path(spec.path).resolve().name
+    if spec.path != "-" and spec.limit is None and on_disk.is_large(Path(spec.path)):
+        return _left_on_disk(name, spec)
     return _divided(name, "not stated", spec.path, read_rows(spec.path, spec.field, spec.limit))
+
+
+def _left_on_disk(name: str, spec: CorpusSpec) -> Corpus:
+    found = on_disk.divided(Path(spec.path), spec.field)
+    return Corpus(
+        name=name,
+        licence="not stated",
+        source=spec.path,
+        bytes=found.bytes,
+        train=found.train,
+        calib=found.calib,
+        heldout=found.heldout,
+        notes=(*found.notes.sentences(), *_removed(found.lines_removed, found.rows_removed)),
+        fingerprint=found.fingerprint,
+    )
+
+
+def _removed(lines: int, rows: int) -> tuple[str, ...]:
+    if not lines and not rows:
+        return ()
+    return (
+        f"{lines:,} lines or sentences and {rows:,} whole documents that the held-out text repeats removed from train "
+        "and calib",
+    )
 
 
 def open_several(paths: Sequence[str], *, taken: str = "") -> dict[str, Corpus]:
@@ -152,12 +188,7 @@ def open_several(paths: Sequence[str], *, taken: str = "") -> dict[str, Corpus]:
 
 def _divided(name: str, licence: str, source: str, found: Rows) -> Corpus:
     parts = split(found.rows)
-    notes = list(found.notes.sentences())
-    if parts.lines_removed or parts.rows_removed:
-        notes.append(
-            f"{parts.lines_removed:,} lines or sentences and {parts.rows_removed:,} whole documents "
-            "that the held-out text repeats removed from train and calib"
-        )
+    notes = (*found.notes.sentences(), *_removed(parts.lines_removed, parts.rows_removed))
     three = (parts.train, parts.calib, parts.heldout)
     return Corpus(
         name=name,
@@ -167,7 +198,7 @@ def _divided(name: str, licence: str, source: str, found: Rows) -> Corpus:
         train=parts.train,
         calib=parts.calib,
         heldout=parts.heldout,
-        notes=tuple(notes),
+        notes=notes,
         fingerprint=fingerprint(three),
     )
 

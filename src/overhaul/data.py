@@ -22,6 +22,7 @@ from overhaul.errors import UserError
 from overhaul.fetch import cache_directory
 from overhaul.lineage import LineageStep
 from overhaul.method import Training
+from overhaul.on_disk import RowsOnDisk
 from overhaul.stream import Batch, Encoded, Map, Pack, Repeat, Rows, Shuffle, Stream, Take, padded
 from overhaul.tokens import Documents, Tokens
 
@@ -135,8 +136,9 @@ class Data:
         return tokens.on_disk(self.corpus.train, self.encoded, cache_directory() / "tokens" / key[:32], **how)
 
     def documents(self, *splits: Split) -> Rows:
-        """The documents of some splits as the source of a stream."""
-        items = [row for split in splits for row in getattr(self.corpus, split)]
+        """The documents of some splits as the source of a stream; of a training text on disk its first rows."""
+        parts = [getattr(self.corpus, split) for split in splits]
+        items = [row for part in parts for row in (part.at_hand() if isinstance(part, RowsOnDisk) else part)]
         name = f"{self.corpus.name}/{'+'.join(splits)}"
         return Rows(items, name=name, fingerprint=_hash(self.corpus.fingerprint, name))
 
@@ -185,8 +187,9 @@ class Data:
         Raises:
             UserError: all of them are.
         """
-        lengths = [len(document.ids) for document in self.encoded(self.corpus.train)]
-        kept = [row for row, length in zip(self.corpus.train, lengths, strict=True) if length <= settings.seq_len]
+        train = list(self.corpus.train)
+        lengths = [len(document.ids) for document in self.encoded(train)]
+        kept = [row for row, length in zip(train, lengths, strict=True) if length <= settings.seq_len]
         if not kept:
             raise UserError(
                 f"every row of {self.corpus.name} is longer than --seq-len {settings.seq_len}",
@@ -245,7 +248,7 @@ class Data:
         )
 
     def _too_short(self, splits: tuple[Split, ...], seq_len: int) -> UserError:
-        held = sum(len(document.ids) for split in splits for document in self.encoded(getattr(self.corpus, split)))
+        held = sum(len(document.ids) for document in self.encoded(self.documents(*splits).items))
         return UserError(
             f"corpus {self.corpus.name!r}: its {'+'.join(splits)} text has {held} tokens, a window has {seq_len}",
             allowed=f"--seq-len up to {held}, or more text",

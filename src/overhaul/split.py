@@ -138,20 +138,8 @@ def _cut(text: str, at: int) -> int:
 
 
 def _without_leaks(train: list[Row], calib: list[Row], heldout: list[Row]) -> Split:
-    lines = _long_lines(heldout)
-    ids = {row.id for row in heldout}
-    cleaned: dict[str, tuple[Row, ...]] = {}
-    lines_removed = rows_removed = 0
-    for name, part in (("train", train), ("calib", calib)):
-        kept = []
-        for row in part:
-            clean, removed = _clean(row, lines)
-            if clean is None or clean.id in ids:
-                rows_removed += 1
-            else:
-                lines_removed += removed
-                kept.append(clean)
-        cleaned[name] = tuple(kept)
+    without = WithoutLeaks(heldout)
+    cleaned = {name: tuple(without(part)) for name, part in (("train", train), ("calib", calib))}
     if not cleaned["train"] or not heldout:
         raise UserError(
             "nothing is left to train on once what the held-out text repeats is removed"
@@ -163,9 +151,32 @@ def _without_leaks(train: list[Row], calib: list[Row], heldout: list[Row]) -> Sp
         train=cleaned["train"],
         calib=cleaned["calib"],
         heldout=tuple(heldout),
-        lines_removed=lines_removed,
-        rows_removed=rows_removed,
+        lines_removed=without.lines_removed,
+        rows_removed=without.rows_removed,
     )
+
+
+class WithoutLeaks:
+    """Takes out of rows what a held-out text has too.
+
+    Attributes:
+        lines_removed: lines and sentences, so far.
+        rows_removed: whole rows, so far.
+    """
+
+    def __init__(self, heldout: Sequence[Row]) -> None:
+        self._lines, self._ids = _long_lines(heldout), {row.id for row in heldout}
+        self.lines_removed = self.rows_removed = 0
+
+    def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows, one by one, without what is held out."""
+        for row in rows:
+            clean, removed = _clean(row, self._lines)
+            if clean is None or clean.id in self._ids:
+                self.rows_removed += 1
+            else:
+                self.lines_removed += removed
+                yield clean
 
 
 def _clean(row: Row, forbidden: set[str]) -> tuple[Row | None, int]:

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ class Teaching:
 
     def real(self, corpus: Corpus, wanted: int) -> Synthetic:
         """Rows of the data with their own answers: what a transfer without it is measured against."""
-        rows = [example_of(row, corpus.name) for row in corpus.train[:wanted]]
+        rows = [example_of(row, corpus.name) for row in islice(corpus.train, wanted)]
         made = self.given([row.prompt for row in rows])
         return Synthetic(
             prompts=made.prompts, scores=made.scores, told=made.told, answers=tuple(row.answer for row in rows)
