@@ -12,7 +12,7 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -232,7 +232,16 @@ def sweeps(bench: Bench, runs: dict[str, list[Run]]) -> list[dict[tuple[str, flo
         for place, text in enumerate(("task", "general")):
             values = [one["intruders", scale][place] for one in found]
             _record(f"lambda-{scale:g}-{text}", f"Loss, {text}, intruders times {scale:g}", values, "nats")
+    record_controls(found)
     return found
+
+
+def record_controls(found: Sequence[Mapping[tuple[str, float], tuple[float, float]]]) -> None:
+    """Both losses with other directions halved."""
+    for control in ("others", "random"):
+        for place, text in enumerate(("task", "general")):
+            values = [one[control, LAMBDAS[2]][place] for one in found]
+            _record(f"control-{control}-{text}", f"Loss, {text}, {control} times {LAMBDAS[2]:g}", values, "nats")
 
 
 def test_weaker_intruders_give_back_what_was_forgotten(bench, sweeps):
@@ -276,7 +285,7 @@ def test_one_task_after_the_other_gathers_intruders_and_forgets(bench):
 
 
 def _row(name: str, what: str, values: list[Any], target: Target | None = None, unit: str = "") -> Row:
-    verb = "adapt-repair" if name.startswith(("lambda", "recovered", "task-")) else "measure-spectra"
+    verb = "adapt-repair" if name.startswith(("lambda", "control", "recovered", "task-")) else "measure-spectra"
     return Row(id=f"{verb}/{name}", kind="claim", what=what, values=tuple(map(float, values)), unit=unit,
                target=target, seeds=SEEDS, settings=SETTINGS)  # fmt: skip
 
