@@ -39,6 +39,7 @@ class RandLoRABases(nn.Module):
         self.rank, self.key, self.kind, self.saved = A_Rd.shape[0], key, kind, saved
         self.register_buffer("A_Rd", A_Rd.float().contiguous(), persistent=False)
         self.register_buffer("B_DNR", B_DNR.float().contiguous(), persistent=False)
+        self._cut: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     @classmethod
     def draw(
@@ -62,8 +63,15 @@ class RandLoRABases(nn.Module):
         A_R1d, B_DNR = A_R1d / A_R1d.std(), B_DNR / B_DNR.std()
         return cls(A_R1d[:, 0], B_DNR, key=key, kind=kind, saved=saved)
 
-    def part(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-        """A (R, d) and B (D, M) of a layer; the columns of B are those of its bases, one base after the other.
+    def part(self, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """A (R, d), fp32, and B (D, M) of a layer; the columns of B are those of its bases, one base after the other.
+
+        Layers of one shape get the same B: it is cut out and converted once, which in each pass of each layer would
+        take as long as a product.
+
+        Args:
+            out_features, in_features: of the layer.
+            dtype: of B.
 
         Raises:
             UserError: the layer is larger than those that the bases were drawn for.
@@ -76,7 +84,12 @@ class RandLoRABases(nn.Module):
                 f"shared ones are {self.B_DNR.shape[1]} of {self.B_DNR.shape[0]} x {self.rank}",
                 hint="bases drawn for the largest layers first",
             )
-        return self.A_Rd[:, :small], self.B_DNR[:large, :num_bases].flatten(1)
+        made = self._cut.get((small, large, dtype))
+        if made is None or made.device != self.B_DNR.device:
+            with torch.inference_mode(False):  # it is used in training too
+                made = self.B_DNR[:large, :num_bases].flatten(1).to(dtype)
+            self._cut[small, large, dtype] = made
+        return self.A_Rd[:, :small], made
 
     def checksum(self) -> str:
         """SHA-256 of both banks."""

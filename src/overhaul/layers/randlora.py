@@ -94,7 +94,7 @@ class RandLoRALinear(Adapter):
         return self.packed(x) if self.packed is not None else F.linear(x, self.weight, self.bias)  # pyright: ignore
 
     def _increment(self, x: Tensor, weight_OI: Tensor | None, bias_O: Tensor | None) -> Tensor:
-        A_Rd, B_DM = self.bases.part(self.out_features, self.in_features)
+        A_Rd, B_DM = self.bases.part(self.out_features, self.in_features, product_dtype(x))
         return randlora_linear(
             x, weight_OI, bias_O, self.randlora_lambda, self.randlora_gamma, A_Rd, B_DM, self.scale, self.mask
         )
@@ -216,13 +216,13 @@ class _RandLoRALinear(torch.autograd.Function):
             if grad_TI is not None and weight_OI is not None:
                 grad_TI.addmm_(grad_TO, weight_OI.to(dtype))
             grad_Md = low_TM.t() @ x_TI if scales_inputs else (x_TI @ bank_DM).t() @ grad_TO
-        grad_RNd = grad_Md.to(lambda_RN.dtype).view(*lambda_RN.shape, -1) * A_Rd[:, None, :].to(lambda_RN.dtype)
+        grad_RNd = grad_Md.to(lambda_RN.dtype).view(*lambda_RN.shape, -1).mul_(A_Rd[:, None, :].to(lambda_RN.dtype))
         return (
             grad_TI.view(*grad.shape[:-1], -1).to(ctx.x_dtype) if grad_TI is not None else None,
             None,
             grad_TO.sum(0, dtype=ctx.bias_dtype) if need_bias else None,
-            (grad_RNd * gamma_Nd[None]).sum(2).mul_(ctx.scale) if need_lambda else None,
-            (grad_RNd * lambda_RN[:, :, None]).sum(0).mul_(ctx.scale) if need_gamma else None,
+            torch.einsum("rnd,nd->rn", grad_RNd, gamma_Nd).mul_(ctx.scale) if need_lambda else None,
+            torch.einsum("rnd,rn->nd", grad_RNd, lambda_RN).mul_(ctx.scale) if need_gamma else None,
             *(None,) * 5,
         )
 
