@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def write(
     target = root / f"step-{step:06d}"
     with disk.aside(target) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "model.safetensors")
-        _save(state, partial / "state.pt")
+        save(state, partial / "state.pt")
         hashes = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "asked": asked, "sha256": hashes}, indent=1))
         shutil.rmtree(target, ignore_errors=True)
@@ -73,11 +74,11 @@ def write(
         shutil.rmtree(old.path)
 
 
-def _save(state: dict[str, Any], path: Path) -> None:
+def save(state: Mapping[str, Any], path: Path) -> None:
     """`torch.save` that raises `OSError` when the disk refuses."""
     try:
         with path.open("wb") as file:
-            torch.save(state, file)
+            torch.save(dict(state), file)
     except RuntimeError as error:
         # torch closes its archive after a failed write and reports that this fails too.
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from overhaul import adaptation, machine, pretrained
 from overhaul import artifact as artifacts
 from overhaul.adaptation import Cost, Losses, Trial
+from overhaul.corpora import open_several
 from overhaul.delta import Change
 from overhaul.errors import UserError
 from overhaul.journal import TableNote
@@ -156,9 +157,10 @@ def compare(refs: Sequence[str], options: Options, *, task: str | None = None, s
     lineages: list[tuple[LineageStep, ...]] = []
     reference: dict[str, Tensor] = {}
     kept = adaptation.weights_of(refs[0]) if task is not None else {}
+    watched = tuple(open_several(options.watch).values())
     for ref, label in zip(refs, labels_of(refs), strict=True):
         made = artifacts.load(ref, device=device, dtype=machine.weights_dtype(dtype))
-        judge = Judge.of(options, None, made.processor, dtype)
+        judge = Judge.of(options, None, made.processor, dtype, watched)
         known = judge.timed(judge.of_directory(made), made.model)
         size = artifacts.size_on_disk(made.path)
         facts.append(replace(known, label=label, path=ref, bytes=size, tokenizer=judge.tokenizer))

@@ -13,7 +13,6 @@ from overhaul import artifact as artifacts
 from overhaul import sharding
 from overhaul.errors import UserError
 from overhaul.journal import note_state
-from overhaul.stream import Stream
 
 FILE, VERSION = artifacts.CONTINUATION, 1
 
@@ -23,13 +22,13 @@ class Continuation(NamedTuple):
 
     Attributes:
         optimizer: the name of the update rule.
-        moments: its state, by number of the parameter.
+        state: of the optimizer, as its `state_dict` has it.
         rate: the learning rate at the end.
-        places: states of streams, by the fingerprint of what they are made of.
+        places: states of streams, by what they are known by.
     """
 
     optimizer: str
-    moments: Mapping[int, Mapping[str, Any]]
+    state: Mapping[str, Any]
     rate: float
     places: Mapping[str, Any]
 
@@ -62,57 +61,33 @@ def read(path: Path) -> Continuation:
         raise UserError(f"{path / FILE} cannot be read: {error}", hint="without --go-on") from error
 
 
-def leave(
-    name: str,
-    optimizer: torch.optim.Optimizer,
-    rate: float,
-    streams: Mapping[str, Stream],
-    before: Continuation | None,
-) -> None:
-    """Notes what is to be written beside the weights; all processes must call it.
-
-    Args:
-        name: of the update rule.
-        optimizer: after its last step.
-        rate: at the end.
-        streams: whose places are kept, by name.
-        before: what this run went on from: places in texts that it did not read are handed on.
-    """
-    places = {windows.describe().fingerprint: windows.state_dict() for windows in streams.values()}
-    moments = sharding.whole(optimizer.state_dict()["state"])
-    handed_on = dict(before.places) if before else {}
-    left = Continuation(name, moments, rate, handed_on | places)
-    note_state(FILE, {"version": VERSION, **left._asdict()})
+def leave(left: Continuation) -> None:
+    """Notes what is to be written beside the weights; all processes must call it."""
+    note_state(FILE, {"version": VERSION, **left._replace(state=sharding.whole(left.state))._asdict()})
 
 
-def take_up(
-    left: Continuation, name: str, optimizer: torch.optim.Optimizer, streams: Mapping[str, Stream]
-) -> list[str]:
-    """Puts moments and places where they were; rates and decay are those of the new run.
+def take_up(left: Continuation, name: str, optimizer: torch.optim.Optimizer) -> None:
+    """Puts moments where they were; rate, decay and the like stay those of the new run.
 
     Args:
         left: by the run before.
         name: of the update rule.
         optimizer: which has done nothing yet.
-        streams: by name.
-
-    Returns:
-        The names of the texts that are read on from where the run before stopped.
 
     Raises:
-        UserError: the moments are those of another update rule, or of other parameters.
+        UserError: the moments are those of another update rule, of another subspace, or of other parameters.
     """
     if left.optimizer != name:
         raise UserError(
             f"the run before had the optimizer {left.optimizer}, whose moments {name} cannot go on with",
             hint=f"--optimizer {left.optimizer}, or without --go-on",
         )
-    groups = optimizer.state_dict()["param_groups"]
-    numbers = {number for group in groups for number in group["params"]}
-    if not left.moments.keys() <= numbers:
-        raise UserError("the run before trained other parameters than this one would", hint="without --go-on")
-    optimizer.load_state_dict({"state": dict(left.moments), "param_groups": groups})
-    known = {shown: windows for shown, windows in streams.items() if windows.describe().fingerprint in left.places}
-    for windows in known.values():
-        windows.load_state_dict(left.places[windows.describe().fingerprint])
-    return list(known)
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(dict(left.state))
+    except ValueError as error:  # torch's, where the groups have other sizes
+        raise UserError(
+            f"the run before trained other parameters than this one would: {error}", hint="without --go-on"
+        ) from error
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)

@@ -12,7 +12,7 @@ import sysconfig
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from platform import python_version
@@ -169,21 +169,38 @@ def _removed(lines: int, rows: int) -> tuple[str, ...]:
     )
 
 
-def open_several(paths: Sequence[str], *, taken: str = "") -> dict[str, Corpus]:
-    """Corpora by what they were asked for; where two have one name, the later is called by its whole path.
+def open_several(paths: Iterable[str], *, taken: Iterable[str] = ()) -> dict[str, Corpus]:
+    """Corpora by what they were asked for, each under a name of its own: where two are alike, the later has its path.
 
     Args:
         paths: names or paths.
-        taken: a name that another corpus has.
+        taken: names that others have.
 
     Raises:
-        UserError: as `open_corpus`.
+        UserError: as `open_corpus`; standard input can be read once only, which --data does.
     """
     found: dict[str, Corpus] = {}
-    for path in paths:
-        corpus, names = open_corpus(CorpusSpec(path=path)), {taken, *(other.name for other in found.values())}
-        found[path] = replace(corpus, name=from_anywhere(path)) if corpus.name in names else corpus
+    for path in dict.fromkeys(paths):
+        if path == "-":
+            raise UserError("standard input can be --data alone", allowed="a named corpus, a file, or a directory")
+        corpus = _without_field(path)
+        names = {*taken, *(other.name for other in found.values())}
+        others = (corpus.name, from_anywhere(path), *(f"{corpus.name} ({number})" for number in itertools.count(2)))
+        free = next(name for name in others if name not in names)
+        found[path] = replace(corpus, name=free)
     return found
+
+
+def _without_field(path: str) -> Corpus:
+    """A corpus beside that of --data, to which --field belongs."""
+    try:
+        return open_corpus(CorpusSpec(path=path))
+    except UserError as error:
+        if error.hint.startswith("--field"):
+            raise UserError(
+                error.given, allowed=error.allowed, hint="a column called text: --field is of --data"
+            ) from error
+        raise
 
 
 def _divided(name: str, licence: str, source: str, found: Rows) -> Corpus:

@@ -66,7 +66,7 @@ class Data:
         Raises:
             UserError: there is no such corpus.
         """
-        return replace(self, corpus=self.beside.get(path) or open_several([path], taken=self.corpus.name)[path])
+        return replace(self, corpus=self.beside.get(path) or open_several([path], taken=[self.corpus.name])[path])
 
     def encode(self, row: Row) -> Encoded:
         """One document as tokens, closed by the end-of-sequence token, which is trained on.
@@ -146,8 +146,14 @@ class Data:
         """The documents of some splits, in order, once, as windows."""
         return Pack(Map(self.documents(*splits), self.encode, name="encode"), seq_len=seq_len)
 
-    def windows(self, split: Split, *, seq_len: int, limit: int | None = None) -> Tensor:
+    def windows(self, split: Split, *, seq_len: int, limit: int | None = None, flag: str = "--seq-len") -> Tensor:
         """The split's text cut into non-overlapping windows.
+
+        Args:
+            split: train, calib or heldout.
+            seq_len: tokens per window.
+            limit: windows at most.
+            flag: what to type for a shorter window.
 
         Returns:
             `(N, seq_len)` int64, the first `limit` windows.
@@ -158,7 +164,7 @@ class Data:
         stream: Stream = self.packed(split, seq_len=seq_len)
         found = [window["input_ids"] for window in (stream if limit is None else Take(stream, limit))]
         if not found:
-            raise self._too_short((split,), seq_len)
+            raise self._too_short((split,), seq_len, flag)
         return torch.stack(found)
 
     def training(self, settings: Training) -> Stream:
@@ -202,6 +208,11 @@ class Data:
         encoded = Map(Repeat(Shuffle(rows, seed=self.seed)), self.encode, name="encode")
         return Batch(Map(encoded, lambda row: padded(row, width), name=f"pad({width})"), batch_size=settings.batch_size)
 
+    def place(self, *, seq_len: int, in_order: bool = False) -> str:
+        """What a place in `endless` is known by: the same text, read by the same tokenizer in the same order."""
+        order = "in order" if in_order else f"seed {self.seed}"
+        return _hash(self.corpus.fingerprint, _told(self.tokenizer), str(seq_len), order)
+
     def calibration(self, *, samples: int, seq_len: int, batch_size: int = 1) -> Stream:
         """`samples` windows for statistics, from the calibration and training text, in a seeded order.
 
@@ -230,13 +241,18 @@ class Data:
         return self._train.num_tokens
 
     def unread_share(self) -> float:
-        """Share of the training tokens, of the first shard, that are unknown words or bytes of words spelled out."""
+        """Share of the training tokens, of the first shard, that are unknown words or bytes of words spelled out.
+
+        Bytes of ASCII do not count: line breaks and tabs are such tokens in the vocabularies of Llama 2 and its like.
+        """
         vocabulary = self.tokenizer.get_vocab()
-        odd = [vocabulary[f"<0x{byte:02X}>"] for byte in range(256) if f"<0x{byte:02X}>" in vocabulary]
+        odd = [vocabulary[f"<0x{byte:02X}>"] for byte in range(128, 256) if f"<0x{byte:02X}>" in vocabulary]
         # Where an end-of-text token stands for unknown words, all documents have one.
         if self.tokenizer.unk_token_id not in (None, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id):
             odd.append(self.tokenizer.unk_token_id)
-        return float(np.isin(self._train.shards[0].ids_N, odd).mean()) if odd and self._train.shards else 0.0
+        if not odd or not self._train.shards:
+            return 0.0
+        return float(np.isin(self._train.shards[0].opened().ids_N, odd).mean())
 
     def steps_for(self, settings: Training, *, processes: int = 1) -> Training:
         """Turns `epochs` into `steps`."""
@@ -247,12 +263,12 @@ class Data:
             update={"steps": max(1, math.ceil(settings.epochs * self.num_training_tokens / a_step))}
         )
 
-    def _too_short(self, splits: tuple[Split, ...], seq_len: int) -> UserError:
+    def _too_short(self, splits: tuple[Split, ...], seq_len: int, flag: str = "--seq-len") -> UserError:
         held = sum(len(document.ids) for document in self.encoded(self.documents(*splits).items))
         return UserError(
             f"corpus {self.corpus.name!r}: its {'+'.join(splits)} text has {held} tokens, a window has {seq_len}",
-            allowed=f"--seq-len up to {held}, or more text",
-            hint=f"--seq-len {max(2 ** int(math.log2(max(held, 2))), 2)}",
+            allowed=f"{flag} up to {held}, or more text",
+            hint=f"{flag} {max(2 ** int(math.log2(max(held, 2))), 2)}",
         )
 
 

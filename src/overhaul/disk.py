@@ -8,9 +8,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from overhaul.errors import UserError
@@ -48,6 +49,27 @@ def aside(target: Path) -> Iterator[Path]:
         finally:
             if partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def made_once(target: Path, marker: str, make: Callable[[Path], None]) -> Path:
+    """A directory of a cache that is made by the first process that wants it; others wait, and find it.
+
+    Args:
+        target: the directory.
+        marker: a file in it, without which it is not there yet.
+        make: fills a directory beside it, which is then renamed.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    with refusals(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target.with_name(f".{target.name}.lock"))
+    with lock:
+        if not (target / marker).is_file():
+            with aside(target) as made:
+                make(made)
+    return target
 
 
 @contextlib.contextmanager

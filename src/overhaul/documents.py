@@ -275,9 +275,14 @@ def _wrong_columns(where: str, columns: Mapping[str, Any], field: str | None) ->
     )
 
 
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `datasets`' `save_to_disk` wrote the directory."""
+    return any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json"))
+
+
 def _directory(path: Path) -> Iterator[Record | None]:
     """Records of every file below; None for a file of another kind."""
-    if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+    if is_saved_dataset(path):
         yield from _saved_dataset(path)
         return
     for file in sorted(path.rglob("*")):

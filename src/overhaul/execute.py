@@ -85,7 +85,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
             hint="--data sample, or overhaul data list",
         )
     corpus = open_data(options) if needs_data or options.data else None
-    beside = open_several(method.texts(), taken=corpus.name if corpus else "")
+    beside, watched = _further(method, options, corpus)
     for note in (note for text in (corpus, *beside.values()) if text for note in text.notes):
         say(f"note: {note}")
     parent = artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype))
@@ -107,13 +107,16 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
         else None
     )
     method.check(parent.model, data)
-    artifacts.refuse_full_disk(out, 2 * sum(p.numel() * parent.dtype.itemsize for p in parent.model.parameters()))
+    left = method.left_bytes(parent.model) if isinstance(method, Training) else 0
+    artifacts.refuse_full_disk(
+        out, left + 2 * sum(p.numel() * parent.dtype.itemsize for p in parent.model.parameters())
+    )
     if options.dry_run:
         say_plan(step, parent, data, out, longest=_longest(parent.model), dtype=dtype)
         return None
     # What a pipeline has no use for is not read by the back door either: --evaluate can still name it.
     judged = None if isinstance(method, Pipeline) and not needs_data else corpus
-    judge = Judge.of(options, judged, parent.processor, dtype, tuple(beside.values()))
+    judge = Judge.of(options, judged, parent.processor, dtype, (*beside.values(), *watched))
     before = judge.chain(parent)
     changed, notes, history = _change(step, parent, others, data, dtype, out, judge, command)
     if not is_main_process():
@@ -122,6 +125,15 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     facts = (*before, after)
     facts = write_directory(changed, out, facts=facts, history=history, judge=judge, notes=notes)
     return Outcome(path=out, facts=facts)
+
+
+def _further(method: Method, options: Options, corpus: Corpus | None) -> tuple[dict[str, Corpus], tuple[Corpus, ...]]:
+    """The corpora that a method reads beside that of --data, and those that are only watched."""
+    read = [corpus.name] if corpus else []
+    beside = open_several(method.texts(), taken=read)
+    only = [path for path in options.watch if path not in beside]
+    watched = open_several(only, taken=[one.name for one in beside.values()])
+    return beside, tuple(watched.values())
 
 
 def _change(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from overhaul import artifact as artifacts
 from overhaul import evaluate, machine
 from overhaul.artifact import Artifact
-from overhaul.corpora import Corpus, CorpusSpec, open_corpus, open_several
+from overhaul.corpora import Corpus, CorpusSpec, open_corpus
 from overhaul.data import Data
 from overhaul.journal import LayerNote
 from overhaul.layers import Packed
@@ -57,34 +57,38 @@ class Judge:
         corpus: Corpus | None,
         processor: Any,
         dtype: torch.dtype,
-        beside: Sequence[Corpus] = (),
+        watched: Iterable[Corpus] = (),
     ) -> Judge:
         """The judge that the options ask for: on --evaluate, else on the corpus of --data, else on the sample.
 
         Args:
-            options: they may name further corpora to be watched.
+            options: what is judged on.
             corpus: that of --data.
             processor: the tokenizer.
             dtype: of matrix products.
-            beside: what is watched in any case.
+            watched: further corpora, each under a name of its own.
+
+        Raises:
+            UserError: there is no such corpus, or its held-out part is shorter than one window.
         """
 
         def heldout(corpus: Corpus) -> Tensor:
-            data = Data(corpus, processor)
-            return data.windows("heldout", seq_len=options.evaluate_seq_len, limit=options.evaluate_windows)
+            length, limit = options.evaluate_seq_len, options.evaluate_windows
+            return Data(corpus, processor).windows("heldout", seq_len=length, limit=limit, flag="--evaluate-seq-len")
 
-        opened = [*beside, *open_several(options.watch).values()]
-        watched = {one.name: heldout(one) for one in opened}
+        beside = {one.name: heldout(one) for one in watched}
         if options.evaluate == "none":
-            return cls(None, None, processor, dtype, watched)
+            return cls(None, None, processor, dtype, beside)
         if options.evaluate is not None or corpus is None:
             corpus = open_corpus(CorpusSpec(path=options.evaluate or DEFAULT_CORPUS))
-        return cls(corpus, heldout(corpus), processor, dtype, watched)
+        return cls(corpus, heldout(corpus), processor, dtype, beside)
 
     @property
     def key(self) -> str:
         """Facts measured under one key can be compared."""
-        watched = "".join(f"/{_hash(windows)}" for windows in self.watched.values())
+        watched = "".join(
+            f"/{name}:{_hash(windows)}:{tuple(windows.shape)}:{self.dtype}" for name, windows in self.watched.items()
+        )
         if self.corpus is None or self.windows is None:
             return f"none{watched}"
         return f"{self.corpus.fingerprint[:16]}/{tuple(self.windows.shape)}/{self.dtype}{watched}"

@@ -200,6 +200,10 @@ class Training(Method, ABC):
         """Of the tokens it trains on, those of --data: `epochs` are passes over these."""
         return 1.0
 
+    def left_bytes(self, model: nn.Module) -> int:
+        """What it writes beside the weights, about."""
+        return 0
+
     def in_stages(self) -> bool:
         """Whether there is more than one plan: then each has checkpoints of its own."""
         return False

@@ -21,6 +21,20 @@ class Phase(NamedTuple):
     tokens: int | None = None
 
 
+class Source(NamedTuple):
+    """A text of a mixture.
+
+    Attributes:
+        windows: without end.
+        share: of the tokens.
+        key: what its place is kept under for a run that goes on: it changes where that place would mean another one.
+    """
+
+    windows: Stream
+    share: float
+    key: str
+
+
 class Mix(Stream):
     """Sources of documents or windows in token-exact shares, which may change from phase to phase.
 
@@ -62,6 +76,15 @@ class Mix(Stream):
         for counts in (self.in_phase, self.given):
             counts[turn] += num_tokens(item)
         return item
+
+    @property
+    def balance(self) -> list[int]:
+        """Tokens of each source in this phase: who goes on with them owes each source what it was owed."""
+        return list(self.in_phase)
+
+    @balance.setter
+    def balance(self, tokens: Sequence[int]) -> None:
+        self.in_phase = list(tokens)
 
     def _shares(self, phase: int) -> list[float]:
         shares = [self.phases[phase].shares.get(name, 0.0) for name in self.names]
@@ -108,8 +131,3 @@ def _refuse_no_mixture(phase: Phase, sources: Mapping[str, Stream]) -> None:
         raise ValueError(f"shares are 0 or more, and not all 0; got {dict(phase.shares)}")
     if phase.tokens is not None and phase.tokens <= 0:
         raise ValueError(f"a phase has 1 token or more, not {phase.tokens}")
-
-
-def replay(new: Stream, old: Stream, *, share: float) -> Stream:
-    """New data with a share of old data among it; a share of 0 is the plain stream of new data."""
-    return Mix({"new": new, "old": old}, [Phase({"new": 1 - share, "old": share})]) if share > 0 else new

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from overhaul import disk
-from overhaul.documents import TABLE_SUFFIXES, TEXT_SUFFIXES, Message, Notes, Reading, Row
+from overhaul.documents import TABLE_SUFFIXES, TEXT_SUFFIXES, Message, Notes, Reading, Row, is_saved_dataset
 from overhaul.errors import UserError
 from overhaul.fetch import cache_directory
 from overhaul.progress import say
@@ -22,22 +22,28 @@ LARGE_BYTES = 256_000_000
 """Of text, about, from which on a corpus stays on disk."""
 UNPACKED = {".zst": 4, ".parquet": 3}
 """How much larger the text is than a packed file, about."""
+LONGEST_BYTES = 64_000_000
+"""Of a file of plain text: it is read at once, and where one is longer the corpus is held in memory."""
 HELDOUT_BYTES, CALIB_BYTES = 4_000_000, 2_000_000
 """Of a large corpus: more would say nothing new, and has to be in memory."""
 AT_HAND = 10_000
 """Rows of the training text that are read where something has to be in memory, as for statistics."""
-VERSION = 1
+KNOWN, VERSION = "corpus.json", 1
 
 
 def is_large(path: Path) -> bool:
-    """Whether the text of a file or a directory is better left on disk."""
-    return sum(size * UNPACKED.get(Path(name).suffix, 1) for name, size, _ in _files(path)) > LARGE_BYTES
+    """Whether the text of a file or a directory is better left on disk, and can be: a single long text cannot."""
+    files = _files(path)
+    if any(size > LONGEST_BYTES for name, size, _ in files if name.lower().endswith(TEXT_SUFFIXES)):
+        return False
+    return sum(size * UNPACKED.get(Path(name).suffix, 1) for name, size, _ in files) > LARGE_BYTES
 
 
 def _files(path: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of each file that would be read."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    kept = [file for file in files if file.is_file() and file.name.lower().endswith(TEXT_SUFFIXES + TABLE_SUFFIXES)]
+    read = TEXT_SUFFIXES + TABLE_SUFFIXES + ((".arrow",) if is_saved_dataset(path) else ())
+    kept = [file for file in files if file.is_file() and file.name.lower().endswith(read)]
     return [(str(file.resolve()), (told := file.stat()).st_size, told.st_mtime_ns) for file in kept]
 
 
@@ -99,12 +105,13 @@ def divided(path: Path, field: str | None) -> Divided:
         UserError: it cannot be read, or no row is small enough to be held out.
     """
     key = hashlib.sha256(json.dumps([VERSION, field, HELDOUT_BYTES, CALIB_BYTES, _files(path)]).encode()).hexdigest()
-    kept = cache_directory() / "corpora" / key[:32]
-    if not (kept / "corpus.json").is_file():
+
+    def make(directory: Path) -> None:
         say(f"{path} is large: it is read through once, and stays on disk")
-        with disk.aside(kept) as made:
-            (made / "corpus.json").write_text(json.dumps(_look(path, field)))
-    told = json.loads((kept / "corpus.json").read_text())
+        (directory / KNOWN).write_text(json.dumps(_look(path, field)))
+
+    kept = disk.made_once(cache_directory() / "corpora" / key[:32], KNOWN, make)
+    told = json.loads((kept / KNOWN).read_text())
     heldout, calib = (tuple(_row(row) for row in told[name]) for name in ("heldout", "calib"))
     return Divided(
         train=RowsOnDisk(path, field, heldout, frozenset(told["chosen"]), told["count"]),
@@ -150,7 +157,7 @@ def _look(path: Path, field: str | None) -> dict[str, Any]:
     if not heldout:
         raise UserError(
             f"no document of {path} is small enough to be held out: all have more than {HELDOUT_BYTES / 1e6:.0f} MB",
-            allowed="text in smaller documents",
+            allowed="text in smaller documents, one a row",
         )
     chosen, without = {row.id for row in (*heldout, *calib)}, WithoutLeaks(heldout)
     calib = list(without(calib))

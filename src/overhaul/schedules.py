@@ -106,7 +106,9 @@ def warmup_stable_decay(
     Raises:
         ValueError: warm-up and decay are longer than the run.
     """
-    stable = Piece(1 - decay, 1.0)
+    # 1 - 0.9 is a little below 0.1.
+    ends = max(1 - decay, warmup) if math.isclose(1 - decay, warmup) else 1 - decay
+    stable = Piece(ends, 1.0)
     return chain((Piece(warmup, 1.0), stable, Piece(1.0, floor, shape)), start=start if warmup else 1.0)
 
 

@@ -65,6 +65,46 @@ class Shard:
         """Of all documents."""
         return len(self.ids_N)
 
+    def opened(self) -> Shard:
+        """Itself."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class ShardOnDisk:
+    """A shard whose files are open only while somebody has what `opened` returned.
+
+    Attributes:
+        stem: the files without their endings.
+        count: of documents.
+        num_tokens: of all documents.
+    """
+
+    stem: Path
+    count: int
+    num_tokens: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def opened(self) -> Shard:
+        """The shard with its arrays mapped from the files.
+
+        Raises:
+            ValueError: they are not as long as they were.
+        """
+        ids, ends, trained = (
+            self.stem.with_name(f"{self.stem.name}.{part}.npy") for part in ("ids", "ends", "trained")
+        )
+        shard = Shard(_map(ids), _map(ends), _map(trained) if trained.is_file() else None)
+        if (len(shard), shard.num_tokens) != (self.count, self.num_tokens):
+            raise ValueError(f"{self.stem.name} has another length than the manifest says")
+        return shard
+
+
+def _map(file: Path) -> np.ndarray:
+    return np.load(file, mmap_mode="r")
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -78,7 +118,7 @@ class Tokens:
 
     name: str
     fingerprint: str
-    shards: tuple[Shard, ...]
+    shards: tuple[Shard | ShardOnDisk, ...]
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))
@@ -106,13 +146,7 @@ def on_disk(rows: Iterable[Row], encode: Encode, directory: Path, *, name: str, 
     Raises:
         UserError: the disk is full or refuses, or what is there is damaged.
     """
-    if not (directory / MANIFEST).is_file():
-        try:
-            with disk.aside(directory) as made:
-                _write(rows, encode, made, fingerprint)
-        except UserError:
-            if not (directory / MANIFEST).is_file():  # else another process was faster
-                raise
+    disk.made_once(directory, MANIFEST, lambda made: _write(rows, encode, made, fingerprint))
     return _opened(directory, name, fingerprint)
 
 
@@ -134,21 +168,14 @@ def _opened(directory: Path, name: str, fingerprint: str) -> Tokens:
         manifest = json.loads((directory / MANIFEST).read_text())
         if (manifest["version"], manifest["fingerprint"]) != (VERSION, fingerprint):
             raise ValueError("it is of another text, tokenizer or version")
-        return Tokens(name, fingerprint, tuple(_mapped(directory, told) for told in manifest["shards"]))
-    except (ValueError, KeyError, OSError, EOFError) as error:
+        shards = tuple(
+            ShardOnDisk(directory / told["stem"], told["documents"], told["tokens"]) for told in manifest["shards"]
+        )
+        for shard in shards:
+            shard.opened()  # one after the other: all of them would be more files than a process may have open
+        return Tokens(name, fingerprint, shards)
+    except (ValueError, KeyError, FileNotFoundError, EOFError) as error:
         raise UserError(f"the tokens in {directory} cannot be used: {error}", hint=f"rm -r {directory}") from error
-
-
-def _mapped(directory: Path, told: Mapping[str, Any]) -> Shard:
-    ids, ends, trained = (directory / f"{told['stem']}.{part}.npy" for part in ("ids", "ends", "trained"))
-    shard = Shard(_map(ids), _map(ends), _map(trained) if trained.is_file() else None)
-    if (len(shard), shard.num_tokens) != (told["documents"], told["tokens"]):
-        raise ValueError(f"{told['stem']} has another length than the manifest says")
-    return shard
-
-
-def _map(file: Path) -> np.ndarray:
-    return np.load(file, mmap_mode="r")
 
 
 def _shards(rows: Iterable[Row], encode: Encode) -> Iterator[Shard]:
@@ -207,7 +234,7 @@ class Documents(Stream):
     def _enter(self, place: int) -> None:
         self.place, self.cursor = place, 0
         number = int(self._among[place])
-        self._shard = self.held.shards[number]
+        self._shard = self.held.shards[number].opened()
         self._within = self._order(len(self._shard), number)
 
     def _order(self, count: int, *shard: int) -> np.ndarray:

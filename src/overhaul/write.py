@@ -8,12 +8,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors.torch import save_file
 
 from overhaul import artifact as artifacts
-from overhaul import catalog, packed, pretrained, recipe
+from overhaul import catalog, checkpoint, packed, pretrained, recipe
 from overhaul.artifact import Artifact
 from overhaul.journal import Notes, TableNote
 from overhaul.judge import Judge
@@ -69,7 +68,7 @@ def write_directory(
         for beside in notes.tensors:
             save_file(dict(beside.tensors), directory / beside.file, metadata=dict(beside.metadata))
         for left in notes.states:
-            torch.save(dict(left.state), directory / left.file)
+            checkpoint.save(left.state, directory / left.file)
         for records in notes.rows:
             lines = (json.dumps(row, ensure_ascii=False) for row in records.rows)
             (directory / records.file).write_text("\n".join(lines) + "\n")
@@ -158,7 +157,8 @@ def card(made: Artifact, report: Report, out: Path, *, adapter: bool) -> str:
     """The model card of the result."""
     base = made.lineage[0].parents[0].path
     named = pretrained.NAMED.get(base)
-    used = {step.data.name: step.data for step in made.lineage if step.data}
+    read = (data for step in made.lineage for data in (step.data, *step.beside) if data)
+    used = {data.name: data for data in read}
     methods = dict.fromkeys(catalog.find(step.verb, step.method).load() for step in made.lineage)
     relation: Relation = "adapter" if adapter else "quantized" if packed.is_quantized(made.model) else "finetune"
     return model_card(

@@ -11,6 +11,7 @@ import torch
 
 from overhaul import artifact
 from overhaul.artifact import Artifact
+from overhaul.corpora import open_several
 from overhaul.judge import Judge, read_facts
 from overhaul.options import Options
 from overhaul.report.facts import Facts
@@ -66,8 +67,9 @@ def test_models_of_other_tokenizers_have_another_hash(judge: Judge, made: Artifa
 
 @pytest.fixture(scope="module")
 def watchful(made: Artifact) -> Judge:
-    options = Options(evaluate_windows=3, evaluate_seq_len=32, evaluate="sample", watch=("sample", "stdlib"))
-    return Judge.of(options, None, made.processor, torch.float32)
+    options = Options(evaluate_windows=3, evaluate_seq_len=32, evaluate="sample")
+    watched = open_several(("sample", "stdlib")).values()
+    return Judge.of(options, None, made.processor, torch.float32, watched)
 
 
 def test_what_is_watched_is_a_metric_with_an_interval(watchful: Judge, made: Artifact):
@@ -94,3 +96,8 @@ def test_facts_without_what_is_watched_are_of_another_key(watchful: Judge):
 
     assert watchful.key.startswith(f"{blind.key}/")
     assert replace(watchful, corpus=None).key != replace(blind, corpus=None).key == "none"
+    renamed = {f"other {name}": windows for name, windows in watchful.watched.items()}
+    shaped = {name: windows.reshape(-1, 16) for name, windows in watchful.watched.items()}
+    others = (replace(watchful, corpus=None, **change) for change in (
+        {"dtype": torch.bfloat16}, {"watched": renamed}, {"watched": shaped}))  # fmt: skip
+    assert len({replace(watchful, corpus=None).key, *(other.key for other in others)}) == 4

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overhaul.mixture import Mix, Phase, replay
+from overhaul.mixture import Mix, Phase
 from overhaul.stream import Batch, Encoded, Pack, Repeat, Rows, Stream, Take
 
 WINDOW = 64
@@ -59,11 +59,29 @@ def test_a_share_is_never_off_by_more_than_the_longest_item_per_source(shares: l
 
 
 def test_a_share_of_zero_is_the_plain_stream():
-    new = source(0, 5, 6)
     alone = Mix({"a": source(1, 3, 4), "b": source(2, 9)}, [Phase({"a": 1, "b": 0})])
 
-    assert replay(new, source(1, 7), share=0) is new
     assert [len(item.ids) for item in alone] == [3, 4]
+    assert tokens_of(alone) == {"a": 7}
+
+
+def test_who_goes_on_with_the_balance_of_another_owes_what_that_owed():
+    """Many short runs have the shares of a long one; without it each would begin with what is rare."""
+
+    def run(count: int, balance: list[int]) -> tuple[list[int], list[int]]:
+        mix = Mix({"new": windows(0), "old": windows(1)}, [Phase({"new": 0.95, "old": 0.05})])
+        mix.balance = balance or mix.balance
+        return [origin(next(mix)) for _ in range(count)], mix.balance
+
+    whole, _ = run(100, [])
+    parts, balance = [], []
+    for _ in range(10):
+        part, balance = run(10, balance)
+        parts += part
+
+    assert parts == whole
+    assert whole.count(1) == 5
+    assert sum(run(10, [])[0].count(1) for _ in range(10)) == 10
 
 
 def test_in_a_million_tokens_shares_of_windows_are_exact():
@@ -79,7 +97,8 @@ def test_in_a_million_tokens_shares_of_windows_are_exact():
 
 def test_the_number_of_tokens_does_not_depend_on_the_share():
     def total(share: float) -> int:
-        stream = Take(Batch(replay(windows(0), windows(1), share=share), batch_size=4), 50)
+        mix = Mix({"new": windows(0), "old": windows(1)}, [Phase({"new": 1 - share, "old": share})])
+        stream = Take(Batch(mix, batch_size=4), 50)
         return sum(batch["input_ids"].numel() for batch in stream)
 
     assert total(0.0) == total(0.05) == total(0.5) == 50 * 4 * WINDOW

@@ -129,6 +129,24 @@ def test_conversations_survive_the_cache(tmp_path: Path):
     assert all(read[row.id] == row for row in (*corpus.heldout, *corpus.calib))
 
 
+def test_a_single_long_text_is_held_in_memory_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(on_disk, "LONGEST_BYTES", 15_000)
+    (tmp_path / "book.txt").write_text("\n".join(f"Sentence {number} of one long text." for number in range(2000)))
+
+    corpus = open_corpus(tmp_path / "book.txt")
+
+    assert isinstance(corpus.train, tuple)
+    assert len(corpus.heldout) == 1
+
+
+def test_a_saved_dataset_is_measured_too(tmp_path: Path):
+    from datasets import Dataset
+
+    Dataset.from_list(rows(300)).save_to_disk(str(tmp_path / "saved"))
+
+    assert isinstance(open_corpus(tmp_path / "saved").train, RowsOnDisk)
+
+
 def test_documents_that_are_all_too_long(tmp_path: Path):
     some = [{"text": f"{number} " * 4000} for number in range(5)]
 

@@ -153,6 +153,10 @@ def test_no_schedule_jumps_or_rises_after_its_warm_up(name: str):
     assert all(0 <= factor <= 1 for factor in factors)
 
 
+def test_parts_that_fill_the_run():
+    assert [warmup_stable_decay(0.1, 0.9, 0.0)(share) for share in (0.1, 0.55, 1.0)] == pytest.approx([1, 0.5, 0])
+
+
 @pytest.mark.parametrize("make", [lambda: warmup_stable_decay(0.6, 0.5, 0.1), lambda: infinite(0.5, 0.6, 0.5)])
 def test_parts_that_are_longer_than_the_run(make: Callable[[], Schedule]):
     with pytest.raises(ValueError, match="a piece of the schedule ends at"):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overhaul.mixture import Mix, Phase, replay
+from overhaul.mixture import Mix, Phase
 from overhaul.stream import IGNORED, Batch, Encoded, Map, Pack, Repeat, Rows, Shuffle, Stream, Take
 
 
@@ -43,7 +43,6 @@ COMPOSITIONS: dict[str, Callable[[], Stream]] = {
         {"a": Repeat(rows()), "b": Repeat(rows(5, first=100)), "c": Repeat(rows(3, first=200))},
         [Phase({"a": 0.7, "b": 0.3}, 40), Phase({"b": 1}, 30), Phase({"a": 1, "c": 2}, 50)],
     ),
-    "replay": lambda: replay(Repeat(rows()), Repeat(rows(5, first=100)), share=0.2),
     "training": lambda: Batch(Pack(Repeat(Shuffle(rows(), seed=1)), seq_len=4), batch_size=2),
     "all of it": lambda: Batch(
         Pack(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import tracemalloc
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from overhaul import tokens
@@ -92,7 +94,7 @@ def test_files_are_made_once_and_tell_their_tokens(tmp_path: Path):
 def test_ids_take_two_bytes_where_they_can(largest: int, dtype: type):
     made = tokens.in_memory([text_row(f"5 {largest}")], numbers, **NAMES)
 
-    assert made.shards[0].ids_N.dtype == dtype
+    assert made.shards[0].opened().ids_N.dtype == dtype
     assert next(Documents(made)).ids.tolist() == [5, largest]
 
 
@@ -141,6 +143,29 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.
     few, many = peak(1000), peak(4000)
 
     assert many < 1.1 * few
+
+
+def test_no_more_than_one_shard_is_open(tmp_path: Path):
+    """A process may have a thousand files open, and a large corpus has more shards."""
+    made = tokens.on_disk(rows(100), numbers, tmp_path / "tokens", **NAMES)
+    stream, process = Documents(made, seed=0), psutil.Process()
+    before = len(process.memory_maps(grouped=False))
+
+    most = max(len(process.memory_maps(grouped=False)) - before for _ in stream)
+
+    assert len(made.shards) > 5
+    assert most <= 6
+
+
+def test_what_another_process_makes_is_waited_for_and_found(tmp_path: Path):
+    def make() -> Tokens:
+        return tokens.on_disk(rows(100), numbers, tmp_path / "tokens", **NAMES)
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: make(), range(4)))
+
+    assert [len(one) for one in made] == [100] * 4
+    assert [file.name for file in tmp_path.iterdir() if "partial" in file.name] == []
 
 
 def test_no_row_at_all_is_no_shard():

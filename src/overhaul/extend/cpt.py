@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from overhaul.errors import UserError
 from overhaul.method import Fraction, PeakRate, Share, Training
+from overhaul.progress import say
 from overhaul.schedules import Piece, Schedule, annealing, chain, infinite, schedule, warmup_stable_decay
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
     from torch import nn
 
+    from overhaul.continuation import Continuation
     from overhaul.data import Data
+    from overhaul.mixture import Source
     from overhaul.objective import Objective
     from overhaul.stream import Stream
     from overhaul.train import Plan
@@ -62,7 +67,9 @@ class ContinualPretraining(Training):
         False, description="Write moments and the places in all texts beside the weights, for a run that goes on."
     )
     go_on: bool = Field(
-        False, description="Begin with the moments, the rate and the places that the run before has left."
+        False,
+        description="Begin with the moments and places that the run before has left; a warm-up, hold and anneal begin "
+        "with its rate.",
     )
     _path: Path | None = PrivateAttr(None)
 
@@ -105,15 +112,19 @@ class ContinualPretraining(Training):
         return placed
 
     def texts(self) -> tuple[str, ...]:
-        """The corpus that is replayed."""
-        return (self.replay,) if self.replay is not None else ()
+        """The corpora that are mixed with that of --data."""
+        return tuple(self.shares())
 
-    def rate(self, start: float = 0.0) -> Schedule:
+    def rate(self, left: float | None = None) -> Schedule:
         """The learning rate over the run, as a factor of --lr.
 
         Args:
-            start: factor that a warm-up begins at.
+            left: the factor that the run before has left: a warm-up begins there, hold and anneal go on there.
+
+        Raises:
+            ValueError: parts that are longer than the run.
         """
+        start, kept = left or 0.0, self.hold if left is None else left
         match self.schedule:
             case "rewarm-cosine":
                 return schedule("cosine", self.warmup, self.floor, start=start)
@@ -126,17 +137,20 @@ class ContinualPretraining(Training):
             case "infinite":
                 return infinite(self.warmup, self.cooldown, self.hold, shape=self.cooldown_shape, start=start)
             case "hold":
-                return chain((Piece(1.0, self.hold),), start=self.hold)
+                return chain((Piece(1.0, kept),), start=kept)
             case "anneal":
-                return annealing(self.floor, start=self.hold)
+                return annealing(self.floor, start=kept)
+
+    def left_bytes(self, model: nn.Module) -> int:
+        """Two moments of 32 bits for each parameter, at most."""
+        return 8 * sum(parameter.numel() for parameter in model.parameters()) if self.keep_state else 0
 
     def check(self, model: nn.Module, data: Data | None) -> None:
-        """Refuses a replay of the new text itself, and says what is odd about the texts.
+        """Refuses to mix the new text with itself, and says what is odd about the texts.
 
         Raises:
-            UserError: both texts are the same, or a state is to be put into sharded parameters.
+            UserError: two texts are the same, or a state is to be put into sharded parameters.
         """
-        from overhaul.progress import say
         from overhaul.sharding import is_sharded
 
         if self.go_on and is_sharded():
@@ -147,56 +161,104 @@ class ContinualPretraining(Training):
             say("note: the model has a chat template; what it forgets of conversations is not seen in these losses")
         if (share := data.unread_share()) > UNREAD:
             say(f"warning: {share:.1%} of the tokens of {data.corpus.name} are unknown, or bytes of words spelled out")
-        if self.replay is None:
-            return
-        old = data.on(self.replay)
-        if old.corpus.fingerprint == data.corpus.fingerprint:
-            raise UserError(
-                f"--replay {self.replay} is the new text itself",
-                allowed="text like that which the model was trained on before",
-            )
-        total = data.steps_for(self).steps * self.batch_size * self.accumulate * self.seq_len
-        wanted = round(self.replayed_share() * total)
-        say(f"note: {wanted:,} of {total:,} tokens are replayed from {self.replay}, and as many fewer are new")
-        if wanted > MANY_PASSES * old.num_training_tokens:
-            passes = wanted / old.num_training_tokens
-            say(f"warning: that is {passes:.1f} times all of {self.replay}, {old.num_training_tokens:,} tokens")
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        steps = data.steps_for(self, processes=processes).steps
+        total = steps * self.batch_size * self.accumulate * self.seq_len * processes
+        for path, share in self.shares().items():
+            told = data.on(path)
+            if told.corpus.fingerprint == data.corpus.fingerprint:
+                raise UserError(
+                    f"{path} is the new text itself",
+                    allowed="with --replay, text like that which the model was trained on before",
+                )
+            wanted = round(share * total)
+            say(f"note: {wanted:,} of {total:,} tokens are from {path}, and as many fewer are new")
+            if wanted > MANY_PASSES * told.num_training_tokens:
+                passes = wanted / told.num_training_tokens
+                say(f"warning: that is {passes:.1f} times all of {path}, {told.num_training_tokens:,} tokens")
 
     def plan(self, model: nn.Module, data: Data) -> Plan:
-        """All parameters; new moments, or those of the run before; new text shuffled, old in its own order."""
-        from overhaul import continuation
+        """All parameters; new moments, or those of the run before; new text shuffled, old in its own order.
+
+        Raises:
+            UserError: what the run before has left does not fit this one.
+        """
         from overhaul.layers.masked import without_masks
         from overhaul.optim.build import build
-        from overhaul.progress import say
+        from overhaul.stream import Batch
         from overhaul.train import Plan
         from overhaul.watch import KeepZeros
 
         model.requires_grad_(True)
         objective, optimizer = self.objective(model), build(self, model.parameters(), model=model)
         sources = self.sources(data)
-        streams = {name: windows for name, (windows, _) in sources.items()}
-        before = continuation.read(self._path) if self.go_on and self._path else None
+        windows = mixed(sources)
+        before = self._before(optimizer, sources, windows)
+        rate = self.rate(before.rate / self.lr if before else None)
         if before:
-            known = continuation.take_up(before, self.optimizer, optimizer, streams)
-            say(
-                f"going on at a rate of {before.rate:.3g}" + "".join(f", in {name} where it was left" for name in known)
-            )
-        rate = self.rate(before.rate / self.lr if before else 0.0)
+            first = rate(0.5 / data.steps_for(self).steps) * self.lr
+            say(f"going on from a rate of {before.rate:.3g}; the first step has {first:.3g}")
 
         def finish(trained: nn.Module) -> nn.Module:
             if self.keep_state:
-                continuation.leave(self.optimizer, optimizer, rate(1.0) * self.lr, streams, before)
+                self._leave(optimizer, rate(1.0) * self.lr, sources, windows, before)
             return trained if self.keep_zeros else without_masks(trained)
 
         return Plan(
             model=model,
             objective=objective,
-            stream=self.mixed(sources),
+            stream=Batch(windows, batch_size=self.batch_size),
             optimizer=optimizer,
             schedule=rate,
             watchers=(KeepZeros(),) if self.keep_zeros else (),
             finish=finish,
         )
+
+    def _before(
+        self, optimizer: torch.optim.Optimizer, sources: Mapping[str, Source], windows: Stream
+    ) -> Continuation | None:
+        """What the run before has left, with moments and places put where they were; None where it is not asked for."""
+        from overhaul import continuation
+        from overhaul.mixture import Mix
+
+        if not self.go_on:
+            return None
+        if self._path is None:
+            raise UserError("go_on needs the directory of the run before", hint="method.at(directory)")
+        left = continuation.read(self._path)
+        if self.schedule == "anneal" and left.rate < self.floor * self.lr:
+            raise UserError(
+                f"the run before ended at a rate of {left.rate:.3g}, below that which anneal would end at",
+                hint=f"--floor {left.rate / self.lr / 10:.2g}",
+            )
+        continuation.take_up(left, self.optimizer, optimizer)
+        for name, source in sources.items():
+            if source.key in left.places:
+                source.windows.load_state_dict(left.places[source.key])
+                say(f"{name} is read on from where it was left")
+            else:
+                say(f"{name} is read from its beginning: the run before had another text, --seq-len or --seed")
+        if isinstance(windows, Mix) and _key(sources) in left.places:
+            windows.balance = left.places[_key(sources)]
+        return left
+
+    def _leave(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rate: float,
+        sources: Mapping[str, Source],
+        windows: Stream,
+        before: Continuation | None,
+    ) -> None:
+        """Notes what is to be written for a run that goes on; places that this one did not read are handed on."""
+        from overhaul import continuation
+        from overhaul.mixture import Mix
+
+        places = dict(before.places) if before else {}
+        places |= {source.key: source.windows.state_dict() for source in sources.values()}
+        if isinstance(windows, Mix):
+            places[_key(sources)] = windows.balance
+        continuation.leave(continuation.Continuation(self.optimizer, optimizer.state_dict(), rate, places))
 
     def objective(self, model: nn.Module) -> Objective:
         """The next word, whatever the text.
@@ -208,30 +270,39 @@ class ContinualPretraining(Training):
 
         return CrossEntropy()
 
-    def sources(self, data: Data) -> dict[str, tuple[Stream, float]]:
-        """Windows without end and their share of the tokens, by the name of their text; the new text first."""
-        new = {data.corpus.name: (data.endless(seq_len=self.seq_len), self.new_share())}
+    def sources(self, data: Data) -> dict[str, Source]:
+        """What is read, by the name of the text; the new text first."""
+        from overhaul.mixture import Source
+
+        how: dict[str, Any] = {"seq_len": self.seq_len}
+        found = {data.corpus.name: Source(data.endless(**how), self.new_share(), data.place(**how))}
+        if self.replay is not None:
+            old, share = data.on(self.replay), self.shares()[self.replay]
+            how["in_order"] = True
+            found[old.corpus.name] = Source(old.endless(**how), share, old.place(**how))
+        return found
+
+    def shares(self) -> dict[str, float]:
+        """Of all tokens, those of each text beside --data, as the user named them."""
         if self.replay is None:
-            return new
-        old = data.on(self.replay)
-        return new | {old.corpus.name: (old.endless(seq_len=self.seq_len, in_order=True), self.replayed_share())}
-
-    def mixed(self, sources: Mapping[str, tuple[Stream, float]]) -> Stream:
-        """Micro-batches of windows from all sources in their shares."""
-        from overhaul.mixture import Mix, Phase
-        from overhaul.stream import Batch
-
-        streams = {name: windows for name, (windows, _) in sources.items()}
-        shares = {name: share for name, (_, share) in sources.items()}
-        windows = Mix(streams, [Phase(shares)]) if len(streams) > 1 else next(iter(streams.values()))
-        return Batch(windows, batch_size=self.batch_size)
-
-    def replayed_share(self) -> float:
-        """Of all tokens."""
-        if self.replay is None:
-            return 0.0
-        return REPLAYED if self.replay_share is None else self.replay_share
+            return {}
+        return {self.replay: REPLAYED if self.replay_share is None else self.replay_share}
 
     def new_share(self) -> float:
         """Of all tokens, those of --data."""
-        return 1 - self.replayed_share()
+        return 1 - sum(self.shares().values())
+
+
+def mixed(sources: Mapping[str, Source]) -> Stream:
+    """Windows of all sources in their shares; of one alone as they are."""
+    from overhaul.mixture import Mix, Phase
+
+    if len(sources) == 1:
+        return next(iter(sources.values())).windows
+    shares = {name: source.share for name, source in sources.items()}
+    return Mix({name: source.windows for name, source in sources.items()}, [Phase(shares)])
+
+
+def _key(sources: Mapping[str, Source]) -> str:
+    """What the balance of a mixture is kept under."""
+    return "mixture of " + ", ".join(f"{source.share:g} {source.key}" for source in sources.values())

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from overhaul.data import Data
+    from overhaul.mixture import Source
     from overhaul.objective import Objective
-    from overhaul.stream import Stream
+
+GENERAL = 0.25
+"""Share of the tokens where there are instructions and no share was asked for; the paper has none."""
 
 
 class MixCPT(ContinualPretraining):
@@ -34,7 +37,9 @@ class MixCPT(ContinualPretraining):
     general: str | None = Field(
         None, description="Corpus of instructions or preferences, read as plain text: prompts with their answers."
     )
-    general_share: Share = Field(0.25, description="Of the tokens, those from --general; others are as many fewer.")
+    general_share: Share | None = Field(
+        None, description=f"Of the tokens, those from --general; {GENERAL} where it is given. Others are as many fewer."
+    )
     ce_weight: NonNegative = Field(1.0, description="Weight of the cross-entropy; 0 is self-distillation alone.")
     kl_weight: NonNegative = Field(0.3, description="Weight of the divergence from the model as it was.")
     swap: bool = Field(
@@ -49,18 +54,20 @@ class MixCPT(ContinualPretraining):
             raise ValueError(
                 "a model that is held to what it said before learns nothing; use ce_weight above 0, or swap"
             )
+        if self.general is None and self.general_share is not None:
+            raise ValueError(f"general_share {self.general_share:g} needs a corpus of instructions: use general CORPUS")
+        if self.general is not None and self.general == self.replay:
+            raise ValueError(f"general and replay are both {self.general}: a text is one or the other")
         if self.new_share() <= 0:
-            shares = f"general_share {self.general_share:g} and replay_share {self.replayed_share():g}"
-            raise ValueError(f"{shares} leave nothing of the tokens for data")
+            told = " and ".join(f"{share:g} of {path}" for path, share in self.shares().items())
+            raise ValueError(f"{told} leave nothing of the tokens for data")
         return self
 
-    def texts(self) -> tuple[str, ...]:
-        """The instructions, and the corpus that is replayed."""
-        return (*((self.general,) if self.general is not None else ()), *super().texts())
-
-    def new_share(self) -> float:
-        """Of all tokens, those of --data."""
-        return super().new_share() - (self.general_share if self.general is not None else 0.0)
+    def shares(self) -> dict[str, float]:
+        """Of all tokens, those of the instructions and of what is replayed."""
+        if self.general is None:
+            return super().shares()
+        return {self.general: GENERAL if self.general_share is None else self.general_share} | super().shares()
 
     def objective(self, model: nn.Module) -> Objective:
         """Cross-entropy, and the divergence from a frozen copy of the model as it is now."""
@@ -72,13 +79,14 @@ class MixCPT(ContinualPretraining):
         held = self.kl_weight * Distill(copy.deepcopy(model).requires_grad_(False).eval(), swap=self.swap)
         return self.ce_weight * CrossEntropy() + held if self.ce_weight else held
 
-    def sources(self, data: Data) -> dict[str, tuple[Stream, float]]:
-        """Documents, instructions as plain text, and what is replayed."""
+    def sources(self, data: Data) -> dict[str, Source]:
+        """Documents, what is replayed, and instructions as plain text."""
         from overhaul.corpora import as_plain_text
+        from overhaul.mixture import Source
 
         found = super().sources(data)
-        if self.general is None:
-            return found
-        told = data.on(self.general)
-        plain = replace(told, corpus=as_plain_text(told.corpus))
-        return found | {told.corpus.name: (plain.endless(seq_len=self.seq_len), self.general_share)}
+        if self.general is not None:
+            told = data.on(self.general)
+            plain, how = replace(told, corpus=as_plain_text(told.corpus)), {"seq_len": self.seq_len}
+            found[told.corpus.name] = Source(plain.endless(**how), self.shares()[self.general], plain.place(**how))
+        return found

@@ -18,8 +18,8 @@ from command import overhaul, refused
 from overhaul.adapt.full import Full
 from overhaul.corpora import open_corpus
 from overhaul.data import Data
-from overhaul.extend.cpt import ContinualPretraining
-from overhaul.stream import Stream
+from overhaul.extend.cpt import ContinualPretraining, mixed
+from overhaul.stream import Batch, Stream
 
 TINY = ("--steps", "6", "--batch-size", "2", "--seq-len", "32", "--dtype", "fp32")
 JUDGED = ("--evaluate-windows", "2", "--evaluate-seq-len", "32")
@@ -53,6 +53,10 @@ def windows(stream: Any, count: int) -> list[list[int]]:
     return [window for batch in islice(stream, count) for window in batch["input_ids"].tolist()]
 
 
+def batches(settings: ContinualPretraining, data: Data) -> Stream:
+    return Batch(mixed(settings.sources(data)), batch_size=settings.batch_size)
+
+
 def given(stream: Stream) -> dict[str, int]:
     return {drawn.name: drawn.tokens for drawn in stream.ledger()}
 
@@ -70,11 +74,11 @@ def test_without_a_replay_it_is_full_training(tiny: Path, new: Path, tmp_path: P
 def test_a_replayed_share_is_exact_and_costs_no_tokens(data: Data, old: Path):
     how: dict[str, Any] = {"seq_len": 32, "batch_size": 4, "steps": 100}
     settings, plain = ContinualPretraining(replay=str(old), replay_share=0.25, **how), ContinualPretraining(**how)
-    stream = settings.mixed(settings.sources(data))
+    stream = batches(settings, data)
 
     read = windows(stream, 100)
 
-    assert len(read) == len(windows(plain.mixed(plain.sources(data)), 100)) == 400
+    assert len(read) == len(windows(batches(plain, data), 100)) == 400
     assert given(stream) == {"new.jsonl": 300 * 32, "old.jsonl": 100 * 32}
     own = set(map(tuple, windows(data.training(Full(**how)), 75)))
     assert sum(tuple(window) in own for window in read) == 300
@@ -83,7 +87,7 @@ def test_a_replayed_share_is_exact_and_costs_no_tokens(data: Data, old: Path):
 def test_each_batch_has_old_and_new(data: Data, old: Path):
     how: dict[str, Any] = {"seq_len": 32, "batch_size": 4}
     settings = ContinualPretraining(replay=str(old), replay_share=0.25, **how)
-    stream, before = settings.mixed(settings.sources(data)), Counter[str]()
+    stream, before = batches(settings, data), Counter[str]()
     for _ in range(20):
         next(stream)
         seen = Counter(given(stream))
@@ -99,7 +103,7 @@ def test_old_text_is_read_in_its_order(data: Data, old: Path):
     in_order = [window["input_ids"].tolist() for window in islice(replayed.endless(seq_len=32, in_order=True), 100)]
     wanted = [window["input_ids"].tolist() for window in islice(replayed.packed("train", seq_len=32), 100)]
 
-    read = windows(settings.mixed(settings.sources(data)), 100)
+    read = windows(batches(settings, data), 100)
 
     assert in_order == wanted
     assert [window for window in read if window in wanted] == wanted
@@ -151,7 +155,7 @@ def test_the_record_tells_what_was_read_of_both_and_does_it_again(tiny: Path, ne
     assert (step["data"]["tokens"], [used["tokens"] for used in step["beside"]]) == (9 * 32, [3 * 32])
     assert step["fields"]["replay"] == str(old)
     assert "loss on old.jsonl" in done.out
-    assert "96 of 384 tokens are replayed" in done.err
+    assert "96 of 384 tokens are from" in done.err
     points = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [point["step"] for point in points if "held-out/old.jsonl" in point] == [3, 6]
     titles = [table["title"] for table in json.loads((tmp_path / "out" / "overhaul.json").read_text())["tables"]]
@@ -175,11 +179,42 @@ def test_texts_of_one_name_are_told_apart(tiny: Path, new: Path, tmp_path: Path)
     }  # fmt: skip
 
 
+def test_a_directory_called_like_a_named_corpus_is_no_other_text(tiny: Path, new: Path, tmp_path: Path, monkeypatch):
+    """`--data ./sample --replay sample`: two texts of one name, neither of which may push the other out."""
+    monkeypatch.chdir(tmp_path)
+    write(Path("sample.d"), "mine").rename("rows.jsonl")
+    Path("sample").mkdir()
+    Path("rows.jsonl").rename("sample/rows.jsonl")
+    how = (*TINY, *JUDGED, "--data", "./sample", "--replay", "sample", "--replay-share", "0.25")
+
+    done = overhaul("extend", "cpt", tiny, "-o", tmp_path / "out", *how)
+
+    assert done.code == 0, done.err
+    last = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {key: count for key, count in last.items() if key.startswith("seen/")} == {
+        "seen/sample": 9 * 32, "seen/sample (2)": 3 * 32
+    }  # fmt: skip
+
+
+def test_the_card_has_the_licence_of_what_was_replayed(tiny: Path, new: Path, tmp_path: Path):
+    how = (*TINY, *JUDGED, "--data", new, "--replay", "sample")
+    assert overhaul("extend", "cpt", tiny, "-o", tmp_path / "out", *how).code == 0
+
+    assert "public domain" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_what_is_refused_on_the_command_line(tiny: Path, new: Path, tmp_path: Path):
     run = ("extend", "cpt", tiny, "-o", tmp_path / "out", *TINY, "--data", new)
 
     refused(overhaul(*run, "--replay", new), "is the new text itself")
     refused(overhaul(*run, "--replay", tmp_path / "nothing.jsonl"), "neither a name nor an existing path")
+    refused(overhaul(*run, "--replay", "-"), "standard input can be --data alone")
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"content": f"row {number}"}) + "\n" for number in range(50)))
+    refused(overhaul(*run, "--replay", other), "columns found: content", "a column called text")
+    short = write(tmp_path / "short.jsonl", "short", 4)
+    refused(overhaul(*run, "--watch", short), "--evaluate-seq-len")
+    refused(overhaul(*run, "--watch", "samples", "--dry-run"), "neither a name nor an existing path")
     refused(overhaul(*run, "--replay-share", "0.2"), "needs a corpus to replay")
     refused(overhaul(*run, "--replay", "sample", "--replay-share", "1"), "replay_share", "less than 1")
     assert not (tmp_path / "out").exists()

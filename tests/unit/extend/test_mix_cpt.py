@@ -22,9 +22,10 @@ from overhaul.data import Data
 from overhaul.distillation import Distill
 from overhaul.documents import Message, Row
 from overhaul.documents import as_plain_text as plain_row
+from overhaul.extend.cpt import mixed
 from overhaul.extend.mix_cpt import MixCPT
 from overhaul.objective import Forward
-from overhaul.stream import IGNORED
+from overhaul.stream import IGNORED, Batch
 
 TINY = ("--steps", "5", "--batch-size", "2", "--seq-len", "32", "--dtype", "fp32", "--lr", "1e-3", "--data", "sample",
         "--evaluate", "none")  # fmt: skip
@@ -105,7 +106,7 @@ def test_instructions_are_trained_on_as_a_whole_in_their_share(tiny: Path, gener
     data = Data(open_corpus("sample"), AutoTokenizer.from_pretrained(tiny))
     how: dict[str, Any] = {"seq_len": 32, "batch_size": 4}
     settings = MixCPT(general=str(general), general_share=0.5, **how)
-    stream = settings.mixed(settings.sources(data))
+    stream = Batch(mixed(settings.sources(data)), batch_size=4)
 
     batches = list(islice(stream, 20))
 
@@ -138,6 +139,8 @@ def test_a_run_with_all_of_it(tiny: Path, general: Path, tmp_path: Path):
     [
         ({"ce_weight": 0.0, "kl_weight": 0.0}, "there is no loss"),
         ({"ce_weight": 0.0, "swap": False}, "learns nothing"),
+        ({"general_share": 0.5}, "needs a corpus of instructions"),
+        ({"general": "a", "replay": "a"}, "a text is one or the other"),
         ({"kl_weight": -1.0}, "greater than or equal to 0"),
         ({"general": "a", "general_share": 0.7, "replay": "b", "replay_share": 0.3}, "leave nothing of the tokens"),
     ],
