@@ -185,8 +185,8 @@ def open_several(paths: Iterable[str], *, taken: Iterable[str] = ()) -> dict[str
             raise UserError("standard input can be --data alone", allowed="a named corpus, a file, or a directory")
         corpus = _without_field(path)
         names = {*taken, *(other.name for other in found.values())}
-        others = (corpus.name, from_anywhere(path), *(f"{corpus.name} ({number})" for number in itertools.count(2)))
-        free = next(name for name in others if name not in names)
+        numbered = (f"{corpus.name} ({number})" for number in itertools.count(2))
+        free = next(n for n in itertools.chain((corpus.name, from_anywhere(path)), numbered) if n not in names)
         found[path] = replace(corpus, name=free)
     return found
 

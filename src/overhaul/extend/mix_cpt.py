@@ -87,6 +87,8 @@ class MixCPT(ContinualPretraining):
         found = super().sources(data)
         if self.general is not None:
             told = data.on(self.general)
-            plain, how = replace(told, corpus=as_plain_text(told.corpus)), {"seq_len": self.seq_len}
-            found[told.corpus.name] = Source(plain.endless(**how), self.shares()[self.general], plain.place(**how))
+            plain = replace(told, corpus=as_plain_text(told.corpus))
+            found[told.corpus.name] = Source(
+                plain.endless(seq_len=self.seq_len), self.shares()[self.general], plain.place(seq_len=self.seq_len)
+            )
         return found
