@@ -193,8 +193,7 @@ def train(
                 raise Interrupted(f"stopped after step {step} of {settings.steps}")
     for watcher in plan.watchers:
         watcher.end(plan.model)
-    run.history.optimizer_bytes = run.optimizer_bytes()
-    run.history.ledger = plan.stream.ledger()
+    run.history.optimizer_bytes, run.history.ledger = run.optimizer_bytes(), plan.stream.ledger()
     if state_dir and goes_on and settings.save_every and first < settings.steps:
         run.save(state_dir, settings.steps, asked, is_done=True)
     sharding.gather(trained, into=whole)

@@ -51,6 +51,8 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("rule", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_two_runs_are_one(rule: tuple[str, ...], tiny: Path, texts: dict[str, Path], tmp_path: Path):
     """At a constant rate, to the bit: moments, the order of the new text, and the place in the old."""
+    if "adamw8bit" in rule:
+        pytest.importorskip("bitsandbytes")
     how = (*rule, "--data", texts["new"], "--replay", texts["old"], "--replay-share", "0.1", "--schedule", "constant")
     whole = extended(tiny, tmp_path / "whole", *how, "--steps", "8")
     first = extended(tiny, tmp_path / "first", *how, "--steps", "5", "--keep-state")
