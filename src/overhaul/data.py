@@ -76,7 +76,7 @@ class Data:
         return self.encoded([row])[0]
 
     def encoded(self, rows: Sequence[Row]) -> list[Encoded]:
-        """As `encode`, of many documents at once: much faster than one by one."""
+        """As `encode`, of many documents in one call of the tokenizer."""
         segments = [self._segments(row) for row in rows]
         texts = [text for pieces in segments for text, _ in pieces]
         pieces = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())

@@ -24,7 +24,7 @@ from overhaul.stream import Encoded, Stream
 SHARD_TOKENS = 10_000_000
 """Of a shard, at most; a document that is longer makes one of its own (Chen et al., 2024, have the same 0.01B)."""
 ROWS_AT_ONCE = 256
-"""Encoded together, which tokenizers do on all processors."""
+"""Encoded in one call: so many are in memory beside the shard that is being filled."""
 MANIFEST, VERSION = "tokens.json", 1
 
 Encode = Callable[[Sequence[Row]], Sequence[Encoded]]

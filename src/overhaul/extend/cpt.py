@@ -53,9 +53,7 @@ class ContinualPretraining(Training):
     decay: Share = Field(0.1, description="Of wsd: share of the steps, at the end, in which the rate falls.")
     cooldown: Fraction = Field(0.6, description="Of infinite: share of the steps in which the rate falls to --hold.")
     cooldown_shape: Literal["cosine", "inverse-sqrt"] = Field("cosine", description="Of infinite: how it falls.")
-    hold: Share = Field(
-        0.55, description="Of infinite: the rate that is kept, as a share of --lr; anneal begins there."
-    )
+    hold: Share = Field(0.55, description="Of infinite, hold and anneal: the rate that is kept, as a share of --lr.")
     replay: str | None = Field(
         None, description="Corpus of what the model was trained on before; the loss on it is watched."
     )
