@@ -58,7 +58,7 @@ class Data:
     beside: Mapping[str, Corpus] = field(default_factory=dict)
 
     def on(self, path: str) -> Data:
-        """The same with another corpus.
+        """The same with another corpus; asked for again, the same object, so that nothing is encoded twice.
 
         Args:
             path: a named corpus, a file or a directory.
@@ -66,7 +66,14 @@ class Data:
         Raises:
             UserError: there is no such corpus.
         """
-        return replace(self, corpus=self.beside.get(path) or open_several([path], taken=[self.corpus.name])[path])
+        if path not in self._on:
+            corpus = self.beside.get(path) or open_several([path], taken=[self.corpus.name])[path]
+            self._on[path] = replace(self, corpus=corpus)
+        return self._on[path]
+
+    @cached_property
+    def _on(self) -> dict[str, Data]:
+        return {}
 
     def encode(self, row: Row) -> Encoded:
         """One document as tokens, closed by the end-of-sequence token, which is trained on.
@@ -126,10 +133,15 @@ class Data:
         return added[:1] if added[:1] == [self.tokenizer.bos_token_id] else []
 
     @cached_property
+    def _reader(self) -> str:
+        """All that decides which tokens a text becomes, hashed."""
+        return _hash(_told(self.tokenizer))
+
+    @cached_property
     def _train(self) -> Tokens:
         """The training documents as tokens."""
         name = f"{self.corpus.name}/train"
-        key = tokens.fingerprint_of(self.corpus.fingerprint, name, _told(self.tokenizer))
+        key = tokens.fingerprint_of(self.corpus.fingerprint, name, self._reader)
         how: dict[str, Any] = {"name": name, "fingerprint": key}
         if self.corpus.bytes <= IN_MEMORY_BYTES:
             return tokens.in_memory(self.corpus.train, self.encoded, **how)
@@ -211,7 +223,7 @@ class Data:
     def place(self, *, seq_len: int, in_order: bool = False) -> str:
         """What a place in `endless` is known by: the same text, read by the same tokenizer in the same order."""
         order = "in order" if in_order else f"seed {self.seed}"
-        return _hash(self.corpus.fingerprint, _told(self.tokenizer), str(seq_len), order)
+        return _hash(self.corpus.fingerprint, self._reader, str(seq_len), order)
 
     def calibration(self, *, samples: int, seq_len: int, batch_size: int = 1) -> Stream:
         """`samples` windows for statistics, from the calibration and training text, in a seeded order.

@@ -118,3 +118,9 @@ def test_epochs_become_steps(data: Data):
     assert steps == -(-2 * data.num_training_tokens // (2 * 2 * 32))
     assert data.steps_for(settings, processes=2).steps in (steps // 2, steps // 2 + 1)
     assert data.steps_for(Full(steps=5)).steps == 5
+
+
+def test_another_corpus_is_opened_and_encoded_once(data: Data):
+    assert data.on("sample") is data.on("sample")
+    assert data.on("sample").corpus.name == "sample"
+    assert data.on("sample").num_training_tokens != data.num_training_tokens
