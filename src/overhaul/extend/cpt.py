@@ -60,6 +60,9 @@ class ContinualPretraining(Training):
     replay_share: Share | None = Field(
         None, description=f"Of the tokens, those from --replay; {REPLAYED} where it is given. Others are as many fewer."
     )
+    from_scratch: bool = Field(
+        False, description="Begin with random weights: what training on old and new text together would have given."
+    )
     keep_zeros: bool = Field(True, description="Hold the pruned weights of a pruned model at zero.")
     keep_state: bool = Field(
         False, description="Write moments and the places in all texts beside the weights, for a run that goes on."
@@ -78,6 +81,12 @@ class ContinualPretraining(Training):
                 f"replay_share {self.replay_share:g} needs a corpus to replay: use replay CORPUS, with text like that "
                 "which the model was trained on, such as sample or boolq-passages for English"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _scratch_has_no_past(self) -> ContinualPretraining:
+        if self.from_scratch and self.go_on:
+            raise ValueError("from_scratch begins anew, and go_on where the run before ended; use one of them")
         return self
 
     @model_validator(mode="after")
@@ -149,8 +158,11 @@ class ContinualPretraining(Training):
         Raises:
             UserError: two texts are the same, or a state is to be put into sharded parameters.
         """
+        from overhaul.select import has_adapters
         from overhaul.sharding import is_sharded
 
+        if self.from_scratch and has_adapters(model):
+            raise UserError("--from-scratch: the model has adapters on top of its weights", hint="a whole model")
         if self.go_on and is_sharded():
             raise UserError("--go-on needs whole parameters, which FSDP has not", hint="accelerate launch --multi_gpu")
         if data is None:
@@ -188,6 +200,8 @@ class ContinualPretraining(Training):
         from overhaul.watch import KeepZeros
 
         model.requires_grad_(True)
+        if self.from_scratch:
+            start_over(model)
         objective, optimizer = self.objective(model), build(self, model.parameters(), model=model)
         sources = self.sources(data)
         windows = mixed(sources)
@@ -289,6 +303,19 @@ class ContinualPretraining(Training):
     def new_share(self) -> float:
         """Of all tokens, those of --data."""
         return 1 - sum(self.shares().values())
+
+
+def start_over(model: nn.Module) -> None:
+    """Gives a model, in place, weights as its architecture draws them; what was pruned stays zero."""
+    from transformers import AutoModelForCausalLM
+
+    from overhaul.layers.masked import MaskedLinear
+
+    inner: Any = model
+    model.load_state_dict(AutoModelForCausalLM.from_config(inner.config).state_dict())
+    for module in model.modules():
+        if isinstance(module, MaskedLinear):
+            module.enforce()
 
 
 def mixed(sources: Mapping[str, Source]) -> Stream:

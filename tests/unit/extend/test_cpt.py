@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command import overhaul, refused
 from overhaul.adapt.full import Full
@@ -107,6 +107,30 @@ def test_old_text_is_read_in_its_order(data: Data, old: Path):
 
     assert in_order == wanted
     assert [window for window in read if window in wanted] == wanted
+
+
+def test_from_scratch_nothing_of_the_model_is_left_but_its_shape(tiny: Path, data: Data):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    torch.manual_seed(5)
+    ContinualPretraining(from_scratch=True, seq_len=32).plan(model, data)
+    torch.manual_seed(5)
+    drawn = AutoModelForCausalLM.from_config(model.config).state_dict()
+
+    assert all(torch.equal(tensor, drawn[name]) for name, tensor in model.state_dict().items())
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_pruned_model_from_scratch_has_its_zeros_still(tiny: Path, new: Path, tmp_path: Path):
+    assert overhaul("prune", "magnitude", tiny, "-o", tmp_path / "pruned", "--evaluate", "none").code == 0
+    how = ("--from-scratch", "--data", new, *TINY, "--evaluate", "none")
+    assert overhaul("extend", "cpt", tmp_path / "pruned", "-o", tmp_path / "out", *how).code == 0
+
+    pruned, made = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(pruned[name] == 0, made[name] == 0)
+    assert not torch.equal(pruned[name], made[name])
 
 
 def test_epochs_are_passes_over_the_new_text(data: Data, old: Path):
@@ -228,6 +252,7 @@ def test_what_is_refused_on_the_command_line(tiny: Path, new: Path, tmp_path: Pa
         ({"schedule": "infinite", "warmup": 0.5, "cooldown": 0.6}, "is more than the whole run"),
         ({"schedule": "wsd", "warmup": 0.5, "decay": 0.6}, "is more than the whole run"),
         ({"replay": "sample", "replay_share": 0.0}, "greater than 0"),
+        ({"from_scratch": True, "go_on": True}, "from_scratch begins anew"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], says: str):
