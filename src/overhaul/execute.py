@@ -131,9 +131,10 @@ def _further(method: Method, options: Options, corpus: Corpus | None) -> tuple[d
     """The corpora that a method reads beside that of --data, and those that are only watched."""
     read = [corpus.name] if corpus else []
     beside = open_several(method.texts(), taken=read)
-    only = [path for path in options.watch if path not in beside]
-    watched = open_several(only, taken=[one.name for one in beside.values()])
-    return beside, tuple(watched.values())
+    own = [corpus] if corpus and options.data in options.watch else []
+    only = [path for path in options.watch if path not in beside and not (own and path == options.data)]
+    watched = open_several(only, taken=[*read, *(one.name for one in beside.values())])
+    return beside, (*own, *watched.values())
 
 
 def _change(

@@ -220,6 +220,15 @@ def test_a_directory_called_like_a_named_corpus_is_no_other_text(tiny: Path, new
     }  # fmt: skip
 
 
+def test_the_text_that_is_learnt_can_be_watched_under_its_own_name(tiny: Path, new: Path, tmp_path: Path):
+    how = (*TINY, *JUDGED, "--data", new, "--watch", new, "sample", "--evaluate", "none", "--eval-every", "3")
+    assert overhaul("extend", "cpt", tiny, "-o", tmp_path / "out", *how).code == 0
+
+    points = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    seen = {key for point in points for key in point if key.startswith("held-out/")}
+    assert seen == {"held-out/new.jsonl", "held-out/sample"}
+
+
 def test_the_card_has_the_licence_of_what_was_replayed(tiny: Path, new: Path, tmp_path: Path):
     how = (*TINY, *JUDGED, "--data", new, "--replay", "sample")
     assert overhaul("extend", "cpt", tiny, "-o", tmp_path / "out", *how).code == 0
