@@ -77,6 +77,8 @@ def _values(schema: dict[str, Any]) -> str:
         return " or ".join(_values(option) for option in schema["anyOf"] if option != {"type": "null"})
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "prefixItems" in schema:
+        return f"{len(schema['prefixItems'])} times {_values(schema['prefixItems'][0])}"
     if schema["type"] == "array":
         return f"any of {_values(schema['items'])}" if "enum" in schema["items"] else "one or more words"
     if schema["type"] in ("integer", "number"):

@@ -158,6 +158,13 @@ ENTRIES = (
         35,
     ),
     Entry(
+        "extend",
+        "upsample",
+        "extend.upsample:Upsampling",
+        "Go on pre-training on a mixture of texts, and towards the end on one with more of the valuable ones.",
+        36,
+    ),
+    Entry(
         "measure",
         "perplexity",
         "measure.perplexity:MeasurePerplexity",

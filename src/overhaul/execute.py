@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -298,7 +298,17 @@ def _fields(method: Method, others: tuple[Parent, ...]) -> dict[str, Any]:
     called = dict(zip(method.others(), (other.path for other in others), strict=True))
     called |= {path: from_anywhere(path) for path in method.texts()}
     fields = flat_fields(method.model_dump(mode="json"))
-    return {name: called.get(value, value) if isinstance(value, str) else value for name, value in fields.items()}
+    return {name: _with_names(value, called) for name, value in fields.items()}
+
+
+def _with_names(value: Any, called: Mapping[str, str]) -> Any:
+    """A setting with models and corpora as the record calls them: alone, in a list, or with a share behind `=`."""
+    if isinstance(value, list | tuple):
+        return [_with_names(one, called) for one in value]
+    if not isinstance(value, str):
+        return value
+    name, sign, share = value.rpartition("=")
+    return called.get(value) or f"{called.get(name, name)}{sign}{share}"
 
 
 def _refuse_packed(method: Method, parent: Artifact) -> None:

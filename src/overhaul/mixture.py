@@ -26,12 +26,10 @@ class Source(NamedTuple):
 
     Attributes:
         windows: without end.
-        share: of the tokens.
         key: what its place is kept under for a run that goes on: it changes where that place would mean another one.
     """
 
     windows: Stream
-    share: float
     key: str
 
 

@@ -1,4 +1,4 @@
-"""What the claims of `extend` share: runs from directory to directory, and small models with a vocabulary of their own."""
+"""What the claims of `extend` share: runs from directory to directory, and small models with their own vocabulary."""
 
 from __future__ import annotations
 

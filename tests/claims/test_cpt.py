@@ -105,7 +105,7 @@ def test_more_replay_forgets_less(runs):
 
     _check(
         id="extend-cpt/replay-orders-forgetting", values=tuple(steps), target=Target(">", 0), seeds=(),
-        what="Rise of the loss on old text less that with more replay, 0 to 1%, 1 to 5%, 5 to 25%: smallest of the seeds",
+        what="Rise of the old loss less that with more replay, 0 to 1%, 1 to 5%, 5 to 25%: smallest of the seeds",
     )  # fmt: skip
 
 

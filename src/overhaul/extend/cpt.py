@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
     from overhaul.continuation import Continuation
     from overhaul.data import Data
-    from overhaul.mixture import Source
+    from overhaul.mixture import Mix, Source
     from overhaul.objective import Objective
     from overhaul.stream import Stream
     from overhaul.train import Plan
@@ -64,6 +67,11 @@ class ContinualPretraining(Training):
         False, description="Begin with random weights: what training on old and new text together would have given."
     )
     keep_zeros: bool = Field(True, description="Hold the pruned weights of a pruned model at zero.")
+    part: tuple[Fraction, Fraction] = Field(
+        (0.0, 1.0),
+        description="From where to where of a whole run, in shares of it: 0 0.8 with --keep-state, then 0.8 1 with "
+        "--go-on, are one run with one schedule.",
+    )
     keep_state: bool = Field(
         False, description="Write moments and the places in all texts beside the weights, for a run that goes on."
     )
@@ -87,6 +95,17 @@ class ContinualPretraining(Training):
     def _scratch_has_no_past(self) -> ContinualPretraining:
         if self.from_scratch and self.go_on:
             raise ValueError("from_scratch begins anew, and go_on where the run before ended; use one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _part_has_a_length(self) -> ContinualPretraining:
+        begins, ends = self.part
+        if begins >= ends:
+            raise ValueError(f"part {begins:g} {ends:g} ends before it begins")
+        if begins and not self.go_on:
+            raise ValueError(
+                f"part {begins:g} {ends:g} is the later part of a run: use go_on, in the earlier keep_state"
+            )
         return self
 
     @model_validator(mode="after")
@@ -120,17 +139,23 @@ class ContinualPretraining(Training):
 
     def texts(self) -> tuple[str, ...]:
         """The corpora that are mixed with that of --data."""
-        return tuple(self.shares())
+        return tuple(dict.fromkeys(path for _, shares in self.phases() for path in shares))
 
     def rate(self, left: float | None = None) -> Schedule:
         """The learning rate over the run, as a factor of --lr.
 
         Args:
-            left: the factor that the run before has left: a warm-up begins there, hold and anneal go on there.
+            left: the factor that the run before has left: a warm-up begins there, hold and anneal go on there. The
+                later part of a run goes on with the schedule of the whole.
 
         Raises:
-            ValueError: parts that are longer than the run.
+            ValueError: pieces that are longer than the whole run.
         """
+        begins, ends = self.part
+        whole = self._whole_rate(None if begins else left)
+        return lambda share: whole(begins + share * (ends - begins))
+
+    def _whole_rate(self, left: float | None) -> Schedule:
         start, kept = left or 0.0, self.hold if left is None else left
         match self.schedule:
             case "rewarm-cosine":
@@ -171,21 +196,59 @@ class ContinualPretraining(Training):
             say("note: the model has a chat template; what it forgets of conversations is not seen in these losses")
         if (share := data.unread_share()) > UNREAD:
             say(f"warning: {share:.1%} of the tokens of {data.corpus.name} are unknown, or bytes of words spelled out")
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        steps = data.steps_for(self, processes=processes).steps
-        total = steps * self.batch_size * self.accumulate * self.seq_len * processes
-        for path, share in self.shares().items():
+        total, drawn = self._num_tokens(data), self._drawn(data)
+        for path, wanted in drawn.items():
             told = data.on(path)
             if told.corpus.fingerprint == data.corpus.fingerprint:
                 raise UserError(
                     f"{path} is the new text itself",
                     allowed="with --replay, text like that which the model was trained on before",
                 )
-            wanted = round(share * total)
             say(f"note: {wanted:,} of {total:,} tokens are from {path}, and as many fewer are new")
             if wanted > MANY_PASSES * told.num_training_tokens:
                 passes = wanted / told.num_training_tokens
                 say(f"warning: that is {passes:.1f} times all of {path}, {told.num_training_tokens:,} tokens")
+
+    def _drawn(self, data: Data) -> dict[str, int]:
+        """About how many tokens each text gives beside --data."""
+        drawn = dict.fromkeys(self.texts(), 0.0)
+        for tokens, shares in self._lengths(data):
+            for path, share in shares.items():
+                drawn[path] += tokens * share
+        return {path: round(tokens) for path, tokens in drawn.items()}
+
+    def _num_tokens(self, data: Data) -> int:
+        """Of this run, on all processes."""
+        return self._steps(data) * self._step_tokens()
+
+    def _steps(self, data: Data) -> int:
+        return data.steps_for(self, processes=_processes()).steps
+
+    def _step_tokens(self) -> int:
+        return self.batch_size * self.accumulate * self.seq_len * _processes()
+
+    def _lengths(self, data: Data) -> list[tuple[int, dict[str, float]]]:
+        """Tokens of each phase that is in this part of the run, in whole steps, with its shares.
+
+        Raises:
+            UserError: one is shorter than a step.
+        """
+        steps, (begins, ends) = self._steps(data), self.part
+        inside = [(min(until, ends), shares) for until, shares in self.phases() if until > begins]
+        found, done = [], 0
+        for until, several in itertools.groupby(inside, key=operator.itemgetter(0)):
+            shares = next(several)[1]  # what comes after it begins where this part of the run has ended
+            border = round((until - begins) / (ends - begins) * steps)
+            if border <= done:
+                raise UserError(
+                    f"of {steps} steps there is none with the mixture that ends at {until:g} of the run",
+                    allowed="more --steps, or a longer phase",
+                )
+            tokens, done = (border - done) * self._step_tokens(), border
+            if found and found[-1][1] == shares:
+                tokens += found.pop()[0]
+            found.append((tokens, shares))
+        return found
 
     def plan(self, model: nn.Module, data: Data) -> Plan:
         """All parameters; new moments, or those of the run before; new text shuffled, old in its own order.
@@ -204,7 +267,7 @@ class ContinualPretraining(Training):
             start_over(model)
         objective, optimizer = self.objective(model), build(self, model.parameters(), model=model)
         sources = self.sources(data)
-        windows = mixed(sources)
+        windows = self.mixed(sources, data)
         before = self._before(optimizer, sources, windows)
         rate = self.rate(before.rate / self.lr if before else None)
         if before:
@@ -250,8 +313,8 @@ class ContinualPretraining(Training):
                 say(f"{name} is read on from where it was left")
             else:
                 say(f"{name} is read from its beginning: the run before had another text, --seq-len or --seed")
-        if isinstance(windows, Mix) and _key(sources) in left.places:
-            windows.balance = left.places[_key(sources)]
+        if isinstance(windows, Mix) and (key := _key(windows, 0, sources)) in left.places:
+            windows.balance = left.places[key]
         return left
 
     def _leave(
@@ -269,7 +332,7 @@ class ContinualPretraining(Training):
         places = dict(before.places) if before else {}
         places |= {source.key: source.windows.state_dict() for source in sources.values()}
         if isinstance(windows, Mix):
-            places[_key(sources)] = windows.balance
+            places[_key(windows, windows.phase, sources)] = windows.balance
         continuation.leave(continuation.Continuation(self.optimizer, optimizer.state_dict(), rate, places))
 
     def objective(self, model: nn.Module) -> Objective:
@@ -287,12 +350,28 @@ class ContinualPretraining(Training):
         from overhaul.mixture import Source
 
         how: dict[str, Any] = {"seq_len": self.seq_len}
-        found = {data.corpus.name: Source(data.endless(**how), self.new_share(), data.place(**how))}
+        found = {data.corpus.name: Source(data.endless(**how), data.place(**how))}
         if self.replay is not None:
-            old, share = data.on(self.replay), self.shares()[self.replay]
-            how["in_order"] = True
-            found[old.corpus.name] = Source(old.endless(**how), share, old.place(**how))
+            old, how = data.on(self.replay), {**how, "in_order": True}
+            found[old.corpus.name] = Source(old.endless(**how), old.place(**how))
         return found
+
+    def mixed(self, sources: Mapping[str, Source], data: Data) -> Stream:
+        """Windows of all sources in their shares, phase after phase; of one alone as they are."""
+        from overhaul.mixture import Mix, Phase
+
+        if len(sources) == 1:
+            return next(iter(sources.values())).windows
+        phases, lengths = [], self._lengths(data)
+        for number, (tokens, shares) in enumerate(lengths, 1):
+            named = {data.on(path).corpus.name: share for path, share in shares.items()}
+            named[data.corpus.name] = max(1 - math.fsum(named.values()), 0.0)
+            phases.append(Phase(named, tokens if number < len(lengths) else None))
+        return Mix({name: source.windows for name, source in sources.items()}, phases)
+
+    def phases(self) -> list[tuple[float, dict[str, float]]]:
+        """The mixtures of a whole run: until which share of it, and the share of each text beside --data in it."""
+        return [(1.0, self.shares())]
 
     def shares(self) -> dict[str, float]:
         """Of all tokens, those of each text beside --data, as the user named them."""
@@ -301,8 +380,14 @@ class ContinualPretraining(Training):
         return {self.replay: REPLAYED if self.replay_share is None else self.replay_share}
 
     def new_share(self) -> float:
-        """Of all tokens, those of --data."""
-        return 1 - sum(self.shares().values())
+        """Of all tokens of this part of the run, those of --data."""
+        begins, ends = self.part
+        new, done = 0.0, begins
+        for until, shares in self.phases():
+            border = min(max(until, begins), ends)
+            new += (border - done) * (1 - math.fsum(shares.values()))
+            done = border
+        return new / (ends - begins)
 
 
 def start_over(model: nn.Module) -> None:
@@ -318,16 +403,11 @@ def start_over(model: nn.Module) -> None:
             module.enforce()
 
 
-def mixed(sources: Mapping[str, Source]) -> Stream:
-    """Windows of all sources in their shares; of one alone as they are."""
-    from overhaul.mixture import Mix, Phase
-
-    if len(sources) == 1:
-        return next(iter(sources.values())).windows
-    shares = {name: source.share for name, source in sources.items()}
-    return Mix({name: source.windows for name, source in sources.items()}, [Phase(shares)])
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _key(sources: Mapping[str, Source]) -> str:
-    """What the balance of a mixture is kept under."""
-    return "mixture of " + ", ".join(f"{source.share:g} {source.key}" for source in sources.values())
+def _key(windows: Mix, phase: int, sources: Mapping[str, Source]) -> str:
+    """What the balance of a mixture in a phase is kept under."""
+    shares = windows.phases[phase].shares
+    return "mixture of " + ", ".join(f"{shares.get(name, 0):g} {source.key}" for name, source in sources.items())

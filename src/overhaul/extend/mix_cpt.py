@@ -88,7 +88,6 @@ class MixCPT(ContinualPretraining):
         if self.general is not None:
             told = data.on(self.general)
             plain = replace(told, corpus=as_plain_text(told.corpus))
-            found[told.corpus.name] = Source(
-                plain.endless(seq_len=self.seq_len), self.shares()[self.general], plain.place(seq_len=self.seq_len)
-            )
+            how = {"seq_len": self.seq_len}
+            found[told.corpus.name] = Source(plain.endless(**how), plain.place(**how))
         return found

@@ -18,7 +18,7 @@ from command import overhaul, refused
 from overhaul.adapt.full import Full
 from overhaul.corpora import open_corpus
 from overhaul.data import Data
-from overhaul.extend.cpt import ContinualPretraining, mixed
+from overhaul.extend.cpt import ContinualPretraining
 from overhaul.stream import Batch, Stream
 
 TINY = ("--steps", "6", "--batch-size", "2", "--seq-len", "32", "--dtype", "fp32")
@@ -54,7 +54,7 @@ def windows(stream: Any, count: int) -> list[list[int]]:
 
 
 def batches(settings: ContinualPretraining, data: Data) -> Stream:
-    return Batch(mixed(settings.sources(data)), batch_size=settings.batch_size)
+    return Batch(settings.mixed(settings.sources(data), data), batch_size=settings.batch_size)
 
 
 def given(stream: Stream) -> dict[str, int]:

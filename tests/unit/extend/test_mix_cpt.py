@@ -22,7 +22,6 @@ from overhaul.data import Data
 from overhaul.distillation import Distill
 from overhaul.documents import Message, Row
 from overhaul.documents import as_plain_text as plain_row
-from overhaul.extend.cpt import mixed
 from overhaul.extend.mix_cpt import MixCPT
 from overhaul.objective import Forward
 from overhaul.stream import IGNORED, Batch
@@ -106,7 +105,7 @@ def test_instructions_are_trained_on_as_a_whole_in_their_share(tiny: Path, gener
     data = Data(open_corpus("sample"), AutoTokenizer.from_pretrained(tiny))
     how: dict[str, Any] = {"seq_len": 32, "batch_size": 4}
     settings = MixCPT(general=str(general), general_share=0.5, **how)
-    stream = Batch(mixed(settings.sources(data)), batch_size=4)
+    stream = Batch(settings.mixed(settings.sources(data), data), batch_size=4)
 
     batches = list(islice(stream, 20))
 

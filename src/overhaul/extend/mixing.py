@@ -1,0 +1,54 @@
+"""What the methods share that read several texts beside the new one."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from overhaul import shares
+from overhaul.extend.cpt import ContinualPretraining
+
+if TYPE_CHECKING:
+    from overhaul.data import Data
+    from overhaul.mixture import Source
+
+
+class Mixing(ContinualPretraining):
+    """Continual pre-training on any number of texts, each with a share of the tokens; --data has what is left."""
+
+    mix: tuple[str, ...] = Field(
+        (),
+        description="Further texts, each CORPUS=SHARE of the tokens, or a YAML file of shares; --data has the rest.",
+    )
+
+    @field_validator("mix", "last_mix", mode="before", check_fields=False)
+    @classmethod
+    def _one_is_a_list(cls, entries: Any) -> Any:
+        return (entries,) if isinstance(entries, str) else entries
+
+    @model_validator(mode="after")
+    def _shares_are_shares(self) -> Mixing:
+        beside = shares.parse(self.mix)
+        if self.replay in beside:
+            raise ValueError(f"mix and replay are both {self.replay}: a text is one or the other")
+        if shares.above(total := math.fsum(self.shares().values()), 1):
+            raise ValueError(f"mix and replay together are {total:g} of the tokens, which is more than 1")
+        return self
+
+    def shares(self) -> dict[str, float]:
+        """Of all tokens, those of each text beside --data."""
+        return shares.parse(self.mix) | super().shares()
+
+    def sources(self, data: Data) -> dict[str, Source]:
+        """The new text, the further ones, and what is replayed."""
+        from overhaul.mixture import Source
+
+        found, how = super().sources(data), dict[str, Any](seq_len=self.seq_len)
+        for path in self.texts():
+            if path == self.replay:
+                continue
+            told = data.on(path)
+            found[told.corpus.name] = Source(told.endless(**how), told.place(**how))
+        return found

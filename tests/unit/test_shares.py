@@ -1,0 +1,87 @@
+"""Shares of a mixture: as typed, from YAML with groups, and the volumes that a published table gives."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overhaul.shares import flat, parse, volumes
+
+# Chen et al., 2024 (Llama-3-SynE): Chinese : English, then Chinese : English : synthetic, with the same shares inside.
+ZH = {"web-zh": 0.70, "encyclopedia-zh": 0.05, "books-zh": 0.20, "qa-zh": 0.05}
+EN = {
+    "web-en": 0.40,
+    "encyclopedia-en": 0.05,
+    "books-en": 0.15,
+    "qa-en": 0.05,
+    "papers-en": 0.10,
+    "math-en": 0.10,
+    "code-en": 0.15,
+}
+STAGE_ONE = {"zh": {"share": 0.2, "of": ZH}, "en": {"share": 0.8, "of": EN}}
+STAGE_TWO = {"zh": {"share": 0.1, "of": ZH}, "en": {"share": 0.7, "of": EN}, "synthetic": 0.2}
+
+
+def test_the_volumes_of_the_published_table():
+    """In billions of tokens; 92.5 and 7.5 make 100."""
+    made = volumes([(92.5, flat(STAGE_ONE, "one")), (7.5, flat(STAGE_TWO, "two"))])
+
+    assert math.isclose(made["web-zh"], 13.475)
+    assert math.isclose(made["web-en"], 31.7)
+    assert math.isclose(made["synthetic"], 1.5)
+    assert math.isclose(math.fsum(made.values()), 100)
+
+
+def test_what_was_typed():
+    assert parse(["sample=0.25", "a=b.jsonl=0.5"]) == {"sample": 0.25, "a=b.jsonl": 0.5}
+    assert parse([]) == {}
+
+
+def test_shares_may_be_all_there_is():
+    assert math.fsum(parse(["a=0.1", "b=0.2", "c=0.7"]).values()) == pytest.approx(1)
+
+
+def test_a_file_of_groups(tmp_path: Path):
+    file = tmp_path / "shares.yaml"
+    file.write_text("en: {share: 0.75, of: {sample: 0.6, stdlib: 0.4}}\nmanpages-de: 0.25\n")
+
+    assert parse([str(file)]) == pytest.approx({"sample": 0.45, "stdlib": 0.3, "manpages-de": 0.25})
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        (["sample"], "'sample' is no CORPUS=SHARE"),
+        (["sample=much"], "is no CORPUS=SHARE"),
+        (["=0.5"], "is no CORPUS=SHARE"),
+        (["sample=0"], "above 0 and at most 1"),
+        (["sample=nan"], "above 0 and at most 1"),
+        (["sample=0.2", "sample=0.3"], "sample comes twice"),
+        (["sample=0.7", "stdlib=0.5"], "0.7 of sample \\+ 0.5 of stdlib sum to 1.2"),
+        (["nothing.yaml"], "No such file"),
+    ],
+)
+def test_what_is_no_share(entries: list[str], says: str):
+    with pytest.raises(ValueError, match=says):
+        parse(entries)
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({"a": 0.5, "b": 0.4}, "sum to 0.9, not to 1"),
+        ({"a": 0.5, "g": {"share": 0.5, "of": {"b": 0.5}}}, "mix, g: the shares 0.5 of b sum to 0.5"),
+        ({"a": 0.5, "g": {"share": 0.5, "of": {"a": 1}}}, "a comes twice"),
+        ({"g": {"share": 1}}, "a group has share and of"),
+        ({"a": "half"}, "the share of a is 'half'"),
+        ({"a": True}, "the share of a is True"),
+        (["a"], "is no mapping"),
+        ({}, "is no mapping"),
+    ],
+)
+def test_groups_that_are_none(told: Any, says: str):
+    with pytest.raises(ValueError, match=says):
+        flat(told, "mix")
