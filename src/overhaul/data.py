@@ -183,19 +183,21 @@ class Data:
         """Shuffled training documents without end, packed and batched."""
         return Batch(self.endless(seq_len=settings.seq_len), batch_size=settings.batch_size)
 
-    def endless(self, *, seq_len: int, in_order: bool = False) -> Stream:
+    def endless(self, *, seq_len: int, in_order: bool = False, document_mask: bool = False) -> Stream:
         """Training documents without end, as windows.
 
         Args:
             seq_len: tokens per window.
             in_order: as they stand in the corpus, instead of shuffled anew in each pass.
+            document_mask: windows tell where documents begin, see `Pack`.
 
         Raises:
             UserError: the text is shorter than one window.
         """
         if self._train.num_tokens < seq_len:
             raise self._too_short(("train",), seq_len)
-        return Pack(Repeat(Documents(self._train, seed=None if in_order else self.seed)), seq_len=seq_len)
+        documents = Repeat(Documents(self._train, seed=None if in_order else self.seed))
+        return Pack(documents, seq_len=seq_len, document_mask=document_mask)
 
     def examples(self, settings: Training) -> Stream:
         """Shuffled training documents without end, each alone in a window, so that none is read after another.
@@ -220,10 +222,14 @@ class Data:
         encoded = Map(Repeat(Shuffle(rows, seed=self.seed)), self.encode, name="encode")
         return Batch(Map(encoded, lambda row: padded(row, width), name=f"pad({width})"), batch_size=settings.batch_size)
 
-    def place(self, *, seq_len: int, in_order: bool = False) -> str:
-        """What a place in `endless` is known by: the same text, read by the same tokenizer in the same order."""
+    def place(self, *, seq_len: int, in_order: bool = False, document_mask: bool = False) -> str:
+        """What a place in `endless` is known by: the same text, read by the same tokenizer in the same order.
+
+        Windows with and without a document mask have different labels, so what is left of one is none of the other.
+        """
         order = "in order" if in_order else f"seed {self.seed}"
-        return _hash(self.corpus.fingerprint, self._reader, str(seq_len), order)
+        masked = ("document mask",) if document_mask else ()
+        return _hash(self.corpus.fingerprint, self._reader, str(seq_len), order, *masked)
 
     def calibration(self, *, samples: int, seq_len: int, batch_size: int = 1) -> Stream:
         """`samples` windows for statistics, from the calibration and training text, in a seeded order.

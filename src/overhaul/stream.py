@@ -240,41 +240,59 @@ class Pack(Stream):
 
     Yields `{"input_ids": (T,), "labels": (T,)}` int64 tensors; labels are aligned with the inputs (the objective
     shifts them) and `IGNORED` where a token is not trained on. A last, shorter window is left out.
+
+    With a document mask there are `"position_ids": (T,)` too, int64, which are 0 again where a document begins, and so
+    tell a model where attention has to end; a document's first token, which nothing before it predicts, is not trained
+    on. A document that is cut at the end of a window goes on in the next one at position 0, as if it began there.
     """
 
-    def __init__(self, source: Stream, *, seq_len: int) -> None:
-        self.sources, self.seq_len = (source,), seq_len
-        self.ids = np.zeros(0, np.int64)
-        self.labels = np.zeros(0, np.int64)
+    def __init__(self, source: Stream, *, seq_len: int, document_mask: bool = False) -> None:
+        self.sources, self.seq_len, self.document_mask = (source,), seq_len, document_mask
+        self.held = {"ids": np.zeros(0, np.int64), "labels": np.zeros(0, np.int64)}
+        if document_mask:
+            self.held["begins"] = np.zeros(0, bool)
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        ids, labels, held = [self.ids], [self.labels], len(self.ids)
-        while held < self.seq_len:
+        parts, count = {name: [part] for name, part in self.held.items()}, len(self.held["ids"])
+        while count < self.seq_len:
             document = next(self.sources[0])
-            ids.append(document.ids)
-            labels.append(np.where(document.trained, document.ids, IGNORED))
-            held += len(document.ids)
-        if len(ids) > 1:  # a long document is not copied for each of its windows
-            self.ids, self.labels = np.concatenate(ids), np.concatenate(labels)
-        window = {
-            "input_ids": torch.from_numpy(self.ids[: self.seq_len].copy()),
-            "labels": torch.from_numpy(self.labels[: self.seq_len].copy()),
-        }
-        self.ids, self.labels = self.ids[self.seq_len :], self.labels[self.seq_len :]
-        return window
+            for name, part in self._parts(document).items():
+                parts[name].append(part)
+            count += len(document.ids)
+        if len(parts["ids"]) > 1:  # a long document is not copied for each of its windows
+            self.held = {name: np.concatenate(pieces) for name, pieces in parts.items()}
+        cut = {name: part[: self.seq_len] for name, part in self.held.items()}
+        self.held = {name: part[self.seq_len :] for name, part in self.held.items()}
+        window = {"input_ids": cut["ids"].copy(), "labels": cut["labels"].copy()}
+        if self.document_mask:
+            window["position_ids"] = _positions(cut["begins"])
+        return {name: torch.from_numpy(part) for name, part in window.items()}
+
+    def _parts(self, document: Encoded) -> dict[str, np.ndarray]:
+        if not self.document_mask:
+            return {"ids": document.ids, "labels": np.where(document.trained, document.ids, IGNORED)}
+        begins = np.arange(len(document.ids)) == 0
+        labels = np.where(document.trained & ~begins, document.ids, IGNORED)
+        return {"ids": document.ids, "labels": labels, "begins": begins}
 
     def own_state(self) -> dict[str, Any]:
-        return {"ids": torch.from_numpy(self.ids.copy()), "labels": torch.from_numpy(self.labels.copy())}
+        return {name: torch.from_numpy(part.copy()) for name, part in self.held.items()}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
-        self.ids, self.labels = state["ids"].numpy().copy(), state["labels"].numpy().copy()
+        self.held = {name: state[name].numpy().copy() for name in self.held}
 
     def label(self) -> str:
-        return f"pack({self.seq_len})"
+        return f"pack({self.seq_len}{', document mask' if self.document_mask else ''})"
 
     def restart(self, epoch: int) -> None:
-        self.ids, self.labels = self.ids[:0], self.labels[:0]
+        self.held = {name: part[:0] for name, part in self.held.items()}
         super().restart(epoch)
+
+
+def _positions(begins: np.ndarray) -> np.ndarray:
+    """Of each token the distance to the nearest place at or before it where a document begins, or to the window's."""
+    places = np.arange(len(begins))
+    return places - np.maximum.accumulate(np.where(begins, places, 0))
 
 
 class Take(Stream):

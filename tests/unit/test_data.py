@@ -88,6 +88,15 @@ def test_training_batches_have_the_shape_asked_for_and_follow_the_seed(data: Dat
     assert (first(0) != first(1)).any()
 
 
+def test_a_document_mask_is_another_place_in_the_same_text(data: Data):
+    plain, masked = (next(data.endless(seq_len=32, document_mask=masked)) for masked in (False, True))
+
+    assert plain["input_ids"].tolist() == masked["input_ids"].tolist()
+    assert set(masked) - set(plain) == {"position_ids"}
+    assert data.place(seq_len=32, document_mask=False) == data.place(seq_len=32)
+    assert data.place(seq_len=32, document_mask=True) != data.place(seq_len=32)
+
+
 def test_calibration_uses_what_there_is_and_says_so(data: Data, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
         batches = list(data.calibration(samples=100_000, seq_len=64))

@@ -37,6 +37,7 @@ COMPOSITIONS: dict[str, Callable[[], Stream]] = {
     "repeated shuffle": lambda: Repeat(Shuffle(rows(), seed=3)),
     "map": lambda: Map(rows(), twice, name="twice"),
     "pack": lambda: Pack(rows(), seq_len=5),
+    "pack apart": lambda: Pack(Repeat(rows()), seq_len=5, document_mask=True),
     "take": lambda: Take(Repeat(rows()), 12),
     "mix": lambda: Mix({"a": Repeat(rows()), "b": Repeat(rows(5, first=100))}, [Phase({"a": 0.7, "b": 0.3})]),
     "phases": lambda: Mix(
@@ -122,12 +123,43 @@ def test_packing_loses_nothing_but_a_last_short_window(seq_len: int):
     assert (labels == np.where(trained, tokens, IGNORED)[: len(labels)]).all()
 
 
+def test_with_a_document_mask_positions_begin_anew_with_each_document_and_with_each_window():
+    """Documents of 3, 4, 5 and 6 tokens: the third is cut after its first token, the fourth after its fourth."""
+    one, two = islice(Pack(rows(), seq_len=8, document_mask=True), 2)
+
+    assert one["input_ids"].tolist() == [0, 0, 0, 1, 1, 1, 1, 2]
+    assert one["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
+    assert two["input_ids"].tolist() == [2, 2, 2, 2, 3, 3, 3, 3]
+    assert two["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_with_a_document_mask_no_first_token_is_trained_on():
+    trained = [Encoded(item.ids, np.ones_like(item.trained)) for item in rows()]
+    source = Rows(trained, name="trained", fingerprint="")
+
+    one, two = islice(Pack(source, seq_len=8, document_mask=True), 2)
+
+    assert one["labels"].tolist() == [IGNORED, 0, 0, IGNORED, 1, 1, 1, IGNORED]
+    assert two["labels"].tolist() == [2, 2, 2, 2, IGNORED, 3, 3, 3]  # the cut document's is in the window before
+
+
+def test_a_document_mask_changes_no_tokens_and_no_state_of_those_without():
+    plain, apart = Pack(rows(), seq_len=5), Pack(rows(), seq_len=5, document_mask=True)
+
+    assert [w["input_ids"].tolist() for w in plain] == [w["input_ids"].tolist() for w in apart]
+    assert set(plain.own_state()) == {"ids", "labels"}
+    assert set(next(Pack(rows(), seq_len=5))) == {"input_ids", "labels"}
+    assert plain.label() == "pack(5)"
+    assert apart.label() == "pack(5, document mask)"
+
+
 def test_batches_are_stacked_windows_and_a_smaller_last_one_is_left_out():
     batches = list(Batch(Pack(rows(), seq_len=4), batch_size=2))
     windows = list(Pack(rows(), seq_len=4))
 
     assert len(batches) == len(windows) // 2
     assert (batches[1]["input_ids"] == torch.stack([w["input_ids"] for w in windows[2:4]])).all()
+    assert next(Batch(COMPOSITIONS["pack apart"](), batch_size=2))["position_ids"].shape == (2, 5)
 
 
 def test_the_description_is_a_tree_with_hashes_and_counts():
@@ -151,6 +183,9 @@ def test_the_hash_is_stable_and_sensitive_to_every_setting():
     assert made == [fingerprint(make) for make in COMPOSITIONS.values()]
     assert len(set(made)) == len(made)
     assert fingerprint(lambda: Pack(rows(), seq_len=5)) != fingerprint(lambda: Pack(rows(), seq_len=6))
+    assert fingerprint(lambda: Pack(rows(), seq_len=5)) != fingerprint(
+        lambda: Pack(rows(), seq_len=5, document_mask=True)
+    )
     assert fingerprint(lambda: Shuffle(rows(), seed=0)) != fingerprint(lambda: Shuffle(rows(), seed=1))
     assert fingerprint(rows) != fingerprint(lambda: rows(8))
 
