@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from overhaul.layers import LinearLike
@@ -14,6 +16,9 @@ _LOGIT_CHANGES = (
     "final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale", "lm_head_multiplier",
     "logits_soft_cap", "output_logit_soft_cap",
 )  # fmt: skip
+
+SAME_STATE = 0.05
+"""How far apart, over their norm, two states of one token can be by rounding in bf16; other text before moves more."""
 
 
 class Head(NamedTuple):
@@ -59,7 +64,37 @@ def outputs(model: nn.Module, batch: Mapping[str, Tensor], *, states: bool = Fal
 
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: nn.Module) -> bool:
+    """Whether positions that begin anew within a window end attention and all other memory there.
+
+    It is tried out: two windows of two documents each, cut at different places, against the documents alone. Not every
+    model that takes `position_ids` heeds them.
+
+    Args:
+        model: in evaluation mode.
+    """
+    takes: Any = signature(body(model).forward).parameters.values()
+    if not any(one.name == "position_ids" or one.kind is one.VAR_KEYWORD for one in takes):
+        return False
+    device, sizes = next(model.parameters()).device, ((7, 12), (11, 8))
+    ids_BT = torch.arange(2, 40, device=device).view(2, -1) % num_words(model.config)
+    positions_BT = torch.stack([torch.cat([torch.arange(size) for size in row]) for row in sizes]).to(device)
+    packed_BTX = _last(outputs(model, {"input_ids": ids_BT, "position_ids": positions_BT}))
+    alone = [
+        torch.cat([_last(outputs(model, {"input_ids": part[None]}))[0] for part in ids_T.split(row)])
+        for ids_T, row in zip(ids_BT, sizes, strict=True)
+    ]
+    wanted_BTX = torch.stack(alone).float()
+    off_BT = (packed_BTX.float() - wanted_BTX).norm(dim=-1) / wanted_BTX.norm(dim=-1)
+    return bool(off_BT.max() < SAME_STATE)
+
+
+def _last(made: Outputs) -> Tensor:
+    return made.logits if made.hidden is None else made.hidden  # pyright: ignore[reportReturnType]
 
 
 def depth(config: Any) -> int:
