@@ -41,14 +41,15 @@ def rates(path: Path) -> list[float]:
     return [json.loads(line)["lr"] for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-OPTIMIZERS: dict[str, tuple[str, ...]] = {
+RULES: dict[str, tuple[str, ...]] = {
     "adamw": (),
     "adamw8bit": ("--optimizer", "adamw8bit"),
+    "document mask": ("--document-mask",),
     "fira": ("--optimizer", "fira", "--projection.rank", "8", "--projection.gap", "4"),
 }
 
 
-@pytest.mark.parametrize("rule", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_two_runs_are_one(rule: tuple[str, ...], tiny: Path, texts: dict[str, Path], tmp_path: Path):
     """At a constant rate, to the bit: moments, the order of the new text, and the place in the old."""
     if "adamw8bit" in rule:
@@ -133,8 +134,8 @@ def test_what_cannot_be_gone_on_with(tiny: Path, texts: dict[str, Path], tmp_pat
     run = ("-o", tmp_path / "out", *HOW, "--data", texts["new"], "--steps", "2", "--go-on")
 
     refused(overhaul("extend", "cpt", tiny, *run), "has no continuation.pt", "--keep-state")
-    refused(overhaul("extend", "cpt", first, *run, *OPTIMIZERS["fira"]), "cannot go on with", "--optimizer adamw")
-    low = extended(tiny, tmp_path / "low", "--data", texts["new"], "--steps", "2", "--keep-state", *OPTIMIZERS["fira"])
+    refused(overhaul("extend", "cpt", first, *run, *RULES["fira"]), "cannot go on with", "--optimizer adamw")
+    low = extended(tiny, tmp_path / "low", "--data", texts["new"], "--steps", "2", "--keep-state", *RULES["fira"])
     other = ("--optimizer", "fira", "--projection.rank", "16")
     refused(overhaul("extend", "cpt", low, *run, *other), "rank", "--projection.rank 8")
     refused(overhaul("extend", "cpt", first, *run, "--schedule", "anneal", "--floor", "0.5"), "below that which anneal")

@@ -66,6 +66,11 @@ class ContinualPretraining(Training):
     from_scratch: bool = Field(
         False, description="Begin with random weights: what training on old and new text together would have given."
     )
+    document_mask: bool = Field(
+        False,
+        description="Begin attention and positions anew with each document of a window; otherwise a token sees "
+        "the documents before its own too.",
+    )
     keep_zeros: bool = Field(True, description="Hold the pruned weights of a pruned model at zero.")
     part: tuple[Fraction, Fraction] = Field(
         (0.0, 1.0),
@@ -181,15 +186,23 @@ class ContinualPretraining(Training):
         """Refuses to mix the new text with itself, and says what is odd about the texts.
 
         Raises:
-            UserError: two texts are the same, or a state is to be put into sharded parameters.
+            UserError: two texts are the same, a state is to be put into sharded parameters, or the model cannot keep
+                the documents of a window apart.
         """
         from overhaul.select import has_adapters
+        from overhaul.interop import hf
         from overhaul.sharding import is_sharded
 
         if self.from_scratch and has_adapters(model):
             raise UserError("--from-scratch: the model has adapters on top of its weights", hint="a whole model")
         if self.go_on and is_sharded():
             raise UserError("--go-on needs whole parameters, which FSDP has not", hint="accelerate launch --multi_gpu")
+        if self.document_mask and not hf.keeps_documents_apart(model):
+            raise UserError(
+                "--document-mask: this model sees past positions that begin anew, so documents cannot be kept apart",
+                allowed="models whose attention heeds position_ids, such as Llama, Mistral, Qwen and GPT-2",
+                hint="--no-document-mask",
+            )
         if data is None:
             return
         if data.tokenizer.chat_template:
@@ -349,7 +362,7 @@ class ContinualPretraining(Training):
         """What is read, by the name of the text; the new text first."""
         from overhaul.mixture import Source
 
-        how: dict[str, Any] = {"seq_len": self.seq_len}
+        how: dict[str, Any] = {"seq_len": self.seq_len, "document_mask": self.document_mask}
         found = {data.corpus.name: Source(data.endless(**how), data.place(**how))}
         if self.replay is not None:
             old, how = data.on(self.replay), {**how, "in_order": True}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -88,6 +88,6 @@ class MixCPT(ContinualPretraining):
         if self.general is not None:
             told = data.on(self.general)
             plain = replace(told, corpus=as_plain_text(told.corpus))
-            how = {"seq_len": self.seq_len}
+            how: dict[str, Any] = {"seq_len": self.seq_len, "document_mask": self.document_mask}
             found[told.corpus.name] = Source(plain.endless(**how), plain.place(**how))
         return found

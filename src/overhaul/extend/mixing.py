@@ -45,7 +45,8 @@ class Mixing(ContinualPretraining):
         """The new text, the further ones, and what is replayed."""
         from overhaul.mixture import Source
 
-        found, how = super().sources(data), dict[str, Any](seq_len=self.seq_len)
+        found = super().sources(data)
+        how: dict[str, Any] = {"seq_len": self.seq_len, "document_mask": self.document_mask}
         for path in self.texts():
             if path == self.replay:
                 continue

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command import overhaul, refused
+from conftest import MakeTiny
 from overhaul.adapt.full import Full
 from overhaul.corpora import open_corpus
 from overhaul.data import Data
 from overhaul.extend.cpt import ContinualPretraining
-from overhaul.stream import Batch, Stream
+from overhaul.stream import IGNORED, Batch, Stream
 
 TINY = ("--steps", "6", "--batch-size", "2", "--seq-len", "32", "--dtype", "fp32")
 JUDGED = ("--evaluate-windows", "2", "--evaluate-seq-len", "32")
@@ -131,6 +132,30 @@ def test_a_pruned_model_from_scratch_has_its_zeros_still(tiny: Path, new: Path, 
     name = "model.layers.0.mlp.down_proj.weight"
     assert torch.equal(pruned[name] == 0, made[name] == 0)
     assert not torch.equal(pruned[name], made[name])
+
+
+def test_with_a_document_mask_windows_of_both_texts_say_where_documents_begin(data: Data, old: Path):
+    how: dict[str, Any] = {"seq_len": 64, "batch_size": 4, "replay": str(old), "replay_share": 0.5}
+    plain, masked = (
+        list(islice(batches(ContinualPretraining(document_mask=on, **how), data), 20)) for on in (False, True)
+    )
+
+    assert all("position_ids" not in batch for batch in plain)
+    for batch, other in zip(masked, plain, strict=True):
+        assert torch.equal(batch["input_ids"], other["input_ids"])
+        begins_BT = batch["position_ids"] == 0
+        ends_BT = batch["input_ids"] == data.tokenizer.eos_token_id
+        assert torch.equal(begins_BT[:, 1:], ends_BT[:, :-1])  # behind every end
+        assert (batch["labels"][:, 1:][begins_BT[:, 1:]] == IGNORED).all()
+        assert torch.equal(batch["labels"][~begins_BT], other["labels"][~begins_BT])
+
+
+def test_a_model_that_sees_past_the_border_of_documents_is_refused(make_tiny: MakeTiny, new: Path, tmp_path: Path):
+    run = ("extend", "cpt", make_tiny(architecture="opt"), "-o", tmp_path / "out", *TINY, "--data", new)
+
+    refused(overhaul(*run, "--document-mask"), "documents cannot be kept apart", "--no-document-mask")
+    assert not (tmp_path / "out").exists()
+    assert overhaul(*run, "--dry-run").code == 0
 
 
 def test_epochs_are_passes_over_the_new_text(data: Data, old: Path):

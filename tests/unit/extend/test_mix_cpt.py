@@ -114,6 +114,16 @@ def test_instructions_are_trained_on_as_a_whole_in_their_share(tiny: Path, gener
     assert any("What is" in text for batch in batches for text in data.tokenizer.batch_decode(batch["input_ids"]))
 
 
+def test_with_a_document_mask_instructions_are_kept_apart_too(tiny: Path, general: Path):
+    data = Data(open_corpus("sample"), AutoTokenizer.from_pretrained(tiny))
+    settings = MixCPT(general=str(general), general_share=0.5, seq_len=64, batch_size=2, document_mask=True)
+
+    sources = settings.sources(data)
+
+    assert all("position_ids" in next(source.windows) for source in sources.values())
+    assert (next(sources["instructions.jsonl"].windows)["position_ids"] == 0).sum() > 1
+
+
 def test_plain_text_is_another_corpus(general: Path):
     corpus = open_corpus(general)
 
