@@ -30,6 +30,26 @@ class Row:
     count: int
 
 
+TOKENS = "tokens trained on"
+"""The label of x axes that begin at 0, before the first step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A distance above a curve's beginning that is marked in its chart.
+
+    Attributes:
+        x: where.
+        low, high: its ends, in the units of y.
+        text: what stands beside it.
+    """
+
+    x: float
+    low: float
+    high: float
+    text: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
     """A line; curves with the same `y_label` are drawn into one chart.
@@ -39,6 +59,7 @@ class Curve:
         x, y: its points.
         x_label, y_label: of the axes.
         title: the finding, as a sentence without a full stop; without one the page says where the line went.
+        spans: what is marked of it.
     """
 
     name: str
@@ -47,6 +68,7 @@ class Curve:
     x_label: str
     y_label: str
     title: str = ""
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

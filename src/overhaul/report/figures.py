@@ -13,11 +13,14 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from overhaul.report.numbers import as_percent
-from overhaul.table import Curve
+from overhaul.report.numbers import as_percent, as_place
+from overhaul.table import TOKENS, Curve, Span
 
 MOST_POINTS = 500
 """A line with more points is drawn through the extremes of groups of points; the CSV has them all."""
+
+Scale = Callable[[float], float]
+"""From a value to a place in a picture."""
 
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 2", "10 4")
 
@@ -51,16 +54,19 @@ def finite_points(curve: Curve) -> list[tuple[float, float]]:
 
 
 def line_chart(curves: Sequence[Curve], *, title: str) -> Markup:
-    """Curves with common axes: 480 x 250, y ticks left, x ticks below, a legend when there are several.
+    """Curves with common axes: 480 wide, y ticks left, x ticks below, a legend when there are several.
 
     Args:
         curves: at least one, all with the labels of the first.
         title: for screen readers; the page prints it above.
     """
-    width, height, left, right, top, bottom = 480, 250, 52, 16, 26, 38
+    width, left, right, bottom = 480, 52, 16, 38
+    names = [curve.name for curve in curves] if len(curves) > 1 else []
+    legend, top = _legend(names, taken=7 * len(curves[0].y_label), right_edge=width - right)
+    height = top + 186 + bottom
     lines = [thinned(finite_points(curve)) for curve in curves]
     xs, ys = ([point[axis] for line in lines for point in line] or [0.0, 1.0] for axis in (0, 1))
-    x_low, x_high = min(xs), max(xs)
+    x_low, x_high = 0.0 if curves[0].x_label == TOKENS else min(xs), max(xs)
     y_low, y_high = _padded(min(ys), max(ys))
 
     def at_x(x: float) -> float:
@@ -74,7 +80,7 @@ def line_chart(curves: Sequence[Curve], *, title: str) -> Markup:
         marks.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
         marks.append(text_mark(left - 7, at_y(y) + 4, f"{y:.6g}", anchor="end"))
     for x in ticks(x_low, x_high):
-        marks.append(text_mark(at_x(x), height - bottom + 16, f"{x:.6g}", anchor="middle"))
+        marks.append(text_mark(at_x(x), height - bottom + 16, as_place(x), anchor="middle"))
     marks.append(text_mark((left + width - right) / 2, height - 4, curves[0].x_label, anchor="middle"))
     marks.append(text_mark(0, 12, curves[0].y_label))
     for index, line in enumerate(lines):
@@ -84,20 +90,55 @@ def line_chart(curves: Sequence[Curve], *, title: str) -> Markup:
         if len(line) == 1:
             cx, cy = at_x(line[0][0]), at_y(line[0][1])
             marks.append(f'<circle class="dot s{index % 6}" cx="{cx:.1f}" cy="{cy:.1f}" r="3"/>')
-    if len(curves) > 1:
-        marks += _legend([curve.name for curve in curves], right_edge=width - right)
-    return svg_of(width, height, marks, title=title)
+    for index, curve in enumerate(curves):
+        for span in curve.spans:
+            marks += _span(index, span, at_x, at_y, room=width - right - at_x(span.x))
+    return svg_of(width, height, [*marks, *legend], title=title)
 
 
-def _legend(names: Sequence[str], *, right_edge: float) -> list[str]:
+def _span(index: int, span: Span, at_x: Scale, at_y: Scale, *, room: float) -> list[str]:
+    """A line down from the highest point to the level of the beginning, which is dotted; its text where there is room.
+
+    Args:
+        index: of the curve.
+        span: what is marked.
+        at_x, at_y: places in the picture.
+        room: to the right of it.
+    """
+    x, low, high, start = at_x(span.x), at_y(span.low), at_y(span.high), at_x(0.0)
+    kind = f'class="span s{index % 6}"'
+    aside, anchor = (6, "start") if room > 6 + 7 * len(span.text) else (-6, "end")
+    return [
+        f'<line {kind} stroke-dasharray="1 3" x1="{start:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{low:.1f}"/>',
+        f'<line {kind} x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>',
+        text_mark(x + aside, (low + high) / 2 + 4, span.text, anchor=anchor, strong=True, halo=True),
+    ]
+
+
+def _legend(names: Sequence[str], *, taken: float, right_edge: float) -> tuple[list[str], int]:
+    """Names with their lines, on the right, and where what is below them begins.
+
+    Args:
+        names: shortened where they are longer than a row.
+        taken: of the first row's width, by the label of the y axis: where they do not fit beside it, they go below.
+        right_edge: where rows end.
+    """
+    names = [shortened(name, 54) for name in names]
+    widths = [36 + 7 * len(name) for name in names]
+    rows: list[list[int]] = [[]] if sum(widths) <= max(right_edge - taken, 0) else [[], []]
+    for index, width in enumerate(widths):
+        if rows[-1] and sum(widths[place] for place in rows[-1]) + width > right_edge:
+            rows.append([])
+        rows[-1].append(index)
     marks = []
-    x = right_edge - sum(34 + 6.3 * len(name) for name in names)
-    for index, name in enumerate(names):
-        dash = f' stroke-dasharray="{DASHES[index % 6]}"' if index % 6 else ""
-        marks.append(f'<line class="line s{index % 6}"{dash} x1="{x:.1f}" x2="{x + 18:.1f}" y1="8" y2="8"/>')
-        marks.append(text_mark(x + 23, 12, name))
-        x += 34 + 6.3 * len(name)
-    return marks
+    for number, row in enumerate(rows):
+        x, y = right_edge - sum(widths[index] for index in row), 8 + 16 * number
+        for index in row:
+            dash = f' stroke-dasharray="{DASHES[index % 6]}"' if index % 6 else ""
+            marks.append(f'<line class="line s{index % 6}"{dash} x1="{x:.1f}" x2="{x + 18:.1f}" y1="{y}" y2="{y}"/>')
+            marks.append(text_mark(x + 23, y + 4, names[index]))
+            x += widths[index]
+    return marks, 26 + 16 * (len(rows) - 1)
 
 
 def bar_chart(bars: Sequence[tuple[str, float]], *, title: str, full: str) -> Markup:
@@ -196,8 +237,13 @@ def curves_png(curves: Sequence[Curve], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, group in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
         for curve in group:
-            axes.plot(curve.x, curve.y, label=curve.name, linewidth=1.4)
+            (line,) = axes.plot(curve.x, curve.y, label=curve.name, linewidth=1.4)
+            for span in curve.spans:
+                axes.vlines(span.x, span.low, span.high, colors=line.get_color(), linestyles="dotted")
+                axes.annotate(span.text, (span.x, (span.low + span.high) / 2), (4, 0), textcoords="offset points")
         axes.set(xlabel=group[0].x_label, title=group[0].y_label)
+        if group[0].x_label == TOKENS:
+            axes.set_xlim(left=0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if len(group) > 1:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from overhaul.report.facts import Facts, LayerFacts, Recovery, quality
 from overhaul.report.figures import bar_chart, by_label, finite_points, heat_map, line_chart
-from overhaul.report.numbers import as_interval, as_percent, as_quantity
+from overhaul.report.numbers import as_interval, as_percent, as_place, as_quantity
 from overhaul.report.pareto import Trade, on_front, trades_of
 from overhaul.report.scatter import Point, scatter_chart
 from overhaul.table import Curve, LayerMap
@@ -148,12 +148,15 @@ def curve_figure(curves: Sequence[Curve]) -> Figure:
     header = (first.x_label, *(curve.name for curve in curves))
     every = max(1, math.ceil(len(xs) / MOST_TABLE_ROWS))
     rows = [(x, *(points.get(x) for points in at)) for x in xs]
+    caption = f"{first.y_label[0].upper()}{first.y_label[1:]} against {first.x_label}, {len(xs)} points."
+    if any(curve.spans for curve in curves):
+        caption += " Marked: how far a line rose above its beginning."
     return Figure(
         title=title,
-        caption=f"{first.y_label[0].upper()}{first.y_label[1:]} against {first.x_label}, {len(xs)} points.",
+        caption=caption,
         svg=line_chart(curves, title=title),
         header=header,
-        rows=tuple((f"{row[0]:g}", *(as_quantity(y) for y in row[1:])) for row in rows[::every]),
+        rows=tuple((as_place(row[0]), *(as_quantity(y) for y in row[1:])) for row in rows[::every]),
         csv=as_csv(header, [[_raw(number) for number in row] for row in rows]),
         file_name=f"{first.name.replace('/', '-')}.csv",
     )

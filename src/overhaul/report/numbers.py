@@ -73,6 +73,11 @@ def as_speed(per_second: float | None) -> str:
     return as_quantity(per_second, digits=3) if per_second < 99.5 else f"{per_second:,.0f}"
 
 
+def as_place(x: float) -> str:
+    """A place on an x axis: `1,234,567`, `0.25`; whole numbers with all their digits."""
+    return f"{x:,.0f}" if x == round(x) and abs(x) < 1e15 else f"{x:.6g}"
+
+
 def as_duration(seconds: float | None) -> str:
     """`0.8 s`, `42 s`, `2 min 10 s`, `1 h 05 min`."""
     if seconds is None:

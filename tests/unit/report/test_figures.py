@@ -3,13 +3,14 @@
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from overhaul.report.figures import bar_chart, curves_png, heat_map, line_chart, placed, thinned, ticks
 from overhaul.report.numbers import as_percent
-from overhaul.table import Curve
+from overhaul.table import TOKENS, Curve, Span
 
 from .examples import full_report, layers
 
@@ -63,6 +64,49 @@ def test_series_differ_by_more_than_colour_and_are_named() -> None:
     assert "stroke-dasharray" in svg
     assert ">ce</text>" in svg
     assert ">distill</text>" in svg
+
+
+def watched(*spans: Span, ys: tuple[float, ...] = (4.0, 5.0, 4.5)) -> Curve:
+    return Curve(name="old", x=(0, 200, 400), y=ys, x_label=TOKENS, y_label="loss", spans=spans)
+
+
+def test_a_marked_distance_goes_from_the_beginning_s_level_to_the_point() -> None:
+    svg = ElementTree.fromstring(line_chart([watched(Span(x=200, low=4.0, high=5.0, text="+1.000"))], title="t"))
+
+    (line,) = svg.iter("polyline")
+    start, top, _ = ([float(number) for number in point.split(",")] for point in line.attrib["points"].split())
+    level, upright = (mark.attrib for mark in svg.iter("line") if mark.attrib["class"] == "span s0")
+    assert [float(level[end]) for end in ("x1", "y1", "x2", "y2")] == [*start, top[0], start[1]]
+    assert [float(upright[end]) for end in ("x1", "y1", "x2", "y2")] == [top[0], start[1], *top]
+    assert "+1.000" in [text.text for text in svg.iter("text")]
+
+
+def test_charts_over_tokens_begin_at_zero_so_that_they_stand_below_each_other() -> None:
+    rate = Curve(name="lr", x=(100, 400), y=(1.0, 2.0), x_label=TOKENS, y_label="learning rate")
+
+    ends = []
+    for one in (watched(), rate):
+        (line,) = ElementTree.fromstring(line_chart([one], title="t")).iter("polyline")
+        ends.append({float(point.split(",")[0]) for point in line.attrib["points"].split()})
+
+    left, right = min(ends[0]), max(ends[0])
+    assert max(ends[1]) == right
+    assert min(ends[1]) == pytest.approx(left + (right - left) / 4, abs=0.1)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_no_names_in_a_legend_overlap(count: int) -> None:
+    curves = [curve(f"boolq-passages-{number}", 2, 1) for number in range(count)]
+
+    svg = ElementTree.fromstring(line_chart(curves, title="t"))
+
+    names = [mark.attrib for mark in svg.iter("text") if mark.text and mark.text.startswith("boolq")]
+    places = [(float(mark["y"]), float(mark["x"])) for mark in names]
+    assert all(x >= 0 for _, x in places)
+    rows = {y: sorted(x for other, x in places if other == y) for y, _ in places}
+    assert all(right - left > 7 * 16 for xs in rows.values() for left, right in pairwise(xs))
+    (line,) = {float(mark.attrib["points"].split()[0].split(",")[1]) for mark in svg.iter("polyline")}
+    assert line > max(rows)  # below all of it
 
 
 def test_bars_are_proportional() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from urllib.parse import unquote
 
 from overhaul.report.findings import curve_figure, curve_figures, layer_figures, map_figures, trade_figures
-from overhaul.table import Curve, LayerMap
+from overhaul.table import TOKENS, Curve, LayerMap, Span
 
 from .examples import full_report, perplexity, three_facts
 
@@ -46,6 +46,21 @@ def test_a_curve_with_a_title_of_its_own_keeps_it_and_each_is_said_once() -> Non
 
     assert figure.title == "Half are outliers"
     assert figure.header == ("block", "a", "b")
+
+
+def test_the_losses_on_all_texts_are_one_figure_over_tokens_that_says_what_is_marked() -> None:
+    old = Curve(name="old", x=(0, 1_234_567), y=(4.0, 4.5), x_label=TOKENS, y_label="held-out loss", title="old rises",
+                spans=(Span(x=1_234_567, low=4.0, high=4.5, text="+0.500"),))  # fmt: skip
+    new = replace(old, name="new", y=(3.0, 2.0), title="new falls", spans=())
+
+    (figure,) = curve_figures([new, old])
+
+    assert figure.title == "new falls; old rises"
+    assert figure.caption.endswith("2 points. Marked: how far a line rose above its beginning.")
+    assert figure.header == ("tokens trained on", "new", "old")
+    assert figure.rows == (("0", "3.000", "4.000"), ("1,234,567", "2.000", "4.500"))
+    assert figure.csv.splitlines()[1:] == ["0,3.0,4.0", "1234567,2.0,4.5"]
+    assert "Marked" not in curve_figure([new]).caption
 
 
 def test_maps_of_one_quantity_share_a_scale() -> None:

@@ -7,6 +7,7 @@ from overhaul.report.numbers import (
     as_duration,
     as_interval,
     as_percent,
+    as_place,
     as_quantity,
     as_size,
     as_speed,
@@ -30,6 +31,10 @@ from overhaul.table import Row
 )
 def test_quantities_have_four_significant_digits(number: float | None, text: str) -> None:
     assert as_quantity(number) == text
+
+
+def test_places_on_an_axis_keep_all_their_digits() -> None:
+    assert [as_place(x) for x in (0, 500.0, 1_234_567, 0.25, 1e-4)] == ["0", "500", "1,234,567", "0.25", "0.0001"]
 
 
 @pytest.mark.parametrize(
