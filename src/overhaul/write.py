@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -60,10 +61,10 @@ def write_directory(
         size = artifacts.size_on_disk(directory)
         facts = (*facts[:-1], replace(facts[-1], path=str(out), bytes=size))
         extra = {"facts_key": judge.key, "facts": [asdict(one) for one in facts]}
-        tables = (*notes.tables, *_told_by(history, facts)) if history else tuple(notes.tables)
+        told = _told_by(history, facts) if history else []
         if notes.parts:
             extra["reconstruction"] = [asdict(part) for part in notes.parts]
-        if tables:
+        if tables := [*notes.tables, *told]:
             extra["tables"] = [asdict(table) for table in tables]
         for beside in notes.tensors:
             save_file(dict(beside.tensors), directory / beside.file, metadata=dict(beside.metadata))
@@ -75,8 +76,8 @@ def write_directory(
         artifacts.write_record(made, directory, extra)
         recipe_yaml = replay(made.lineage, out)
         (directory / "recipe.yaml").write_text(recipe_yaml)
-        curves = reconstruction_curves(notes) if notes.parts else curves_of_history(history.points if history else ())
-        report = build_report(made.lineage, facts, curves, recipe_yaml, tables)
+        curves = reconstruction_curves(notes) if notes.parts else _curves(history, facts)
+        report = build_report(made.lineage, facts, curves, recipe_yaml, tables=notes.tables, training=told)
         (directory / "report.html").write_text(html_report(report))
         if history:
             lines = (json.dumps(point) for point in history.points)
@@ -98,12 +99,30 @@ def _told_by(history: History, facts: Sequence[Facts]) -> list[TableNote]:
              "" if drawn.passes is None else f"{drawn.passes:.3g}")
             for drawn in history.ledger
         ]  # fmt: skip
-        columns = ("text", "tokens", "share asked", "share read", "passes over it")
-        told.append(TableNote(title="What was read.", columns=columns, rows=tuple(rows)))
-    losses = {row.metric: row.value for row in facts[-2].metrics} if len(facts) > 1 else {}
-    before = {name.removeprefix(LOSS_ON).strip(): loss for name, loss in losses.items() if name.startswith(LOSS_ON)}
-    gaps = gaps_note(history.points, before, f"{HELDOUT}/")
+        columns = ("text", "tokens", "share asked", "share read", "epochs")
+        told.append(
+            TableNote(title="The mixture: what was asked and what was read.", columns=columns, rows=tuple(rows))
+        )
+    gaps = gaps_note(history.points, losses_before(facts), f"{HELDOUT}/")
     return told + ([gaps] if gaps else [])
+
+
+def losses_before(facts: Sequence[Facts]) -> dict[str, float]:
+    """Held-out losses of the model that the last one was made from, in nats a token, by corpus."""
+    if len(facts) < 2:
+        return {}
+    parent, found = facts[-2], {}
+    if parent.perplexity and parent.corpus == facts[-1].corpus:
+        found[parent.corpus] = math.log(parent.perplexity.value)
+    watched = [row for row in parent.metrics if row.metric.startswith(LOSS_ON)]
+    return found | {row.metric.removeprefix(LOSS_ON).strip(): row.value for row in watched}
+
+
+def _curves(history: History | None, facts: Sequence[Facts]) -> tuple[Curve, ...]:
+    """What is drawn of a training; nothing without one."""
+    if history is None:
+        return ()
+    return curves_of_history(history.points, before=losses_before(facts), judged=facts[-1].corpus)
 
 
 def reconstruction_curves(notes: Notes) -> tuple[Curve, ...]:
@@ -127,15 +146,18 @@ def build_report(
     facts: tuple[Facts, ...],
     curves: tuple[Curve, ...],
     recipe_yaml: str,
+    *,
     tables: Sequence[TableNote] = (),
+    training: Sequence[TableNote] = (),
 ) -> Report:
-    """The report on a chain of steps."""
+    """The report on a chain of steps: see `Report`."""
     last = lineage[-1]
     return Report(
         title=f"{last.verb} {last.method}: {Path(facts[-1].path).name}",
         facts=facts,
         lineage=tuple(lineage),
         curves=curves,
+        training=tuple(training),
         tables=tuple(tables),
         recipe_yaml=recipe_yaml,
         commands=tuple(dict.fromkeys(step.command for step in lineage if step.command)),

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from overhaul.journal import TableNote
 from overhaul.lineage import LineageStep
-from overhaul.table import Curve, Row
+from overhaul.stability import gap
+from overhaul.table import TOKENS, Curve, Row, Span
 
 BITS_PER_BYTE = "bits per byte"
 """The metric that compares models of different tokenizers."""
@@ -90,6 +91,10 @@ class Report:
     """All there is to say about a run; the first of `facts` is what the others are compared with.
 
     In a comparison the models stand side by side; otherwise each was made from the one before it.
+
+    Attributes:
+        curves, training: what was seen while the last one was trained, as pictures and as tables.
+        tables: what its method compared; in a comparison, the chains.
     """
 
     title: str
@@ -97,6 +102,7 @@ class Report:
     is_comparison: bool = False
     lineage: tuple[LineageStep, ...] = ()
     curves: tuple[Curve, ...] = ()
+    training: tuple[TableNote, ...] = ()
     tables: tuple[TableNote, ...] = ()
     recipe_yaml: str = ""
     commands: tuple[str, ...] = ()
@@ -128,25 +134,72 @@ HISTORY_LABELS = {
 }
 
 
-def curves_of_history(history: Sequence[Mapping[str, float]]) -> tuple[Curve, ...]:
-    """The curves in a training history: loss, its terms if several, what was held out, rate, gradient norm.
+def curves_of_history(
+    history: Sequence[Mapping[str, float]], *, before: Mapping[str, float] | None = None, judged: str = ""
+) -> tuple[Curve, ...]:
+    """The curves in a training history: what was held out, loss, its terms if several, rate, gradient norm.
+
+    Where further texts were watched, x is tokens trained on, and the text that models are judged on stands among them
+    with its loss in place of its perplexity.
 
     Args:
-        history: points `{"step":, "loss":, "loss/<term>":, "held-out/<corpus>":, "lr":, "grad_norm":, ...}`; a key may
-            be absent.
+        history: points `{"step":, "tokens":, "loss":, "loss/<term>":, "held-out/<corpus>":, "lr":, "grad_norm":, ...}`;
+            a key may be absent.
+        before: held-out losses before the first step, in nats a token, by corpus.
+        judged: the corpus of the perplexity.
     """
     names = list(dict.fromkeys(key for point in history for key in point))
     terms = [name for name in names if name.startswith("loss/")]
-    watched = [name for name in names if name.startswith(f"{HELDOUT}/")]
-    wanted = ["loss", *(terms if len(terms) > 1 else ()), "perplexity", *watched, "lr", "grad_norm"]
+    wanted = ["loss", *(terms if len(terms) > 1 else ()), "lr", "grad_norm"]
+    if watched := _watched_curves(history, before or {}, judged):
+        return (*watched, *_curves(history, wanted, "tokens", TOKENS))
+    wanted.insert(-2, "perplexity")
+    return _curves(history, wanted, "step", "step")
+
+
+def _curves(
+    history: Sequence[Mapping[str, float]], names: Sequence[str], x_key: str, x_label: str
+) -> tuple[Curve, ...]:
     curves = []
-    for name in wanted:
-        points = [(point["step"], point[name]) for point in history if name in point]
+    for name in names:
+        points = [(point[x_key], point[name]) for point in history if name in point]
         if points:
             x, y = zip(*points, strict=True)
-            label = HISTORY_LABELS[name.split("/")[0]]
-            curves.append(Curve(name=name, x=x, y=y, x_label="step", y_label=label))
+            curves.append(Curve(name=name, x=x, y=y, x_label=x_label, y_label=HISTORY_LABELS[name.split("/")[0]]))
     return tuple(curves)
+
+
+def _watched_curves(
+    history: Sequence[Mapping[str, float]], before: Mapping[str, float], judged: str
+) -> tuple[Curve, ...]:
+    """The losses on held-out texts, that which models are judged on first; empty where no further one was watched."""
+    losses: dict[str, list[tuple[int, float]]] = {judged: []}
+    for point in history:
+        for key, loss in point.items():
+            kind, _, text = key.partition("/")
+            if kind == HELDOUT:
+                losses.setdefault(text, []).append((int(point["tokens"]), loss))
+    if not any(losses.values()):
+        return ()
+    if not losses[judged]:  # else it is watched itself
+        losses[judged] = [
+            (int(point["tokens"]), math.log(point["perplexity"])) for point in history if "perplexity" in point
+        ]
+    return tuple(_watched_curve(text, found, before.get(text)) for text, found in losses.items() if found)
+
+
+def _watched_curve(text: str, points: Sequence[tuple[int, float]], before: float | None) -> Curve:
+    """Losses over tokens, with how far they rose above that before the first step."""
+    x, y = zip(*points if before is None else [(0, before), *points], strict=True)
+    title, spans = "", ()
+    if before is not None and all(map(math.isfinite, y)):
+        found = gap(list(zip(x, y, strict=True)))
+        end = f"ends {abs(found.final):.3f} {'higher' if found.final > 0 else 'lower'}"
+        title = f"{text} {end}"
+        if found.depth:
+            title = f"{text} rises by {found.depth:.3f} until {found.at:,} tokens, {end}"
+            spans = (Span(x=found.at, low=before, high=before + found.depth, text=f"{found.depth:+.3f}"),)
+    return Curve(name=text, x=x, y=y, x_label=TOKENS, y_label=HISTORY_LABELS[HELDOUT], title=title, spans=spans)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -208,8 +210,17 @@ def test_the_record_tells_what_was_read_of_both_and_does_it_again(tiny: Path, ne
     points = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [point["step"] for point in points if "held-out/old.jsonl" in point] == [3, 6]
     titles = [table["title"] for table in json.loads((tmp_path / "out" / "overhaul.json").read_text())["tables"]]
-    assert titles == ["What was read.", "What happened to other text on the way."]
-    assert "share read" in (tmp_path / "out" / "report.html").read_text()
+    assert titles == ["The mixture: what was asked and what was read.", "What happened to other text on the way."]
+    page = unquote((tmp_path / "out" / "report.html").read_text())
+    assert "share read" in page
+    assert "What was compared" not in page
+    rows = page.split("tokens trained on,new.jsonl,old.jsonl\n")[1].split('"')[0].split("\n")
+    drawn = [[float(number) for number in row.split(",")] for row in rows if row]
+    facts = json.loads((tmp_path / "out" / "overhaul.json").read_text())["facts"]
+    first, last = ([math.log(one["perplexity"]["value"]), one["metrics"][0]["value"]] for one in facts)
+    assert [row[0] for row in drawn] == [0, 3 * 64, 6 * 64]
+    assert drawn[0][1:] == pytest.approx(first)
+    assert drawn[-1][1:] == pytest.approx(last)
     again = overhaul("run", tmp_path / "out" / "recipe.yaml", f"out={tmp_path / 'again'}")
     assert again.code == 0, again.err
     one, two = (load_file(next(tmp_path.glob(f"{name}/**/model.safetensors"))) for name in ("out", "again"))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from overhaul.report.facts import curves_of_history, recovery
+from overhaul.table import Span
 
 from .examples import history, perplexity, three_facts
 
@@ -72,3 +73,62 @@ def test_terms_are_drawn_when_there_are_several() -> None:
         ("loss/distill", (1,)),
     ]
     assert len({curve.y_label for curve in curves}) == 1
+
+
+WATCHED = [
+    {"step": 1, "tokens": 100, "loss": 3.0, "lr": 1e-3, "grad_norm": 1.0},
+    {"step": 2, "tokens": 200, "loss": 2.0, "lr": 2e-3, "grad_norm": 1.0, "perplexity": math.e**2, "held-out/old": 4.5},
+    {"step": 3, "tokens": 300, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "perplexity": math.e, "held-out/old": 4.25},
+]
+
+
+def test_watched_text_stands_beside_the_new_one_over_tokens_from_before_the_first_step() -> None:
+    new, old, *others = curves_of_history(WATCHED, before={"new": 3.0, "old": 4.0}, judged="new")
+
+    assert (new.name, new.x, new.y) == ("new", (0, 200, 300), (3.0, pytest.approx(2.0), pytest.approx(1.0)))
+    assert (old.name, old.x, old.y) == ("old", (0, 200, 300), (4.0, 4.5, 4.25))
+    assert new.y_label == old.y_label == "held-out loss (nats per token)"
+    assert [(curve.name, curve.x) for curve in others] == [
+        (name, (100, 200, 300)) for name in ("loss", "lr", "grad_norm")
+    ]
+    assert {curve.x_label for curve in (new, old, *others)} == {"tokens trained on"}
+
+
+def test_the_depth_of_a_gap_is_marked_where_it_is_deepest() -> None:
+    new, old, *_ = curves_of_history(WATCHED, before={"new": 3.0, "old": 4.0}, judged="new")
+
+    assert old.spans == (Span(x=200, low=4.0, high=4.5, text="+0.500"),)
+    assert old.title == "old rises by 0.500 until 200 tokens, ends 0.250 higher"
+    assert new.spans == ()
+    assert new.title == "new ends 2.000 lower"
+
+
+def test_without_losses_before_the_curves_begin_where_they_were_taken_and_nothing_is_marked() -> None:
+    new, old, *_ = curves_of_history(WATCHED, judged="new")
+
+    assert new.x == old.x == (200, 300)
+    assert (old.spans, old.title) == ((), "")
+
+
+def test_a_text_that_is_judged_and_watched_is_drawn_once() -> None:
+    names = [curve.name for curve in curves_of_history(WATCHED, before={"old": 4.0}, judged="old")]
+
+    assert names == ["old", "loss", "lr", "grad_norm"]
+
+
+def test_where_nothing_else_is_watched_perplexity_is_drawn_over_steps() -> None:
+    points = [{key: number for key, number in point.items() if key != "held-out/old"} for point in WATCHED]
+
+    curves = curves_of_history(points, before={"new": 3.0}, judged="new")
+
+    assert [(curve.name, curve.x_label) for curve in curves] == [
+        (name, "step") for name in ("loss", "perplexity", "lr", "grad_norm")
+    ]
+
+
+def test_a_loss_that_is_not_finite_is_no_gap() -> None:
+    points = [WATCHED[0], WATCHED[1] | {"held-out/old": math.inf}]
+
+    _, old, *_ = curves_of_history(points, before={"new": 3.0, "old": 4.0}, judged="new")
+
+    assert old.spans == ()

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from overhaul.journal import TableNote
 from overhaul.report.facts import Report
 from overhaul.report.html import html_measured, html_report
 from overhaul.report.tables import before_after
@@ -120,6 +121,20 @@ def test_sections_appear_only_with_something_to_say() -> None:
         "Environment",
         "Warnings",
     ]
+
+
+def test_what_was_read_belongs_to_the_training_and_what_a_method_compared_does_not() -> None:
+    read, compared = (
+        TableNote(title=title, columns=("text", "tokens"), rows=(("<new>", "7"),)) for title in ("Read.", "Compared.")
+    )
+
+    text = html_report(replace(full_report(), training=(read,), tables=(compared,)))
+
+    headings = re.findall(r"<h[23][^>]*>(.*?)</h[23]>", text)
+    place = headings.index("What was compared")
+    assert headings.index("Training") < headings.index("Read.") < place
+    assert headings[place + 1] == "Compared."
+    assert Page(text).texts.count("<new>") == 2
 
 
 def test_chosen_settings_are_bold_and_defaults_are_not() -> None:
