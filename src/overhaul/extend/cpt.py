@@ -189,8 +189,8 @@ class ContinualPretraining(Training):
             UserError: two texts are the same, a state is to be put into sharded parameters, or the model cannot keep
                 the documents of a window apart.
         """
-        from overhaul.select import has_adapters
         from overhaul.interop import hf
+        from overhaul.select import has_adapters
         from overhaul.sharding import is_sharded
 
         if self.from_scratch and has_adapters(model):
