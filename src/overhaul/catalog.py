@@ -190,6 +190,13 @@ ENTRIES = (
         "Singular directions of tuned models that their base does not know, and the rank of the change.",
         22,
     ),
+    Entry(
+        "measure",
+        "drift",
+        "measure.drift:MeasureDrift",
+        "How far each block has moved from the base's weights, and the bottom blocks beside the top ones.",
+        39,
+    ),
 )
 
 

@@ -1,10 +1,11 @@
-"""The weights of a decoder's linear layers as they lie in a directory, read one at a time."""
+"""A decoder's weights as they lie in a directory, read one at a time: linear layers, and all that is beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -13,26 +14,29 @@ from torch import Tensor, nn
 from overhaul import artifact as artifacts
 from overhaul.errors import UserError
 from overhaul.interop.peft import CONFIG, plain_lora, why_not_plain
-from overhaul.layers import LinearLike
 from overhaul.lineage import LineageStep, Parent
+from overhaul.matrices import Listed, manifest
 from overhaul.select import block_linears, outermost_linears, shapes_of
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a directory holds: embeddings, the head and norms are left out.
+    """What a directory holds.
 
     Attributes:
         name: how the user called it.
         path: the directory.
         shapes: (O, I) of every linear layer of the blocks by qualified name.
-        read: gives the weight of a layer in fp32, with adapters merged; `UserError` where it is not finite.
+        read: gives the weight of a layer in fp32, with adapters merged, or the parameter that is called so among
+            `others`; `UserError` where it is not finite.
+        others: shapes of all other parameters by qualified name: embeddings, a head of its own, norms, biases.
     """
 
     name: str
     path: Path
     shapes: Mapping[str, tuple[int, int]]
     read: Callable[[str], Tensor]
+    others: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def stored(ref: str) -> Stored:
@@ -44,23 +48,30 @@ def stored(ref: str) -> Stored:
     artifacts.check_files(ref)
     path, base = artifacts.directories(ref)
     shapes = _shapes(ref)
-    names = {f"{name}.weight" for name in shapes}
+    others = _others(ref, shapes)
+    names = {*others, *(f"{name}.weight" for name in shapes)}
     files = {key: file for file in artifacts.weight_files(base) for key in _keys(file)}
     is_adapter = path != base
     is_packed = getattr(artifacts.read_config(ref), "quantization_config", None) is not None
     if is_packed or not names <= files.keys() or (is_adapter and why_not_plain(path)):
-        return _loaded(ref, path)
+        return _loaded(ref, path, others)
     lora = plain_lora(path) if is_adapter else None
 
     def read(name: str) -> Tensor:
-        with safe_open(files[f"{name}.weight"], framework="pt") as opened:
-            weight_OI = opened.get_tensor(f"{name}.weight").float()
+        key = name if name in others else f"{name}.weight"
+        with safe_open(files[key], framework="pt") as opened:
+            weight_OI = opened.get_tensor(key).float()
         if lora and name in lora.factors:
             A_RI, B_OR = lora.factors[name]
             weight_OI.addmm_(B_OR, A_RI, alpha=lora.scale)
         return weight_OI
 
-    return Stored(ref, path, shapes, _finite(read, ref))
+    return Stored(ref, path, shapes, _finite(read, ref, others), others)
+
+
+def listed(ref: str) -> tuple[Listed, ...]:
+    """Every parameter of a directory's model, its block and what it is for, without values."""
+    return manifest(_empty(ref))
 
 
 def _empty(ref: str) -> nn.Module:
@@ -78,24 +89,27 @@ def _keys(file: Path) -> list[str]:
         return list(opened.keys())
 
 
-def _loaded(ref: str, path: Path) -> Stored:
-    layers = outermost_linears(artifacts.load(ref, dtype=torch.float32).model)
+def _loaded(ref: str, path: Path, others: Mapping[str, tuple[int, ...]]) -> Stored:
+    model = artifacts.load(ref, dtype=torch.float32).model
+    layers = outermost_linears(model)
 
     def read(name: str) -> Tensor:
-        layer = layers[name]
-        return (layer.dense() if isinstance(layer, LinearLike) else layer.weight).detach().float()
+        holder, _, leaf = name.rpartition(".") if name in others else (name, "", "weight")
+        module: Any = model.get_submodule(holder)
+        dense: Any = getattr(module, "dense", None) if leaf == "weight" else None
+        return (dense() if dense else getattr(module, leaf)).detach().float()
 
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    return Stored(ref, path, shapes, _finite(read, ref))
+    return Stored(ref, path, shapes, _finite(read, ref, others), others)
 
 
-def _finite(read: Callable[[str], Tensor], ref: str) -> Callable[[str], Tensor]:
+def _finite(read: Callable[[str], Tensor], ref: str, others: Mapping[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
     def checked(name: str) -> Tensor:
         weight_OI = read(name)
         if not weight_OI.isfinite().all():
-            bad = int((~weight_OI.isfinite()).sum())
+            bad, key = int((~weight_OI.isfinite()).sum()), name if name in others else f"{name}.weight"
             raise UserError(
-                f"{ref}: tensor {name}.weight has {bad} values that are NaN or infinite",
+                f"{ref}: tensor {key} has {bad} values that are NaN or infinite",
                 hint="a sound copy of the model",
             )
         return weight_OI
@@ -161,3 +175,8 @@ def lineage_of(path: Path) -> list[LineageStep]:
 def _shapes(ref: str) -> Mapping[str, tuple[int, int]]:
     model = _empty(ref)
     return shapes_of(model, block_linears(model))
+
+
+def _others(ref: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    layers = {f"{name}.weight" for name in shapes}
+    return {one.name: tuple(one.parameter.shape) for one in listed(ref) if one.name not in layers}

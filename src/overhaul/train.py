@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Plan:
         watchers: change something on a timetable.
         finish: applied to the model after the last step: merge adapters, drop masks.
         helpers: children of the model that are trained with it and that `finish` takes away, by name.
+        probes: numbers about the model by name, taken whenever it is evaluated.
     """
 
     model: nn.Module
@@ -67,6 +68,7 @@ class Plan:
     watchers: tuple[Watcher, ...] = ()
     finish: Callable[[nn.Module], nn.Module] = lambda model: model
     helpers: tuple[str, ...] = ()
+    probes: tuple[Callable[[nn.Module], Mapping[str, float]], ...] = ()
 
     @property
     def num_trained(self) -> int:
@@ -146,7 +148,7 @@ def train(
         resume: go on from the newest checkpoint in `state_dir`, bit for bit.
         goes_on: other plans follow: a checkpoint after the last step too, so that resuming need not run this one again.
         asked: further settings that must not change on resume.
-        evaluate: numbers about the model by name, taken every `settings.eval_every` steps.
+        evaluate: numbers about the model by name, taken every `settings.eval_every` steps with those of the probes.
         track: a tracker that accelerate knows, to which every point is mirrored.
         quiet: no progress.
 
@@ -177,11 +179,8 @@ def train(
         for step in range(first + 1, settings.steps + 1):
             point = run.step(step)
             run.history.seconds = time.perf_counter() - began
-            if evaluate and settings.eval_every and step % settings.eval_every == 0:
-                plan.model.eval()
-                with sharding.callable_parts(loss):
-                    point |= evaluate(plan.model)
-                plan.model.train()
+            if settings.eval_every and step % settings.eval_every == 0:
+                point |= run.looked(*([evaluate] if evaluate else []), *plan.probes)
             run.history.points.append(point | {"seconds": round(run.history.seconds, 3)})
             accelerator.log(point, step=step)
             bar.step(_told(point, run.history))
@@ -300,6 +299,18 @@ class _Run:
             sums = dict(zip(sums, reduced, strict=True))
         weights = {name: weight for name, (weight, _) in self.plan.objective.named().items()}
         return sums, torch.stack([weights[name] * total / max(counts[name], 1) for name, total in sums.items()]).sum()
+
+    def looked(self, *looks: Callable[[nn.Module], Mapping[str, float]]) -> dict[str, float]:
+        """What all of them find in the model as it is now."""
+        found: dict[str, float] = {}
+        if not looks:
+            return found
+        self.plan.model.eval()
+        with sharding.callable_parts(self.loss):
+            for look in looks:
+                found |= look(self.plan.model)
+        self.plan.model.train()
+        return found
 
     def _clip(self) -> Tensor:
         limit = self.settings.clip or math.inf

@@ -62,7 +62,7 @@ def _others(make_tiny: Make, bundle: Path, tmp_path_factory: pytest.TempPathFact
     EXTRA["kd"] = ["--teacher", other]
     EXTRA["half-reset"] = ["--base", str(make_tiny(dtype="bfloat16"))]
     # Layers of the same shapes; as a measure of a difference reads a second model, it stands behind the first.
-    EXTRA["repair"], EXTRA["spectra"] = ["--base", other], [other]
+    EXTRA["repair"], EXTRA["spectra"], EXTRA["drift"] = ["--base", other], [other], [other]
     # What random weights write is long, and looks real to no judge.
     quick = ["--threshold", "0", "--steps", "4", "--batch-size", "2", "--seq-len", "128"]
     EXTRA["translora"] = ["--bundle", str(bundle), *quick]

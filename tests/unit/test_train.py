@@ -141,6 +141,20 @@ def test_evaluations_stand_in_the_history_and_see_the_model_evaluating():
     assert seen == [False, False]
 
 
+def test_what_the_probes_of_a_plan_find_stands_beside_an_evaluation_or_alone():
+    def probe(model: nn.Module) -> dict[str, float]:
+        return {"weight": float(next(model.parameters()).detach().mean())}
+
+    beside = train(
+        descent([1.0], probes=(probe,)), Full(steps=3, eval_every=2), evaluate=lambda _: {"perplexity": 7.0}, quiet=True
+    )
+    alone = train(descent([1.0], probes=(probe,)), Full(steps=3, eval_every=2), quiet=True)
+
+    assert [point.get("perplexity") for point in beside.points] == [None, 7.0, None]
+    assert [point.get("weight") for point in beside.points] == [point.get("weight") for point in alone.points]
+    assert ["weight" in point for point in alone.points] == [False, True, False]
+
+
 def test_nothing_to_train():
     plan = descent([1.0])
     plan.model.requires_grad_(False)

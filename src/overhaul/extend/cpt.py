@@ -77,6 +77,11 @@ class ContinualPretraining(Training):
         description="From where to where of a whole run, in shares of it: 0 0.8 with --keep-state, then 0.8 1 with "
         "--go-on, are one run with one schedule.",
     )
+    drift: bool = Field(
+        False,
+        description="Record at every --eval-every how far the bottom and top blocks have moved, relative to their "
+        "weights before.",
+    )
     keep_state: bool = Field(
         False, description="Write moments and the places in all texts beside the weights, for a run that goes on."
     )
@@ -126,6 +131,12 @@ class ContinualPretraining(Training):
                 f"{error}: warmup {self.warmup:g}, with decay {self.decay:g} of wsd or cooldown {self.cooldown:g} of "
                 "infinite, is more than the whole run"
             ) from error
+        return self
+
+    @model_validator(mode="after")
+    def _drift_is_looked_at(self) -> ContinualPretraining:
+        if self.drift and not self.eval_every:
+            raise ValueError("drift is recorded at every evaluation while training; use eval_every 10, or without it")
         return self
 
     def at(self, path: Path) -> Self:
@@ -203,6 +214,8 @@ class ContinualPretraining(Training):
                 allowed="models whose attention heeds position_ids, such as Llama, Mistral, Qwen and GPT-2",
                 hint="--no-document-mask",
             )
+        if self.drift:
+            self._check_drift(model)
         if data is None:
             return
         if data.tokenizer.chat_template:
@@ -263,12 +276,23 @@ class ContinualPretraining(Training):
             found.append((tokens, shares))
         return found
 
+    def _check_drift(self, model: nn.Module) -> None:
+        from overhaul.drift import start_bytes
+        from overhaul.sharding import is_sharded
+
+        if is_sharded():
+            raise UserError("--drift needs whole parameters, which FSDP has not", hint="accelerate launch --multi_gpu")
+        say(f"note: --drift holds a copy of the bottom and top blocks, {start_bytes(model) / 1e6:.1f} MB of memory")
+
     def plan(self, model: nn.Module, data: Data) -> Plan:
         """All parameters; new moments, or those of the run before; new text shuffled, old in its own order.
 
         Raises:
             UserError: what the run before has left does not fit this one.
         """
+        from functools import partial
+
+        from overhaul.drift import drift_of, start_of
         from overhaul.layers.masked import without_masks
         from overhaul.optim.build import build
         from overhaul.stream import Batch
@@ -300,6 +324,7 @@ class ContinualPretraining(Training):
             schedule=rate,
             watchers=(KeepZeros(),) if self.keep_zeros else (),
             finish=finish,
+            probes=(partial(drift_of, start=start_of(model)),) if self.drift else (),
         )
 
     def _before(

@@ -18,11 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command import overhaul, refused
 from conftest import MakeTiny
+from overhaul import artifact
 from overhaul.adapt.full import Full
 from overhaul.corpora import open_corpus
 from overhaul.data import Data
 from overhaul.extend.cpt import ContinualPretraining
 from overhaul.stream import IGNORED, Batch, Stream
+from overhaul.train import History, train
 
 TINY = ("--steps", "6", "--batch-size", "2", "--seq-len", "32", "--dtype", "fp32")
 JUDGED = ("--evaluate-windows", "2", "--evaluate-seq-len", "32")
@@ -272,6 +274,47 @@ def test_the_card_has_the_licence_of_what_was_replayed(tiny: Path, new: Path, tm
     assert "public domain" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_drift_is_recorded_at_evaluations_and_changes_nothing(tiny: Path, new: Path, tmp_path: Path):
+    how = (*TINY, "--data", new, "--eval-every", "3", "--evaluate", "none")
+    done = overhaul("extend", "cpt", tiny, "-o", tmp_path / "looked", *how, "--drift")
+    assert done.code == 0, done.err
+    assert overhaul("extend", "cpt", tiny, "-o", tmp_path / "not", *how).code == 0
+
+    points = [json.loads(line) for line in (tmp_path / "looked" / "metrics.jsonl").read_text().splitlines()]
+    table = json.loads(overhaul("measure", "drift", tiny, tmp_path / "looked", "--json").out)
+    final = {row["metric"]: row["value"] for row in table["rows"]}
+    assert [point["step"] for point in points if "drift/bottom" in point] == [3, 6]
+    assert 0 < points[2]["drift/bottom"] < points[5]["drift/bottom"]
+    assert points[5]["drift/bottom"] == pytest.approx(final["drift/bottom"], rel=1e-6)
+    assert points[5]["drift/top"] == pytest.approx(final["drift/top"], rel=1e-6)
+    assert "holds a copy of the bottom and top blocks, 0.3 MB" in done.err
+    looked, not_looked = (load_file(tmp_path / name / "model.safetensors") for name in ("looked", "not"))
+    assert all(torch.equal(looked[name], not_looked[name]) for name in looked)
+
+
+def test_drift_of_a_resumed_run_is_from_where_it_began(tiny: Path, data: Data, tmp_path: Path):
+    settings = ContinualPretraining(steps=4, batch_size=2, seq_len=32, drift=True, eval_every=2, save_every=1)
+
+    def run(name: str, *, stop_after: int = 9, resume: bool = False) -> History:
+        torch.manual_seed(0)
+        asked: list[int] = []
+
+        def evaluate(_: torch.nn.Module) -> dict[str, float]:
+            asked.append(1)
+            if len(asked) > stop_after:
+                raise InterruptedError
+            return {}
+
+        plan = settings.plan(artifact.load(tiny, dtype=torch.float32).model, data)
+        return train(plan, settings, state_dir=tmp_path / name, evaluate=evaluate, resume=resume, quiet=True)
+
+    with pytest.raises(InterruptedError):
+        run("stopped", stop_after=1)
+    resumed, whole = run("stopped", resume=True), run("whole")
+
+    assert resumed.points[-1]["drift/bottom"] == whole.points[-1]["drift/bottom"] > 0
+
+
 def test_what_is_refused_on_the_command_line(tiny: Path, new: Path, tmp_path: Path):
     run = ("extend", "cpt", tiny, "-o", tmp_path / "out", *TINY, "--data", new)
 
@@ -298,6 +341,7 @@ def test_what_is_refused_on_the_command_line(tiny: Path, new: Path, tmp_path: Pa
         ({"schedule": "wsd", "warmup": 0.5, "decay": 0.6}, "is more than the whole run"),
         ({"replay": "sample", "replay_share": 0.0}, "greater than 0"),
         ({"from_scratch": True, "go_on": True}, "from_scratch begins anew"),
+        ({"drift": True}, "use eval_every 10"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], says: str):
