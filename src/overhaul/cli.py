@@ -20,6 +20,7 @@ from overhaul.terminal import check_page, checked, flags, parse, print_table, qu
 
 COMMANDS = {
     "run": "Run the steps of a recipe.",
+    "sweep": "Run a recipe under many settings, on a smaller model, and rank them.",
     "compare": "Compare model directories: quality, size, speed, what changed where.",
     "bundle": "Keep of an adapter's data what moves the adapter to another model later.",
     "show": "Facts and lineage of a model directory.",

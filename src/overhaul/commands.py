@@ -1,4 +1,4 @@
-"""The commands that are not verbs: run, compare, bundle, show, generate, list, data, schema, doctor."""
+"""The commands that are not verbs: run, sweep, compare, bundle, show, generate, list, data, schema, doctor."""
 
 from __future__ import annotations
 
@@ -49,6 +49,48 @@ def run_command(arguments: list[str]) -> None:
     outcome = run_recipe(plan, command=typed())
     if outcome:
         show_outcome(outcome)
+
+
+def sweep_command(arguments: list[str]) -> None:
+    """`overhaul sweep RECIPE FIELD=V1,V2 ... -o OUT`."""
+
+    @dataclass
+    class Sweep:
+        recipe: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="YAML file.", metavar="RECIPE")]
+        out: Annotated[
+            Path, tyro.conf.arg(aliases=["-o"], help="New directory: one for each setting, and the ranking.")
+        ]
+        fields: Annotated[
+            tuple[str, ...],
+            tyro.conf.Positional,
+            tyro.conf.arg(help="Such as steps.1.lr=1e-4,3e-4; all combinations are run.", metavar="FIELD=V1,V2"),
+        ] = ()
+        model: Annotated[
+            str | None, tyro.conf.arg(help="Smaller model that the settings are tried on; default the recipe's own.")
+        ] = None
+        by: Annotated[
+            str,
+            tyro.conf.arg(
+                help="What is ranked by: perplexity, loss, 'loss on NAME', or '0.5*loss + 0.5*loss on NAME'."
+            ),
+        ] = "perplexity"
+        resume: Annotated[Flag[bool], tyro.conf.arg(help="Keep finished settings and go on.")] = False
+        dry_run: Annotated[Flag[bool], tyro.conf.arg(help="Say what would be run.")] = False
+        json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
+
+    about = "Run a recipe under every combination of values, on a smaller model, and rank the settings."
+    given = parse(Sweep, arguments, prog="overhaul sweep", description=about)
+    quiet_libraries()
+    from overhaul.sweep import lines, sweep
+
+    how = {name: getattr(given, name) for name in ("model", "by", "resume", "dry_run")}
+    swept = sweep(given.recipe, given.fields, given.out, **how, command=typed())
+    if swept and given.json:
+        print_json(swept.to_json())
+    elif swept:
+        print("\n".join(lines(swept)))
+    if swept and not swept.ranked:
+        raise UserError(f"none of the {len(swept.tried)} settings has a score", hint=f"the reasons in {given.out}")
 
 
 def show_command(arguments: list[str]) -> None:

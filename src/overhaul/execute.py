@@ -31,7 +31,7 @@ from overhaul.options import DEFAULT_CORPUS, PASSING_OPTIONS, Options
 from overhaul.packed import format_of, is_packed, is_quantized, trains_adapters
 from overhaul.progress import say
 from overhaul.recipe import Recipe, Step
-from overhaul.report.facts import Facts
+from overhaul.report.facts import LOSS, LOSS_ON, PERPLEXITY, Facts
 from overhaul.select import has_adapters
 from overhaul.sharding import wait_for_all
 from overhaul.table import Table
@@ -125,6 +125,19 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     facts = (*before, after)
     facts = write_directory(changed, out, facts=facts, history=history, judge=judge, notes=notes)
     return Outcome(path=out, facts=facts)
+
+
+def measured_by(step: Step) -> tuple[str, ...]:
+    """The metrics of a step's result: held-out perplexity and loss, and losses on what is read beside or watched.
+
+    Raises:
+        UserError: one of the corpora cannot be opened.
+    """
+    method, options = step.method, step.options
+    reads = not isinstance(method, Transform | Pipeline) or method.reads_data()
+    beside, watched = _further(method, options, open_data(options) if reads or options.data else None)
+    losses = (f"{LOSS_ON} {text.name}" for text in (*beside.values(), *watched))
+    return (*([] if options.evaluate == "none" else [PERPLEXITY, LOSS]), *losses)
 
 
 def _further(method: Method, options: Options, corpus: Corpus | None) -> tuple[dict[str, Corpus], tuple[Corpus, ...]]:
@@ -372,7 +385,7 @@ def run_recipe(plan: Recipe, *, command: str = "", told: Callable[[Outcome], Non
     if not plan.options.resume:
         artifacts.check_out(plan.out)
     for number, step in enumerate(plan.steps, 1):
-        out = plan.out / f"{number:02d}-{step.entry.verb}-{step.entry.name}"
+        out = directory_of(plan, number)
         if plan.options.resume and (out / artifacts.RECORD).is_file():
             _refuse_other_step(out, step, model)
             say(f"{out} is finished")
@@ -387,6 +400,12 @@ def run_recipe(plan: Recipe, *, command: str = "", told: Callable[[Outcome], Non
         wait_for_all(machine.pick_device(step.options.device))
         model = str(out)
     return outcome
+
+
+def directory_of(plan: Recipe, number: int) -> Path:
+    """Where step `number` of a recipe, counted from 1, is written."""
+    entry = plan.steps[number - 1].entry
+    return plan.out / f"{number:02d}-{entry.verb}-{entry.name}"
 
 
 def _refuse_other_step(out: Path, step: Step, model: str) -> None:

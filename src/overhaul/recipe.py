@@ -49,6 +49,14 @@ def _load(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
+def value(text: str) -> Any:
+    """What a recipe, or an override, reads in a value; text that is not valid YAML is itself."""
+    try:
+        return _load(text)
+    except yaml.YAMLError:
+        return text
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One verb to be applied."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 import zipfile
@@ -27,6 +28,7 @@ SOURCE = Path(package.__file__).parent
 TUTORIAL = DOCS / "tutorials" / "halve-a-model.md"
 WHICH = DOCS / "tutorials" / "which-adapter.md"
 HALF = DOCS / "tutorials" / "half-the-size.md"
+SWEEP = DOCS / "tutorials" / "sweep.md"
 PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
 HEADINGS = [
     "What you get",
@@ -77,6 +79,9 @@ def tiny_words(command: str, tiny: Path) -> list[str]:
             *(f"steps.{n}.{k}={v}" for n, k, v in shrunk(Path(words[1]), tiny)),
         ]
         words[2:2] = overrides
+    elif words[0] == "sweep":
+        judged = ("evaluate_windows=2", "evaluate_seq_len=32")
+        words[2:2] = [*judged, *(f"steps.{n}.{k}={v}" for n, k, v in shrunk(Path(words[1]), tiny))]
     elif words[0] == "compare":
         words += ["--windows", "2", "--seq-len", "32"]
     elif words[0] in catalog.VERBS:
@@ -189,6 +194,16 @@ def test_the_candidates_for_a_task_are_trained_and_compared(type_command: Type):
     made = {path.name for path in Path("runs/which").iterdir() if path.is_dir()}
     assert made == {"full", "half", "fira", "lora", "randlora", "vera"}
     assert "less forgetful than" in Path("runs/which/compare.html").read_text()
+
+
+def test_settings_are_tried_on_a_smaller_model(type_command: Type):
+    for command in commands(SWEEP):
+        type_command(command)
+
+    found = json.loads(Path("runs/sweep/grid/sweep.json").read_text())
+    assert len(found["ranked"]) == 4
+    assert found["model"] == "runs/sweep/small"
+    assert found["by"] == "0.5*loss + 0.5*loss on boolq-passages"
 
 
 @pytest.mark.parametrize("page", [TUTORIAL, DOCS / "reference" / "errors.md"], ids=lambda page: page.stem)

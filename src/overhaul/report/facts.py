@@ -11,6 +11,8 @@ from overhaul.lineage import LineageStep
 from overhaul.stability import gap
 from overhaul.table import TOKENS, Curve, Row, Span
 
+PERPLEXITY, LOSS = "perplexity", "loss"
+"""The metric of every model that is judged, and its logarithm, in nats a token."""
 BITS_PER_BYTE = "bits per byte"
 """The metric that compares models of different tokenizers."""
 TASK_LOSS, TASK_GAIN, FORGETTING = "task loss", "task gain", "forgetting"
