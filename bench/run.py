@@ -8,7 +8,21 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import distill, half, int8, optimizers, perp, pruning, recipes, sltrain, spectra, startup, training, which
+from bench import (
+    distill,
+    half,
+    int8,
+    optimizers,
+    perp,
+    pruning,
+    recipes,
+    sltrain,
+    spectra,
+    startup,
+    stream,
+    training,
+    which,
+)
 from bench.inputs import Inputs
 from bench.results import ROOT, Row, record
 from bench.tables import number
@@ -27,6 +41,7 @@ BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "distill-step": distill.step,
     "int8": int8.int8,
     "spectra": spectra.spectra,
+    "stream": stream.stream,
     "wanda": pruning.wanda,
     "sparsegpt": pruning.sparsegpt,
     "half": half.roads,
