@@ -145,6 +145,25 @@ def open_corpus(spec: str | Path | CorpusSpec) -> Corpus:
     return _divided(name, "not stated", spec.path, read_rows(spec.path, spec.field, spec.limit))
 
 
+def every_row(path: str, field: str | None = None) -> Iterator[Row]:
+    """The rows of a corpus one by one, not divided: of a file or a directory as they stand there.
+
+    Args:
+        path: a name of `named_corpora`, a path, or `-`.
+        field: the column that holds the text.
+
+    Raises:
+        UserError: it does not exist, cannot be read or fetched, or has no row with text.
+    """
+    if path in _NAMED or (path != "-" and not Path(path).exists()):
+        corpus = open_corpus(CorpusSpec(path=path, field=field))
+        yield from itertools.chain(corpus.train, corpus.calib, corpus.heldout)
+        return
+    reading = documents.Reading(path, field)
+    yield from reading
+    reading.refuse_nothing()
+
+
 def _left_on_disk(name: str, spec: CorpusSpec) -> Corpus:
     found = on_disk.divided(Path(spec.path), spec.field)
     return Corpus(

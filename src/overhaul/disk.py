@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from overhaul.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EFBIG, errno.EIO)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -49,6 +49,48 @@ def aside(target: Path) -> Iterator[Path]:
         finally:
             if partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_files(*targets: Path) -> Iterator[tuple[Path, ...]]:
+    """Places to write files to, beside the first target; all are put where they belong when the block ends well.
+
+    Args:
+        targets: files that are not there yet.
+
+    Raises:
+        UserError: one is there, before or after the block; the disk is full or cannot be written. No file is left.
+    """
+    for target in targets:
+        _refuse(target)
+    with refusals(targets[0]):
+        targets[0].absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{targets[0].name}.partial-", dir=targets[0].parent) as aside:
+            places = tuple(Path(aside) / target.name for target in targets)
+            yield places
+            _open_to_others(Path(aside))
+            placed: list[Path] = []
+            try:
+                for place, target in zip(places, targets, strict=True):
+                    _put(place, target)
+                    placed.append(target)
+            except BaseException:
+                for target in placed:
+                    target.unlink(missing_ok=True)
+                raise
+
+
+def _refuse(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists", hint="another name; nothing is ever overwritten")
+
+
+def _put(place: Path, target: Path) -> None:
+    try:
+        os.link(place, target)  # a rename would replace what came there meanwhile
+    except OSError:  # it is there, or the file system knows no links
+        _refuse(target)
+        place.rename(target)
 
 
 def made_once(target: Path, marker: str, make: Callable[[Path], None]) -> Path:

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -174,6 +174,40 @@ def read_rows(path: Path | str, field: str | None = None, limit: int | None = No
         rows.append(row)
     reading.refuse_nothing()
     return Rows(tuple(rows), replace(reading.notes, duplicates=duplicates))
+
+
+def read_columns(path: Path | str, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Columns of a table as text, one tuple a row in the order of `names`; other columns are ignored.
+
+    Args:
+        path: JSON lines, Parquet or CSV.
+        names: of the columns, all of which every row must have, and not empty.
+
+    Raises:
+        UserError: nothing is there, it is no table, a column is missing or empty, or there is no row.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is no file", allowed=f"a table of {', '.join(names)}: {', '.join(TABLE_SUFFIXES)}")
+    rows = []
+    for where, columns in _file(path, alone=True):
+        if isinstance(columns, NotUtf8Error):
+            raise columns
+        if missing := [name for name in names if name not in columns or not _text(where, name, columns[name]).strip()]:
+            raise UserError(
+                f"{where} has no {' and no '.join(missing)}; its columns: {', '.join(map(str, columns)) or 'none'}",
+                allowed=f"rows with {', '.join(names)}",
+            )
+        rows.append(tuple(_text(where, name, columns[name]) for name in names))
+    if not rows:
+        raise UserError(f"{path} is empty", allowed=f"rows with {', '.join(names)}")
+    return rows
+
+
+def json_line(columns: Mapping[str, Any]) -> str:
+    """A line of a `.jsonl` file with its end: letters as they are, unless one is half of a surrogate pair."""
+    line = json.dumps(columns, ensure_ascii=False)
+    return (json.dumps(columns) if any("\ud800" <= letter <= "\udfff" for letter in line) else line) + "\n"
 
 
 class Reading(Iterator[Row]):

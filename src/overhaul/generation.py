@@ -31,6 +31,7 @@ def continuations(
     temperature: float = 1.0,
     top_p: float = 1.0,
     one_line: bool = False,
+    finished: bool = False,
     batch_size: int = 32,
     dtype: torch.dtype = torch.float32,
     title: str = "",
@@ -46,6 +47,7 @@ def continuations(
         temperature: divides the logits of a sample.
         top_p: of a sample, the likeliest tokens of this share together are drawn from.
         one_line: end with the first line break.
+        finished: of a text that did not come to its end within `tokens`, nothing.
         batch_size: texts that are written at once.
         dtype: of matrix products.
         title: of the progress bar; there is none without a title.
@@ -80,23 +82,32 @@ def continuations(
                     pad_token_id=_padding(tokenizer),
                     **how,
                 )
-                texts = tokenizer.batch_decode(made[:, ids_BT.shape[1] :], skip_special_tokens=True)
-                for index, text in zip(batch, texts, strict=True):
-                    written[index] = text.split("\n")[0] if one_line else text
+                new_BT = made[:, ids_BT.shape[1] :]
+                has_end_B = torch.isin(new_BT, torch.tensor(ends, dtype=torch.long, device=device)).any(1).tolist()
+                texts = tokenizer.batch_decode(new_BT, skip_special_tokens=True)
+                for index, text, has_end in zip(batch, texts, has_end_B, strict=True):
+                    if has_end or not finished:
+                        written[index] = text.split("\n")[0] if one_line else text
                 bar.step()
     return written
 
 
 @torch.no_grad()
 def mean_states(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 32, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    tokens: int | None = None,
+    batch_size: int = 32,
+    dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
-    """The mean of each text's last hidden states, of norm 1: `(N, D)` fp32."""
+    """The mean of each text's last hidden states, or of those of its first `tokens`, of norm 1: `(N, D)` fp32."""
     device = next(model.parameters()).device
     means = []
     with machine.autocast(device, dtype):
         for start in range(0, len(texts), batch_size):
-            ids = [read(tokenizer, text) for text in texts[start : start + batch_size]]
+            ids = [read(tokenizer, text)[:tokens] for text in texts[start : start + batch_size]]
             lengths_B1 = torch.tensor([[len(one)] for one in ids])
             ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(one) for one in ids], batch_first=True)
             # Texts are filled up on the right, where a causal model does not look.

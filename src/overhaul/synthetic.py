@@ -5,6 +5,7 @@ Nothing here computes with tensors: prompts in, prompts out.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -95,6 +96,38 @@ def sequences(text: str, words: int = WORDS) -> frozenset[tuple[str, ...]]:
     return frozenset(_runs(plain(text).split(), words))
 
 
+class NearDuplicates:
+    """Texts that were met, and whether another one is nearly one of them: `NEARLY` of their runs of words are the same.
+
+    Exact, and fast where few texts are alike: sets that have so much in common share one of their first few members
+    in any order (Bayardo et al., Scaling Up All Pairs Similarity Search, 2007), so only texts found under one of
+    those are compared. Sorted, the runs that begin with a number come first, which few texts share.
+    """
+
+    def __init__(self) -> None:
+        self._runs: list[frozenset[tuple[str, ...]]] = []
+        self._places: dict[tuple[str, ...], list[int]] = {}
+
+    def holds(self, text: str) -> bool:
+        """Whether one of the texts is nearly this one; never, where this has fewer than `WORDS` words."""
+        own = sequences(text)
+        near = dict.fromkeys(place for run in _first(own) for place in self._places.get(run, ()))
+        return any(len(own & self._runs[place]) >= NEARLY * len(own | self._runs[place]) for place in near)
+
+    def add(self, text: str) -> None:
+        """One more text that was met."""
+        own = sequences(text)
+        for run in _first(own):
+            self._places.setdefault(run, []).append(len(self._runs))
+        self._runs.append(own)
+
+
+def _first(runs: frozenset[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """So many, in order, that of `NEARLY` of the runs one must be among them."""
+    enough = math.ceil(NEARLY * len(runs) - 1e-9)
+    return sorted(runs)[: len(runs) - enough + 1] if runs else []
+
+
 class Sieve:
     """Lets a prompt through that is not empty, not too long, and unlike the seeds and all before it.
 
@@ -107,7 +140,7 @@ class Sieve:
         self.frame, self.longest = frame, longest
         self._seeds = {plain(frame.inside(seed)) for seed in seeds}
         self._known: set[str] = set()
-        self._runs: list[frozenset[tuple[str, ...]]] = []
+        self._near = NearDuplicates()
         self.seen = 0
         self.dropped = {"empty": 0, "too long": 0, "a seed": 0, "met before": 0}
 
@@ -120,7 +153,7 @@ class Sieve:
             self.dropped[why] += 1
             return None
         self._known.add(plain(inside))
-        self._runs.append(sequences(inside))
+        self._near.add(inside)
         return self.frame.around(inside)
 
     @property
@@ -137,11 +170,7 @@ class Sieve:
             return "too long"
         if name in self._seeds:
             return "a seed"
-        return "met before" if name in self._known or self._is_near(inside) else ""
-
-    def _is_near(self, inside: str) -> bool:
-        own = sequences(inside)
-        return bool(own) and any(len(own & other) >= NEARLY * len(own | other) for other in self._runs)
+        return "met before" if name in self._known or self._near.holds(inside) else ""
 
 
 def longest_runs(texts: Sequence[str], others: Iterable[Sequence[str]]) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from overhaul import corpora
-from overhaul.corpora import CorpusSpec, from_anywhere, named_corpora, open_corpus
+from overhaul.corpora import CorpusSpec, every_row, from_anywhere, named_corpora, open_corpus
 from overhaul.documents import read_rows
 from overhaul.errors import UserError
 
@@ -101,6 +101,18 @@ def test_field_and_limit_reach_the_reader(tmp_path):
     corpus = open_corpus(CorpusSpec(path=str(tmp_path / "a.csv"), field="body", limit=12))
 
     assert len(corpus.train) + len(corpus.calib) + len(corpus.heldout) == 12
+
+
+def test_every_row_is_what_a_file_holds_and_all_parts_of_a_named_corpus(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n\ntwo")
+    sample = open_corpus("sample")
+
+    assert [row["text"] for row in every_row(str(tmp_path / "a.txt"))] == ["one", "two"]
+    assert list(every_row("sample")) == [*sample.train, *sample.calib, *sample.heldout]
+    for name, says in (("nowhere", "neither a name nor"), (str(tmp_path / "empty.txt"), "is empty")):
+        (tmp_path / "empty.txt").write_text("\n")
+        with pytest.raises(UserError, match=says):
+            list(every_row(name))
 
 
 def test_an_unknown_name_gets_a_suggestion(tmp_path, monkeypatch):

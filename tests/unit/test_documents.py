@@ -11,7 +11,18 @@ from types import SimpleNamespace
 import pytest
 import zstandard
 
-from overhaul.documents import PIECE_BYTES, Message, NotUtf8Error, Reading, Row, read_rows, row_text, text_row
+from overhaul.documents import (
+    PIECE_BYTES,
+    Message,
+    NotUtf8Error,
+    Reading,
+    Row,
+    json_line,
+    read_columns,
+    read_rows,
+    row_text,
+    text_row,
+)
 from overhaul.errors import UserError
 
 RECORDS = [{"text": "first", "source": 1}, {"text": "second", "source": 2}]
@@ -219,3 +230,45 @@ def test_a_missing_path_and_an_empty_directory(tmp_path):
         read_rows(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is empty"):
         read_rows(tmp_path)
+
+
+def test_columns_are_read_in_the_order_they_are_asked_for(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one\\n", "topic": "x", "n": 1}\n\n{"topic": "y", "text": "two"}\n')
+    (tmp_path / "a.csv").write_text("topic,text\nx,one\ny,two\n")
+
+    for name in ("a.jsonl", "a.csv"):
+        assert read_columns(tmp_path / name, ("topic", "text")) == [("x", "one"), ("y", "two")]
+
+
+@pytest.mark.parametrize("text", ["Bücher", "half \ud83d of a pair", '"quoted"\nand broken'])
+def test_a_line_of_json_is_read_as_it_was_written(text, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json_line({"text": text}) * 2, "utf-8")
+
+    assert texts(tmp_path / "a.jsonl") == [text, text]
+    assert ("Bücher" in (tmp_path / "a.jsonl").read_text("utf-8")) == (text == "Bücher")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "is empty"),
+        ('{"text": "one"}', "a.jsonl:1 has no topic; its columns: text"),
+        ('{"text": "one", "topic": " "}', "has no topic"),
+        ('{"text": "one", "topic": 3}', "holds int, not text"),
+        ('{"text": "one", "topic": "x"}\n[]', "a.jsonl:2 is a JSON list"),
+    ],
+)
+def test_columns_that_are_not_there_are_named(content, says, tmp_path):
+    (tmp_path / "a.jsonl").write_text(content)
+
+    with pytest.raises(UserError, match=says):
+        read_columns(tmp_path / "a.jsonl", ("text", "topic"))
+
+
+def test_columns_of_what_is_no_table_are_refused(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe4", "topic": "x"}')
+
+    with pytest.raises(NotUtf8Error, match="0xe4"):
+        read_columns(tmp_path / "latin.jsonl", ("text", "topic"))
+    with pytest.raises(UserError, match="is no file"):
+        read_columns(tmp_path, ("text",))

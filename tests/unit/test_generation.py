@@ -45,6 +45,19 @@ def test_one_line_ends_with_the_line(made: Any):
     assert not any("\n" in text for text in lines)
 
 
+def test_of_a_text_without_its_end_nothing_is_left(made: Any):
+    how: dict[str, Any] = {"seed": 0, "one_line": True}
+    lines = continuations(made.model, made.processor, ["a"] * 32, tokens=48, **how)
+    finished, earlier = (
+        continuations(made.model, made.processor, ["a"] * 32, tokens=tokens, finished=True, **how)
+        for tokens in (48, 24)
+    )
+
+    assert all(line in ("", whole) for line, whole in zip(finished, lines, strict=True))
+    assert 0 < sum(map(bool, earlier)) < sum(map(bool, finished)) < sum(map(bool, lines))
+    assert set(earlier) <= set(finished)  # with more room the same texts end as they did
+
+
 def test_the_models_own_habits_of_generating_have_no_part_in_it(make_tiny: Any):
     made = artifact.load(make_tiny(tie=False))
     model: Any = made.model
@@ -63,6 +76,18 @@ def test_a_state_does_not_depend_on_the_texts_beside_it(made: Any):
 
     np.testing.assert_allclose(together_ND, alone_ND, atol=1e-6)
     np.testing.assert_allclose((together_ND**2).sum(1), 1, rtol=1e-5)
+
+
+def test_states_of_the_beginning_are_those_of_a_text_that_ends_there(made: Any):
+    ids = made.processor(PROMPTS[1])["input_ids"]
+    beginning = made.processor.decode(ids[:5])
+    assert made.processor(beginning)["input_ids"] == ids[:5]
+
+    np.testing.assert_allclose(
+        mean_states(made.model, made.processor, PROMPTS[1:2], tokens=5),
+        mean_states(made.model, made.processor, [beginning]),
+        atol=1e-6,
+    )
 
 
 def test_a_tiny_path_is_enough(tiny: Path):

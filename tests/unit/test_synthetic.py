@@ -8,7 +8,17 @@ import time
 
 import pytest
 
-from overhaul.synthetic import Frame, Sieve, distinct_share, likeness, longest_runs, request
+from overhaul.synthetic import (
+    NEARLY,
+    Frame,
+    NearDuplicates,
+    Sieve,
+    distinct_share,
+    likeness,
+    longest_runs,
+    request,
+    sequences,
+)
 
 PROMPTS = ("sort 3 1 2 :", "sort 9 8 :", "sort 5 6 7 :")
 
@@ -77,6 +87,33 @@ def test_the_sieve_says_why():
     assert kept == ["sort 4 4 1 :", None, None, None, None, "sort a b c d e f g h i j k l m n :", None]
     assert sieve.dropped == {"empty": 1, "too long": 1, "a seed": 1, "met before": 2}
     assert sieve.unique_share == pytest.approx(2 / 5)
+
+
+def test_near_duplicates_are_those_that_comparing_every_pair_finds():
+    draw, near = random.Random(0), NearDuplicates()
+    texts = [" ".join(draw.choices("abc", k=draw.randrange(30))) for _ in range(40)]
+    for text in list(texts):
+        words = text.split()
+        for _ in range(4):  # the same with a word or two changed, put in or left out
+            changed = list(words)
+            for _ in range(draw.randint(0, 2)):
+                place = draw.randint(0, len(changed))
+                changed[place : place + draw.randint(0, 1)] = draw.choices("abcd", k=draw.randint(0, 1))
+            texts.append(" ".join(changed))
+    draw.shuffle(texts)
+
+    found = []
+    for text in texts:
+        found.append(near.holds(text))
+        near.add(text)
+
+    runs = [sequences(text) for text in texts]
+    expected = [
+        any(own and len(own & other) >= NEARLY * len(own | other) for other in runs[:place])
+        for place, own in enumerate(runs)
+    ]
+    assert found == expected
+    assert 20 < sum(found) < len(texts) - 20
 
 
 def test_runs_and_likeness():
