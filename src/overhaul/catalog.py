@@ -178,6 +178,13 @@ ENTRIES = (
     ),
     Entry(
         "measure",
+        "answers",
+        "measure.answers:Answers",
+        "Share of questions that are answered exactly, greedily and as plain text, with a 95% interval.",
+        12,
+    ),
+    Entry(
+        "measure",
         "outliers",
         "measure.outliers:MeasureOutliers",
         "Dimensions of the hidden states with large values in many layers, and what is lost without them.",

@@ -1,29 +1,32 @@
-"""The commands about text: data list, data preview."""
+"""The commands about text: data list, preview, questions."""
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import cleandoc
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from overhaul.errors import UserError
-from overhaul.terminal import parse, print_json
+from overhaul.errors import UserError, did_you_mean
+from overhaul.terminal import checked, flags, parse, print_json, quiet_libraries
 
 Flag = tyro.conf.FlagCreatePairsOff
 
 
 def data_command(arguments: list[str]) -> None:
-    """`overhaul data list` and `overhaul data preview CORPUS --model M`."""
-    if arguments[:1] == ["list"]:
-        _data_list(arguments[1:])
-    elif arguments[:1] == ["preview"]:
-        _data_preview(arguments[1:])
-    else:
+    """`overhaul data list`, `preview CORPUS --model M`, `questions -o FILE`."""
+    name = arguments[0] if arguments else "(nothing)"
+    if name not in _COMMANDS:
         raise UserError(
-            f"data {' '.join(arguments[:1]) or '(nothing)'} is not a command",
-            allowed="data list, data preview CORPUS --model M",
-        )
+            f"data {name} is not a command", allowed=", ".join(f"data {known}" for known in _COMMANDS),
+            hint=did_you_mean(name, _COMMANDS),
+        )  # fmt: skip
+    _COMMANDS[name](arguments[1:])
 
 
 def _data_list(arguments: list[str]) -> None:
@@ -85,3 +88,44 @@ def _data_preview(arguments: list[str]) -> None:
             f"\nwindow {number}: {window['trained']} of {window['tokens']} tokens are trained on, the others in [[ ]]"
         )
         print(window["text"])
+
+
+def _data_questions(arguments: list[str]) -> None:
+    from overhaul.question_writing import QuestionWriting, write
+
+    kind = dataclasses.make_dataclass(
+        "DataQuestions",
+        [
+            ("out", Annotated[Path, tyro.conf.arg(aliases=["-o"], help="New file of JSON lines.", metavar="FILE")]),
+            *flags(QuestionWriting),
+            (
+                "json",
+                Annotated[Flag[bool], tyro.conf.arg(help="The ledger on stdout.")],
+                dataclasses.field(default=False),
+            ),
+        ],
+        kw_only=True,
+    )
+    given = parse(kind, arguments, prog="overhaul data questions", description=cleandoc(QuestionWriting.__doc__ or ""))
+    choice = checked(QuestionWriting, given, where="data questions")
+    if not choice.is_by_rule:
+        quiet_libraries()
+    ledger = write(choice, given.out)
+    if given.json:
+        print_json(ledger)
+        return
+    print(f"{ledger['made']:,} pairs made by {ledger['generator']['name']}")
+    for why, count in ledger["dropped"].items():
+        if count:
+            print(f"  {count:,} dropped: {why}")
+    print("\nwritten:")
+    for name, told in ledger["files"].items():
+        print(f"  {shlex.quote(str(given.out.parent / name))}  {told['pairs']:,} pairs")
+    print(f"  {shlex.quote(str(given.out.with_suffix('.json')))}  where they come from, and what was dropped")
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "list": _data_list,
+    "preview": _data_preview,
+    "questions": _data_questions,
+}

@@ -60,6 +60,9 @@ def _others(make_tiny: Make, bundle: Path, tmp_path_factory: pytest.TempPathFact
     EXTRA["upsample"] = ["--mix", f"{old}=0.3", "--last-mix", f"{old}=0.6", "--last", "0.5"]
     other = str(make_tiny(tie=False, bias=True))
     EXTRA["kd"] = ["--teacher", other]
+    asked = old.with_name("asked.jsonl")
+    asked.write_text(json.dumps({"question": "What is 2 + 3?", "answer": "5"}))
+    EXTRA["answers"] = ["--task", str(asked)]
     EXTRA["half-reset"] = ["--base", str(make_tiny(dtype="bfloat16"))]
     # Layers of the same shapes; as a measure of a difference reads a second model, it stands behind the first.
     EXTRA["repair"], EXTRA["spectra"], EXTRA["drift"] = ["--base", other], [other], [other]

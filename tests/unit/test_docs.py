@@ -29,6 +29,7 @@ TUTORIAL = DOCS / "tutorials" / "halve-a-model.md"
 WHICH = DOCS / "tutorials" / "which-adapter.md"
 HALF = DOCS / "tutorials" / "half-the-size.md"
 SWEEP = DOCS / "tutorials" / "sweep.md"
+QUESTIONS = DOCS / "tutorials" / "questions.md"
 PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
 HEADINGS = [
     "What you get",
@@ -204,6 +205,13 @@ def test_settings_are_tried_on_a_smaller_model(type_command: Type):
     assert len(found["ranked"]) == 4
     assert found["model"] == "runs/sweep/small"
     assert found["by"] == "0.5*loss + 0.5*loss on boolq-passages"
+
+
+def test_questions_are_written_and_trained_on(type_command: Type):
+    for command in commands(QUESTIONS):
+        type_command(command)
+
+    assert Path("runs/units").is_dir()
 
 
 @pytest.mark.parametrize("page", [TUTORIAL, DOCS / "reference" / "errors.md"], ids=lambda page: page.stem)
