@@ -14,6 +14,7 @@ from overhaul.adapt.bundling import Bundling
 from overhaul.method import Training
 from overhaul.options import Options
 from overhaul.question_writing import QuestionWriting
+from overhaul.topics import TopicSettings
 
 PAGE = Path(__file__).parent / "reference" / "settings.md"
 
@@ -31,7 +32,7 @@ def page() -> str:
     """The page as Markdown."""
     sections = [INTRODUCTION, "## Of every run\n", table(Options), "## Of every training method\n", table(Training)]
     sections += ["## bundle\n", "[How it is used](../methods/adapt-translora.md).\n", table(Bundling)]
-    for name, kind in (("questions", QuestionWriting),):
+    for name, kind in (("questions", QuestionWriting), ("topics", TopicSettings)):
         sections += [f"## data {name}\n", "[How it is used](../tutorials/questions.md).\n", table(kind)]
     for verb in catalog.VERBS:
         sections.append(f"## {verb}\n")

@@ -1,4 +1,4 @@
-"""The commands about text: data list, preview, questions."""
+"""The commands about text: data list, preview, questions, topics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Flag = tyro.conf.FlagCreatePairsOff
 
 
 def data_command(arguments: list[str]) -> None:
-    """`overhaul data list`, `preview CORPUS --model M`, `questions -o FILE`."""
+    """`overhaul data list`, `preview CORPUS --model M`, `questions -o FILE`, `topics CORPUS --labels FILE -o DIR`."""
     name = arguments[0] if arguments else "(nothing)"
     if name not in _COMMANDS:
         raise UserError(
@@ -124,8 +124,45 @@ def _data_questions(arguments: list[str]) -> None:
     print(f"  {shlex.quote(str(given.out.with_suffix('.json')))}  where they come from, and what was dropped")
 
 
+def _data_topics(arguments: list[str]) -> None:
+    from overhaul.topics import TopicSettings, write
+
+    kind = dataclasses.make_dataclass(
+        "DataTopics",
+        [
+            (
+                "corpus",
+                Annotated[
+                    str, tyro.conf.Positional, tyro.conf.arg(help="What to divide: a name or a path.", metavar="CORPUS")
+                ],
+            ),
+            ("out", Annotated[Path, tyro.conf.arg(aliases=["-o"], help="New directory.", metavar="DIR")]),
+            *flags(TopicSettings),
+            (
+                "json",
+                Annotated[Flag[bool], tyro.conf.arg(help="topics.json on stdout.")],
+                dataclasses.field(default=False),
+            ),
+        ],
+        kw_only=True,
+    )
+    given = parse(kind, arguments, prog="overhaul data topics", description=cleandoc(TopicSettings.__doc__ or ""))
+    choice = checked(TopicSettings, given, where="data topics")
+    quiet_libraries()
+    told = write(given.corpus, choice, given.out)
+    if given.json:
+        print_json(told)
+        return
+    found = told["accuracy"]
+    print(f"accuracy {found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}] on {found['count']} labelled pages "
+          "that it has not seen\n\nwritten:")  # fmt: skip
+    for name, topic in told["topics"].items():
+        print(f"  {shlex.quote(str(given.out / topic['file']))}  {topic['rows']:,} rows, {topic['share']:.1%}: {name}")
+
+
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "list": _data_list,
     "preview": _data_preview,
     "questions": _data_questions,
+    "topics": _data_topics,
 }

@@ -45,11 +45,25 @@ def test_the_ledger_can_be_read_from_stdout(tmp_path: Path):
     assert json.loads(done.out) == json.loads((tmp_path / "q.json").read_text())
 
 
+def test_topics_are_written(tiny: Path, tmp_path: Path):
+    rows = [{"text": f"{word} {n} {word}", "topic": word} for word in ("sea", "law") for n in range(10)]
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ("--labels", tmp_path / "labels.jsonl", "--model", tiny, "--tokens", 16)
+
+    done = overhaul("data", "topics", "sample", *words, "-o", tmp_path / "out")
+
+    assert done.code == 0, done.err
+    assert done.out.startswith("accuracy ")
+    told = json.loads((tmp_path / "out" / "topics.json").read_text())
+    assert sum(topic["rows"] for topic in told["topics"].values()) == told["corpus"]["rows"] >= 28
+    refused(overhaul("data", "topics", "sample", *words, "-o", tmp_path / "out"), "out exists")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["qestions"], "did you mean 'questions'?"),
-        ([], "data list, data preview, data questions"),
+        ([], "data list, data preview, data questions, data topics"),
         (["questions", "-o", "q.jsonl", "--kinds", "sums"], "arithmetic, units, definitions"),
         (["questions", "-o", "q.jsonl", "--most-dropped", "1"], "most_dropped"),
     ],
@@ -62,7 +76,7 @@ def test_mistakes(words: list[str], says: str, tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["questions"])
+@pytest.mark.parametrize("command", ["questions", "topics"])
 def test_help_is_instant(command: str):
     code = "import sys\nfrom overhaul.cli import main\n"
     code += "try:\n main(sys.argv[1:])\nfinally:\n assert 'torch' not in sys.modules"

@@ -207,11 +207,13 @@ def test_settings_are_tried_on_a_smaller_model(type_command: Type):
     assert found["by"] == "0.5*loss + 0.5*loss on boolq-passages"
 
 
-def test_questions_are_written_and_trained_on(type_command: Type):
+def test_questions_are_written_trained_on_and_a_corpus_is_divided(type_command: Type):
+    exec(blocks(QUESTIONS, "python")[0], {})  # writes the labels
     for command in commands(QUESTIONS):
         type_command(command)
 
-    assert Path("runs/units").is_dir()
+    assert {path.name for path in Path("runs").iterdir()} == {"units", "topics"}
+    assert {path.name for path in Path("runs/topics").iterdir()} >= {"code.jsonl", "novel.jsonl", "topics.json"}
 
 
 @pytest.mark.parametrize("page", [TUTORIAL, DOCS / "reference" / "errors.md"], ids=lambda page: page.stem)
