@@ -165,6 +165,13 @@ ENTRIES = (
         36,
     ),
     Entry(
+        "extend",
+        "stability-gap",
+        "extend.stability_gap:StabilityGap",
+        "Go on pre-training on the best few of the documents several times over, in the mixture that the model knows.",
+        39,
+    ),
+    Entry(
         "measure",
         "perplexity",
         "measure.perplexity:MeasurePerplexity",

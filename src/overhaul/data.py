@@ -24,7 +24,7 @@ from overhaul.lineage import LineageStep
 from overhaul.method import Training
 from overhaul.on_disk import RowsOnDisk
 from overhaul.stream import Batch, Encoded, Map, Pack, Repeat, Rows, Shuffle, Stream, Take, padded
-from overhaul.tokens import Documents, Tokens
+from overhaul.tokens import Chosen, Documents, Tokens
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "calib", "heldout"]
@@ -198,6 +198,23 @@ class Data:
             raise self._too_short(("train",), seq_len)
         documents = Repeat(Documents(self._train, seed=None if in_order else self.seed))
         return Pack(documents, seq_len=seq_len, document_mask=document_mask)
+
+    def chosen(
+        self, places: Callable[[int], np.ndarray], *, name: str, seq_len: int, document_mask: bool = False
+    ) -> Stream:
+        """Some training documents in an order of their own, without end, as windows.
+
+        Args:
+            places: pass -> numbers of its documents, in order.
+            name: of the choice.
+            seq_len, document_mask: as `endless`.
+        """
+        documents = Repeat(Chosen(self._train, places, name=name))
+        return Pack(documents, seq_len=seq_len, document_mask=document_mask)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each training document (D,)."""
+        return self._train.lengths()
 
     def examples(self, settings: Training) -> Stream:
         """Shuffled training documents without end, each alone in a window, so that none is read after another.

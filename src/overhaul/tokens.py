@@ -47,6 +47,8 @@ class Shard:
     @classmethod
     def of(cls, documents: Sequence[Encoded]) -> Shard:
         """Puts documents together."""
+        if not documents:
+            return cls(np.zeros(0, np.uint16), np.zeros(0, np.int64), None)
         ids_N, trained_N = (np.concatenate([document[part] for document in documents]) for part in (0, 1))
         narrow = np.uint16 if ids_N.max(initial=0) <= np.iinfo(np.uint16).max else np.uint32
         ends_D = np.cumsum([len(document.ids) for document in documents])
@@ -127,6 +129,10 @@ class Tokens:
     def num_tokens(self) -> int:
         """Of one pass."""
         return sum(shard.num_tokens for shard in self.shards)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document (D,)."""
+        return np.concatenate([np.diff(shard.opened().ends_D, prepend=0) for shard in self.shards])
 
 
 def in_memory(rows: Iterable[Row], encode: Encode, *, name: str, fingerprint: str) -> Tokens:
@@ -241,6 +247,50 @@ class Documents(Stream):
         if self.seed is None:
             return np.arange(count)
         return np.random.default_rng((self.seed, self.epoch, *shard)).permutation(count)
+
+
+class Chosen(Stream):
+    """Some documents of a corpus in an order of their own, once; another pass may choose others."""
+
+    def __init__(self, tokens: Tokens, places: Callable[[int], np.ndarray], *, name: str) -> None:
+        """Puts documents in order.
+
+        Args:
+            tokens: of the corpus.
+            places: pass -> numbers of its documents (D,), each below `len(tokens)`.
+            name: of the choice; it is part of what the stream is known by.
+        """
+        self.held, self.places, self.name = tokens, places, name
+        self.begins = np.cumsum([0, *map(len, tokens.shards)])
+        self.shard, self.opened = -1, Shard.of([])
+        self.restart(0)
+
+    def __next__(self) -> Encoded:
+        if self.cursor >= len(self.order):
+            raise StopIteration
+        self.cursor += 1
+        place = int(self.order[self.cursor - 1])
+        shard = int(np.searchsorted(self.begins, place, side="right")) - 1
+        if shard != self.shard:
+            self.shard, self.opened = shard, self.held.shards[shard].opened()
+        return self.opened[place - int(self.begins[shard])]
+
+    def own_state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "cursor": self.cursor}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.restart(state["epoch"])
+        self.cursor = state["cursor"]
+
+    def label(self) -> str:
+        return f"{self.held.name} ({len(self.held):,} documents, {self.held.fingerprint[:8]}), {self.name}"
+
+    def tokens(self) -> int | None:
+        return int(self.held.lengths()[self.order].sum())
+
+    def restart(self, epoch: int) -> None:
+        self.epoch, self.cursor = epoch, 0
+        self.order = self.places(epoch)
 
 
 def fingerprint_of(*parts: str) -> str:

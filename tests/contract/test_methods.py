@@ -57,6 +57,7 @@ def _others(make_tiny: Make, bundle: Path, tmp_path_factory: pytest.TempPathFact
     lines = (json.dumps({"text": f"What was read before, part {number} of it. " * 9}) for number in range(200))
     old.write_text("\n".join(lines))
     EXTRA["cpt"] = EXTRA["mix-cpt"] = ["--replay", str(old), "--replay-share", "0.3"]
+    EXTRA["stability-gap"] = ["--reference", str(old), "--mix", f"{old}=0.2"]
     EXTRA["upsample"] = ["--mix", f"{old}=0.3", "--last-mix", f"{old}=0.6", "--last", "0.5"]
     other = str(make_tiny(tie=False, bias=True))
     EXTRA["kd"] = ["--teacher", other]
