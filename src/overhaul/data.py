@@ -84,21 +84,27 @@ class Data:
 
     def encoded(self, rows: Sequence[Row]) -> list[Encoded]:
         """As `encode`, of many documents in one call of the tokenizer."""
-        segments = [self._segments(row) for row in rows]
+        segments = [self.segments(row) for row in rows]
         texts = [text for pieces in segments for text, _ in pieces]
         pieces = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         documents = []
         for row, told in zip(rows, segments, strict=True):
-            opening = [] if self._is_chat(row) else self._opening
+            opening = [] if self._is_chat(row) else self.opening
             parts = [(opening, False), *((next(pieces), is_trained) for _, is_trained in told), (end, True)]
             ids = [token for part, _ in parts for token in part]
             trained = np.repeat([is_trained for _, is_trained in parts], [len(part) for part, _ in parts])
             documents.append(Encoded(np.array(ids, np.int64), trained))
         return documents
 
-    def _segments(self, row: Row) -> list[tuple[str, bool]]:
-        """The row's text in pieces; a conversation is rendered turn by turn by the model's own chat template."""
+    def segments(self, row: Row) -> list[tuple[str, bool]]:
+        """The row's text in pieces, each with whether it is trained on.
+
+        A conversation is rendered turn by turn by the model's own chat template.
+
+        Raises:
+            UserError: the template changes what it wrote of a turn when another one follows.
+        """
         if not self._is_chat(row):
             return row_text(row)
         turns = [{"role": message.role, "content": message.content} for message in row["messages"]]
@@ -127,7 +133,7 @@ class Data:
         return "messages" in row and bool(self.tokenizer.chat_template)
 
     @cached_property
-    def _opening(self) -> list[int]:
+    def opening(self) -> list[int]:
         """The beginning-of-sequence token where the tokenizer adds one by itself."""
         added = self.tokenizer("", verbose=False)["input_ids"]
         return added[:1] if added[:1] == [self.tokenizer.bos_token_id] else []

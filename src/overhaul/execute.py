@@ -99,6 +99,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
             text,
             parent.processor,
             options.seed,
+            dtype=dtype,
             dense_tensors=artifacts.dense_ancestor(parent),
             lineage=parent.lineage,
             beside=beside,

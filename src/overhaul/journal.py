@@ -83,6 +83,14 @@ class RowsNote:
 
 
 @dataclass(frozen=True, slots=True)
+class TextNote:
+    """What belongs to the model and is neither weights nor records, written to `file` beside the weights as it is."""
+
+    file: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Notes:
     """The notes of one recording, in the order they were made."""
 
@@ -91,6 +99,7 @@ class Notes:
     tables: list[TableNote] = field(default_factory=list)
     tensors: list[TensorsNote] = field(default_factory=list)
     rows: list[RowsNote] = field(default_factory=list)
+    texts: list[TextNote] = field(default_factory=list)
     states: list[StateNote] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
@@ -142,6 +151,12 @@ def note_rows(file: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Adds a file of records to the recording in progress; does nothing when there is none."""
     if (notes := _notes.get()) is not None:
         notes.rows.append(RowsNote(file=file, rows=tuple(rows)))
+
+
+def note_text(file: str, text: str) -> None:
+    """Adds a file of text to the recording in progress; does nothing when there is none."""
+    if (notes := _notes.get()) is not None:
+        notes.texts.append(TextNote(file, text))
 
 
 def note_state(file: str, state: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from overhaul.data import Data
+    from overhaul.stream import Stream
     from overhaul.train import Plan
 
 
@@ -34,9 +35,13 @@ class Full(Training):
         return Plan(
             model=model,
             objective=CrossEntropy(),
-            stream=data.training(self),
+            stream=self.stream(data),
             optimizer=build(self, model.parameters(), model=model),
             schedule=schedule(self.schedule, self.warmup),
             watchers=(KeepZeros(),) if self.keep_zeros else (),
             finish=(lambda model: model) if self.keep_zeros else without_masks,
         )
+
+    def stream(self, data: Data) -> Stream:
+        """Micro-batches of what is trained on."""
+        return data.training(self)
