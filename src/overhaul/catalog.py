@@ -131,6 +131,13 @@ ENTRIES = (
     ),
     Entry(
         "adapt",
+        "format",
+        "adapt.format_alignment:FormatAlignment",
+        "Train the chat format alone, on few examples whose answers the model knows already.",
+        35,
+    ),
+    Entry(
+        "adapt",
         "translora",
         "adapt.translora:TransLoRA",
         "Train an adapter anew on another model, from a bundle that was made while its data was there.",

@@ -59,6 +59,10 @@ def _others(make_tiny: Make, bundle: Path, tmp_path_factory: pytest.TempPathFact
     EXTRA["cpt"] = EXTRA["mix-cpt"] = ["--replay", str(old), "--replay-share", "0.3"]
     EXTRA["stability-gap"] = ["--reference", str(old), "--mix", f"{old}=0.2"]
     EXTRA["upsample"] = ["--mix", f"{old}=0.3", "--last-mix", f"{old}=0.6", "--last", "0.5"]
+    instructions = old.with_name("instructions.jsonl")
+    pairs = ({"question": f"{n} + {n}?", "answer": str(2 * n)} for n in range(200))
+    instructions.write_text("\n".join(map(json.dumps, pairs)))
+    EXTRA["format"] = ["--data", str(instructions), "--select", "8", "--candidates", "16", "--seq-len", "64"]
     other = str(make_tiny(tie=False, bias=True))
     EXTRA["kd"] = ["--teacher", other]
     asked = old.with_name("asked.jsonl")

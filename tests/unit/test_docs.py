@@ -70,7 +70,8 @@ def tiny_words(command: str, tiny: Path) -> list[str]:
     """The command's words after `overhaul`, in the form that takes a moment on the model of two layers."""
     typed = shlex.split(command.split(" > ")[0], comments=True)[1:]
     words = [str(tiny) if word == "smollm2-135m" else word for word in typed]
-    for flag, value in TINY.items():
+    small = TINY | ({"--seq-len": "64"} if "--select" in words else {})  # a conversation has to fit into a window
+    for flag, value in small.items():
         if flag in words:
             words[words.index(flag) + 1] = value
     if words[0] == "run":
