@@ -133,11 +133,13 @@ class Judge:
         return replace(facts, seconds=last.seconds, peak_rss_bytes=last.peak_rss_bytes)
 
     def _stored(self, made: Artifact) -> tuple[Facts, ...]:
-        """The facts in the record, if they were measured under this key and of these weights."""
+        """The facts in the record, if they were measured under this key, on the same tokens and of these weights."""
         record = made.record
         if (record.get("facts_key"), record.get("weights_sha256")) != (self.key, made.weights_sha256):
             return ()
-        return tuple(read_facts(stored) for stored in record["facts"])
+        facts = tuple(read_facts(stored) for stored in record["facts"])
+        # Another chat template makes other tokens of the same conversations.
+        return facts if all(one.tokenizer == self.tokenizer for one in facts) else ()
 
     def _reference(self, parent: Artifact) -> tuple[Facts, ...]:
         """Facts of the model that the chain began with, if it is still there as it was."""

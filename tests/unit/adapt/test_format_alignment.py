@@ -126,6 +126,25 @@ def test_a_template_comes_along(bare: Path, template: Path, instructions: Path, 
     assert fields["template"] == str(template.resolve())
 
 
+def test_before_and_after_are_measured_in_the_same_template(tiny: Path, template: Path, tmp_path: Path):
+    """Of conversations another template makes other tokens: what a record holds of them is measured anew."""
+    rows = (
+        [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f"{n}."}] for n in range(90)
+    )
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    judged = ("--evaluate-seq-len", "32", "--evaluate-windows", "2")
+    told = ("--data", tmp_path / "chat.jsonl", *SHORT[:-2], *judged)
+
+    first = overhaul("adapt", "format", tiny, "-o", tmp_path / "first", *told)
+    second = overhaul("adapt", "format", tmp_path / "first", "-o", tmp_path / "second", *told, "--template", template)
+
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    before, after = (artifact.read_record(tmp_path / name)["facts"] for name in ("first", "second"))
+    assert len(after) == 3
+    assert len({one["tokenizer"] for one in before}) == len({one["tokenizer"] for one in after}) == 1
+    assert before[0]["tokenizer"] != after[0]["tokenizer"]
+
+
 def test_pruned_weights_stay_zero(tiny: Path, instructions: Path, tmp_path: Path):
     quick = ("--evaluate", "none", "--dtype", "fp32")
     assert overhaul("prune", "magnitude", tiny, "-o", tmp_path / "pruned", *quick).code == 0
