@@ -179,6 +179,13 @@ ENTRIES = (
         39,
     ),
     Entry(
+        "extend",
+        "syne",
+        "extend.syne:Syne",
+        "Add a language and a skill: easy text first, topics that suffer more often, and synthetic questions mixed in.",
+        12,
+    ),
+    Entry(
         "measure",
         "perplexity",
         "measure.perplexity:MeasurePerplexity",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from overhaul import tokens
-from overhaul.corpora import Corpus, open_several
+from overhaul.corpora import Corpus, as_plain_text, open_several
 from overhaul.documents import Row, row_text
 from overhaul.errors import UserError
 from overhaul.fetch import cache_directory
@@ -57,22 +57,23 @@ class Data:
     lineage: tuple[LineageStep, ...] = ()
     beside: Mapping[str, Corpus] = field(default_factory=dict)
 
-    def on(self, path: str) -> Data:
+    def on(self, path: str, *, plain: bool = False) -> Data:
         """The same with another corpus; asked for again, the same object, so that nothing is encoded twice.
 
         Args:
             path: a named corpus, a file or a directory.
+            plain: with questions and answers, conversations and preferences as plain documents.
 
         Raises:
             UserError: there is no such corpus.
         """
-        if path not in self._on:
+        if (path, plain) not in self._on:
             corpus = self.beside.get(path) or open_several([path], taken=[self.corpus.name])[path]
-            self._on[path] = replace(self, corpus=corpus)
-        return self._on[path]
+            self._on[path, plain] = replace(self, corpus=as_plain_text(corpus) if plain else corpus)
+        return self._on[path, plain]
 
     @cached_property
-    def _on(self) -> dict[str, Data]:
+    def _on(self) -> dict[tuple[str, bool], Data]:
         return {}
 
     def encode(self, row: Row) -> Encoded:

@@ -61,6 +61,18 @@ class Mix(Stream):
         self.ends = list(itertools.accumulate(phase.tokens for phase in phases if phase.tokens is not None))
         self._begin()  # the sources are taken where they are
 
+    def then(self, phase: Phase) -> None:
+        """Another phase behind the last one, whose end must be known.
+
+        Raises:
+            ValueError: the last one has no end, or the new one makes no mixture of these sources.
+        """
+        _refuse_no_mixture(phase, dict.fromkeys(self.names))
+        if self.phases[-1].tokens is None:
+            raise ValueError("nothing comes behind a phase without an end")
+        self.phases = (*self.phases, phase)
+        self.ends = list(itertools.accumulate(one.tokens for one in self.phases if one.tokens is not None))
+
     def __next__(self) -> Any:
         while self.phase < len(self.ends) and sum(self.given) >= self.ends[self.phase]:
             self.phase += 1
@@ -122,7 +134,7 @@ class Mix(Stream):
         self.phase, self.in_phase, self.given = 0, [0] * len(self.names), [0] * len(self.names)
 
 
-def _refuse_no_mixture(phase: Phase, sources: Mapping[str, Stream]) -> None:
+def _refuse_no_mixture(phase: Phase, sources: Mapping[str, Any]) -> None:
     if unknown := [name for name in phase.shares if name not in sources]:
         raise ValueError(f"there is no source {unknown[0]!r}, but {', '.join(sources)}")
     if any(share < 0 for share in phase.shares.values()) or not sum(phase.shares.values()) > 0:

@@ -101,6 +101,30 @@ def volumes(stages: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, fl
     return found
 
 
+def fed_back(shares: Mapping[str, float], change: Mapping[str, float], strength: float) -> Shares:
+    """Shares with more for topics that became worse (Chen et al., 2024; the formula is ours, the paper gives none).
+
+    d_i = change_i / sum_j |change_j|,  r_i' = r_i (1 + strength d_i), within r_i / 2 and 2 r_i, as parts of their sum.
+
+    Args:
+        shares: r, by topic.
+        change: perplexity now less that before, by topic.
+        strength: a, 0 or more.
+
+    Returns:
+        Shares with the same sum.
+
+    Raises:
+        ValueError: a change is no number.
+    """
+    if odd := [topic for topic in shares if not math.isfinite(change[topic])]:
+        raise ValueError(f"the perplexity of {odd[0]} is not finite")
+    size = math.fsum(abs(change[topic]) for topic in shares) or 1.0
+    factors = {topic: min(max(1 + strength * change[topic] / size, 0.5), 2.0) for topic in shares}
+    scale = math.fsum(shares.values()) / math.fsum(shares[topic] * factors[topic] for topic in shares)
+    return {topic: share * factors[topic] * scale for topic, share in shares.items()}
+
+
 def above(number: float, limit: float) -> bool:
     """Whether it is, by more than sums of floating-point numbers are off."""
     return number > limit and not math.isclose(number, limit, abs_tol=1e-9)

@@ -73,8 +73,8 @@ def write_directory(
         for records in notes.rows:
             lines = (json.dumps(row, ensure_ascii=False) for row in records.rows)
             (directory / records.file).write_text("\n".join(lines) + "\n")
-        for told in notes.texts:
-            (directory / told.file).write_text(told.text, encoding="utf-8")
+        for written in notes.texts:
+            (directory / written.file).write_text(written.text, encoding="utf-8")
         artifacts.write_record(made, directory, extra)
         recipe_yaml = replay(made.lineage, out)
         (directory / "recipe.yaml").write_text(recipe_yaml)

@@ -58,6 +58,7 @@ def _others(make_tiny: Make, bundle: Path, tmp_path_factory: pytest.TempPathFact
     old.write_text("\n".join(lines))
     EXTRA["cpt"] = EXTRA["mix-cpt"] = ["--replay", str(old), "--replay-share", "0.3"]
     EXTRA["stability-gap"] = ["--reference", str(old), "--mix", f"{old}=0.2"]
+    EXTRA["syne"] = ["--mix", f"{old}=0.3", "stdlib=0.2", "--topics", str(old), "stdlib", "--rounds", "2"]
     EXTRA["upsample"] = ["--mix", f"{old}=0.3", "--last-mix", f"{old}=0.6", "--last", "0.5"]
     instructions = old.with_name("instructions.jsonl")
     pairs = ({"question": f"{n} + {n}?", "answer": str(2 * n)} for n in range(200))
@@ -340,8 +341,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(entry: Entry, apply: Run, parent
     assert resumed.code == 0, resumed.err
     assert "3/5" not in resumed.err.split("training")[0]
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    points = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
-    assert [point["step"] for point in points] == [1, 2, 3, 4, 5]
+    points, others = (
+        [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()] for made in (killed, whole)
+    )
+    assert [point["step"] for point in points] == list(range(1, len(others) + 1))
 
 
 # Mistakes.

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from overhaul.shares import flat, parse, volumes
+from overhaul.shares import fed_back, flat, parse, volumes
 
 # Chen et al., 2024 (Llama-3-SynE): Chinese : English, then Chinese : English : synthetic, with the same shares inside.
 ZH = {"web-zh": 0.70, "encyclopedia-zh": 0.05, "books-zh": 0.20, "qa-zh": 0.05}
@@ -85,3 +87,33 @@ def test_what_is_no_share(entries: list[str], says: str):
 def test_groups_that_are_none(told: Any, says: str):
     with pytest.raises(ValueError, match=says):
         flat(told, "mix")
+
+
+def test_topics_that_became_worse_get_more_and_shares_stay_shares():
+    shares = {"law": 0.1, "art": 0.2, "sport": 0.3, "food": 0.1}
+    change = {"law": 6.0, "art": -1.0, "sport": 0.0, "food": -3.0}
+
+    changed = fed_back(shares, change, 0.5)
+    assert changed["law"] / shares["law"] > changed["sport"] / shares["sport"] > changed["food"] / shares["food"]
+    assert math.isclose(math.fsum(changed.values()), 0.7)
+    assert fed_back(shares, change, 0.0) == pytest.approx(shares)
+    assert fed_back(shares, dict.fromkeys(shares, 0.0), 5.0) == pytest.approx(shares)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 1.0), st.floats(-1e3, 1e3)), min_size=2, max_size=6),
+    st.floats(0, 100),
+)
+def test_no_topic_is_starved_or_takes_all(topics: list[tuple[float, float]], strength: float):
+    """Before they are made parts of their sum again, no share more than doubles, none is less than half."""
+    total = math.fsum(share for share, _ in topics)
+    shares = {str(n): share / total for n, (share, _) in enumerate(topics)}
+    changed = fed_back(shares, {str(n): change for n, (_, change) in enumerate(topics)}, strength)
+
+    assert math.isclose(math.fsum(changed.values()), 1)
+    assert all(shares[name] / 4 <= share * (1 + 1e-9) and share <= 4 * shares[name] for name, share in changed.items())
+
+
+def test_a_perplexity_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="the perplexity of a is not finite"):
+        fed_back({"a": 0.5, "b": 0.5}, {"a": math.nan, "b": 1.0}, 1.0)

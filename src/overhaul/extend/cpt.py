@@ -224,7 +224,7 @@ class ContinualPretraining(Training):
             say(f"warning: {share:.1%} of the tokens of {data.corpus.name} are unknown, or bytes of words spelled out")
         total, drawn = self._num_tokens(data), self._drawn(data)
         for path, wanted in drawn.items():
-            told = data.on(path)
+            told = self.read(path, data)
             if told.corpus.fingerprint == data.corpus.fingerprint:
                 raise UserError(
                     f"{path} is the new text itself",
@@ -234,6 +234,10 @@ class ContinualPretraining(Training):
             if wanted > MANY_PASSES * told.num_training_tokens:
                 passes = wanted / told.num_training_tokens
                 say(f"warning: that is {passes:.1f} times all of {path}, {told.num_training_tokens:,} tokens")
+
+    def read(self, path: str, data: Data) -> Data:
+        """A text beside --data as this method reads it."""
+        return data.on(path)
 
     def _drawn(self, data: Data) -> dict[str, int]:
         """About how many tokens each text gives beside --data."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -69,6 +68,10 @@ class MixCPT(ContinualPretraining):
             return super().shares()
         return {self.general: GENERAL if self.general_share is None else self.general_share} | super().shares()
 
+    def read(self, path: str, data: Data) -> Data:
+        """Instructions as plain text."""
+        return data.on(path, plain=path == self.general)
+
     def objective(self, model: nn.Module) -> Objective:
         """Cross-entropy, and the divergence from a frozen copy of the model as it is now."""
         from overhaul.distillation import Distill
@@ -81,13 +84,11 @@ class MixCPT(ContinualPretraining):
 
     def sources(self, data: Data) -> dict[str, Source]:
         """Documents, what is replayed, and instructions as plain text."""
-        from overhaul.corpora import as_plain_text
         from overhaul.mixture import Source
 
         found = super().sources(data)
         if self.general is not None:
-            told = data.on(self.general)
-            plain = replace(told, corpus=as_plain_text(told.corpus))
+            told = self.read(self.general, data)
             how: dict[str, Any] = {"seq_len": self.seq_len, "document_mask": self.document_mask}
-            found[told.corpus.name] = Source(plain.endless(**how), plain.place(**how))
+            found[told.corpus.name] = Source(told.endless(**how), told.place(**how))
         return found

@@ -41,6 +41,10 @@ class Mixing(ContinualPretraining):
         """Of all tokens, those of each text beside --data."""
         return shares.parse(self.mix) | super().shares()
 
+    def read(self, path: str, data: Data) -> Data:
+        """A text beside --data; what is mixed in counts as plain text, questions with their answers too."""
+        return data.on(path, plain=path != self.replay)
+
     def sources(self, data: Data) -> dict[str, Source]:
         """The new text, the further ones, and what is replayed."""
         from overhaul.mixture import Source
@@ -50,6 +54,6 @@ class Mixing(ContinualPretraining):
         for path in self.texts():
             if path == self.replay:
                 continue
-            told = data.on(path)
+            told = self.read(path, data)
             found[told.corpus.name] = Source(told.endless(**how), told.place(**how))
         return found
