@@ -193,6 +193,13 @@ ENTRIES = (
     ),
     Entry(
         "measure",
+        "data-utility",
+        "measure.data_utility:DataUtility",
+        "What each text of a mixture is worth: losses after short runs without it, less those after runs with all.",
+        36,
+    ),
+    Entry(
+        "measure",
         "choice",
         "measure.choice:Choice",
         "Accuracy on multiple-choice questions, with a 95% interval.",

@@ -159,6 +159,17 @@ def bootstrap_interval(
     return bootstrap_ratio(values_N, np.ones(len(values_N)), seed=seed, draws=draws, share=share)
 
 
+def mean_over_runs(values: Sequence[float], *, share: float = 0.95) -> Estimate:
+    """Mean of a few independent runs, with Student's interval; of one run the value alone."""
+    from scipy import stats
+
+    mean, count = statistics.fmean(values), len(values)
+    if count == 1:
+        return Estimate(mean, mean, mean, 1)
+    half = float(stats.t.ppf((1 + share) / 2, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    return Estimate(mean, mean - half, mean + half, count)
+
+
 def choice_accuracy(
     model: nn.Module,
     tokenizer: Any,

@@ -59,6 +59,8 @@ def _others(make_tiny: Make, bundle: Path, tmp_path_factory: pytest.TempPathFact
     EXTRA["cpt"] = EXTRA["mix-cpt"] = ["--replay", str(old), "--replay-share", "0.3"]
     EXTRA["stability-gap"] = ["--reference", str(old), "--mix", f"{old}=0.2"]
     EXTRA["syne"] = ["--mix", f"{old}=0.3", "stdlib=0.2", "--topics", str(old), "stdlib", "--rounds", "2"]
+    EXTRA["data-utility"] = ["--last-mix", f"{old}=0.5", "--steps", "2", "--runs", "1", "--batch-size", "1"]
+    EXTRA["data-utility"] += ["--seq-len", "32", "--windows", "2"]
     EXTRA["upsample"] = ["--mix", f"{old}=0.3", "--last-mix", f"{old}=0.6", "--last", "0.5"]
     instructions = old.with_name("instructions.jsonl")
     pairs = ({"question": f"{n} + {n}?", "answer": str(2 * n)} for n in range(200))
