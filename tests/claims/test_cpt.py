@@ -213,7 +213,7 @@ def test_annealed_it_is_as_good_as_the_cosine(chains):
 
 ENGLISH = "boolq-passages"
 SMOL_SEEDS = (0, 1)
-SMOL: dict[str, Any] = {"steps": 60, "batch_size": 2, "seq_len": 128, "lr": 3e-4, "save_every": 0, "eval_every": 15}
+SMOL: dict[str, Any] = {"steps": 60, "batch_size": 2, "seq_len": 128, "lr": 3e-4, "save_every": 0}
 SMOL_SETTINGS = {"model": "smollm2-135m", "old": ENGLISH, "new": NEW, **SMOL, "heldout": "32x128"}
 
 
@@ -221,7 +221,7 @@ SMOL_SETTINGS = {"model": "smollm2-135m", "old": ENGLISH, "new": NEW, **SMOL, "h
 def german(smol: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[float, list[Extended]]:
     """By share of English that is replayed."""
     root, found = tmp_path_factory.mktemp("german"), {}
-    for share in (0.0, *SHARES):
+    for share in (0.0, 0.25):
         replay = {"replay": ENGLISH, "replay_share": share} if share else {}
         method = ContinualPretraining(**SMOL, **replay)
         found[share] = [
