@@ -29,6 +29,7 @@ TUTORIAL = DOCS / "tutorials" / "halve-a-model.md"
 WHICH = DOCS / "tutorials" / "which-adapter.md"
 HALF = DOCS / "tutorials" / "half-the-size.md"
 SWEEP = DOCS / "tutorials" / "sweep.md"
+GERMAN = DOCS / "tutorials" / "german.md"
 QUESTIONS = DOCS / "tutorials" / "questions.md"
 PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
 HEADINGS = [
@@ -196,6 +197,14 @@ def test_the_candidates_for_a_task_are_trained_and_compared(type_command: Type):
     made = {path.name for path in Path("runs/which").iterdir() if path.is_dir()}
     assert made == {"full", "half", "fira", "lora", "randlora", "vera"}
     assert "less forgetful than" in Path("runs/which/compare.html").read_text()
+
+
+def test_a_language_is_taught_and_the_old_one_watched(type_command: Type):
+    for command in commands(GERMAN):
+        type_command(command)
+
+    assert Path("runs/german/int8").is_dir()
+    assert "boolq-passages" in Path("runs/german/quarter/report.html").read_text()
 
 
 def test_settings_are_tried_on_a_smaller_model(type_command: Type):
