@@ -68,7 +68,8 @@ class Data:
             UserError: there is no such corpus.
         """
         if (path, plain) not in self._on:
-            corpus = self.beside.get(path) or open_several([path], taken=[self.corpus.name])[path]
+            others = (data.corpus.name for (other, _), data in self._on.items() if other != path)
+            corpus = self.beside.get(path) or open_several([path], taken=[self.corpus.name, *others])[path]
             self._on[path, plain] = replace(self, corpus=as_plain_text(corpus) if plain else corpus)
         return self._on[path, plain]
 

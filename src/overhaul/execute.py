@@ -195,7 +195,9 @@ def _change(
         fields=_fields(method, others),
         non_default=tuple(flat_fields(method.model_dump(mode="json", exclude_defaults=True))),
         parents=(Parent(path=_called(parent.name, parent.path), hash=parent.weights_sha256), *others),
-        data=_data_used(data.corpus, seen.get(data.corpus.name, tokens)) if data and needs_data else None,
+        data=_data_used(data.corpus, seen.get(data.corpus.name, 0 if seen else tokens))
+        if data and needs_data
+        else None,
         beside=tuple(_data_used(text, seen.get(text.name, 0)) for text in (data.beside.values() if data else ())),
         seed=options.seed,
         options=_recorded(options),
@@ -310,7 +312,7 @@ def _recorded(options: Options) -> dict[str, Any]:
 def _fields(method: Method, others: tuple[Parent, ...]) -> dict[str, Any]:
     """Every setting by its dotted name; other models and corpora as the record calls them."""
     called = dict(zip(method.others(), (other.path for other in others), strict=True))
-    called |= {path: from_anywhere(path) for path in method.texts()}
+    called |= {path: from_anywhere(path) for path in (*method.texts(), *method.references())}
     fields = flat_fields(method.model_dump(mode="json"))
     return {name: _with_names(value, called) for name, value in fields.items()}
 

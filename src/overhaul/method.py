@@ -57,6 +57,10 @@ class Method(Settings, ABC):
         """The corpora it reads beside that of --data, as the user named them; the loss on them is watched."""
         return ()
 
+    def references(self) -> tuple[str, ...]:
+        """Further corpora and files that it reads and does not train on, as the user named them."""
+        return ()
+
     def at(self, path: Path) -> Self:
         """The method for the model in a directory: what its settings leave to that model is filled in.
 

@@ -1,5 +1,7 @@
 """Shares of a mixture as people write them down: `CORPUS=SHARE` one by one, or groups with shares of their own in YAML.
 
+What the shares at the top leave belongs to whoever reads them: in `extend` to the text of --data.
+
 zh: {share: 0.2, of: {web-zh.jsonl: 0.7, books-zh.jsonl: 0.3}}
 en: {share: 0.8, of: {web-en.jsonl: 0.6, code.jsonl: 0.4}}
 """
@@ -15,21 +17,35 @@ YAML = (".yaml", ".yml")
 Shares = dict[str, float]
 
 
+def spelled_out(entries: Any) -> Any:
+    """Entries with YAML files replaced by what they say, so that a record has the shares and not the file's name.
+
+    Raises:
+        ValueError: a file cannot be read, or holds no shares.
+    """
+    if not isinstance(entries, list | tuple) or not all(isinstance(entry, str) for entry in entries):
+        return entries  # whoever checks types will say so
+    found: list[str] = []
+    for entry in entries:
+        is_file = entry.endswith(YAML)
+        found += [f"{path}={share!r}" for path, share in read(Path(entry)).items()] if is_file else [entry]
+    return tuple(found)
+
+
 def parse(entries: Iterable[str]) -> Shares:
     """Shares by corpus from what was typed.
 
     Args:
-        entries: `CORPUS=SHARE`, shares above 0 and at most 1, or a YAML file of shares.
+        entries: `CORPUS=SHARE`, shares above 0 and at most 1.
 
     Raises:
-        ValueError: an entry is neither, a corpus comes twice, or all shares together are above 1.
+        ValueError: an entry is something else, a corpus comes twice, or all shares together are above 1.
     """
     found: Shares = {}
-    for entry in entries:
-        for corpus, share in (read(Path(entry)) if entry.endswith(YAML) else dict([_pair(entry)])).items():
-            if corpus in found:
-                raise ValueError(f"{corpus} comes twice")
-            found[corpus] = share
+    for corpus, share in map(_pair, entries):
+        if corpus in found:
+            raise ValueError(f"{corpus} comes twice")
+        found[corpus] = share
     if above(total := math.fsum(found.values()), 1):
         raise ValueError(f"the shares {_sum(found)} sum to {total:g}, which is more than 1")
     return found
@@ -47,7 +63,9 @@ def _pair(entry: str) -> tuple[str, float]:
 
 
 def read(file: Path) -> Shares:
-    """Shares from a YAML file: corpora with numbers, or groups `{share:, of:}` of such, which sum to 1 at every level.
+    """Shares from a YAML file: corpora with numbers, or groups `{share:, of:}` of such.
+
+    The shares in a group sum to 1, those at the top to 1 or less: what they leave has no name there.
 
     Raises:
         ValueError: there is no such file, it is no mapping, or a level sums to something else.
@@ -55,21 +73,36 @@ def read(file: Path) -> Shares:
     import yaml
 
     try:
-        told = yaml.safe_load(file.read_text("utf-8"))
+        told = yaml.load(file.read_text("utf-8"), Loader=_loader())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{file}: {error}") from error
-    return flat(told, str(file))
+    return flat(told, str(file), whole=False)
 
 
-def flat(told: Any, where: str) -> Shares:
+def _loader() -> Any:
+    """YAML's safe loader, for which a key that comes twice is a mistake."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} comes twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def flat(told: Any, where: str, *, whole: bool = True) -> Shares:
     """Shares by corpus from groups within groups.
 
     Args:
         told: corpus or group -> share, or `{"share": number, "of": mapping like this one}`.
         where: what to call it in an error.
+        whole: whether its shares must sum to 1, as those in groups do, or to no more than that.
 
     Raises:
-        ValueError: it is something else, or a level does not sum to 1.
+        ValueError: it is something else, or a level has another sum.
     """
     if not isinstance(told, Mapping) or not told:
         raise ValueError(f"{where}: {told!r} is no mapping of corpora or groups to shares")
@@ -78,18 +111,27 @@ def flat(told: Any, where: str) -> Shares:
         inside = isinstance(value, Mapping)
         if inside and set(value) != {"share", "of"}:
             raise ValueError(f"{where}: the group {name} has {', '.join(map(str, value))}; a group has share and of")
-        share = value["share"] if inside else value
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ValueError(f"{where}: the share of {name} is {share!r}; it is a number above 0 and at most 1")
-        own[name] = share
+        own[name] = share = _number(value["share"] if inside else value, f"{where}: the share of {name}")
         below = flat(value["of"], f"{where}, {name}") if inside else {str(name): 1.0}
         for corpus, part in below.items():
             if corpus in found:
                 raise ValueError(f"{where}: {corpus} comes twice")
             found[corpus] = share * part
-    if not math.isclose(total := math.fsum(own.values()), 1, abs_tol=1e-9):
-        raise ValueError(f"{where}: the shares {_sum(own)} sum to {total:g}, not to 1")
+    total = math.fsum(own.values())
+    if above(total, 1) or (whole and above(1, total)):
+        raise ValueError(f"{where}: the shares {_sum(own)} sum to {total:g}, not to 1{'' if whole else ' or less'}")
     return found
+
+
+def _number(share: Any, what: str) -> float:
+    """A share; YAML reads 5e-1 as text."""
+    try:
+        number = math.nan if isinstance(share, bool) else float(share)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number <= 1:
+        raise ValueError(f"{what} is {share!r}; it is a number above 0 and at most 1")
+    return number
 
 
 def volumes(stages: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
@@ -104,7 +146,8 @@ def volumes(stages: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, fl
 def fed_back(shares: Mapping[str, float], change: Mapping[str, float], strength: float) -> Shares:
     """Shares with more for topics that became worse (Chen et al., 2024; the formula is ours, the paper gives none).
 
-    d_i = change_i / sum_j |change_j|,  r_i' = r_i (1 + strength d_i), within r_i / 2 and 2 r_i, as parts of their sum.
+    d_i = change_i / sum_j |change_j|,  r_i' = r_i (1 + strength d_i), within r_i / 2 and 2 r_i, as parts of their sum,
+    which can move a share a little further.
 
     Args:
         shares: r, by topic.

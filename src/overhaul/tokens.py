@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from overhaul import disk
 from overhaul.documents import Row
@@ -132,7 +133,8 @@ class Tokens:
 
     def lengths(self) -> np.ndarray:
         """Tokens of each document (D,)."""
-        return np.concatenate([np.diff(shard.opened().ends_D, prepend=0) for shard in self.shards])
+        lengths = [np.diff(shard.opened().ends_D, prepend=0) for shard in self.shards]
+        return np.concatenate([np.zeros(0, np.int64), *lengths])
 
 
 def in_memory(rows: Iterable[Row], encode: Encode, *, name: str, fingerprint: str) -> Tokens:
@@ -253,7 +255,7 @@ class Chosen(Stream):
     """Some documents of a corpus in an order of their own, once; another pass may choose others."""
 
     def __init__(self, tokens: Tokens, places: Callable[[int], np.ndarray], *, name: str) -> None:
-        """Puts documents in order.
+        """Puts documents in order; a pass that was begun ends in the order that it began with.
 
         Args:
             tokens: of the corpus.
@@ -261,7 +263,7 @@ class Chosen(Stream):
             name: of the choice; it is part of what the stream is known by.
         """
         self.held, self.places, self.name = tokens, places, name
-        self.begins = np.cumsum([0, *map(len, tokens.shards)])
+        self.begins, self.lengths_D = np.cumsum([0, *map(len, tokens.shards)]), tokens.lengths()
         self.shard, self.opened = -1, Shard.of([])
         self.restart(0)
 
@@ -276,21 +278,26 @@ class Chosen(Stream):
         return self.opened[place - int(self.begins[shard])]
 
     def own_state(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "cursor": self.cursor}
+        return {"name": self.name, "epoch": self.epoch, "cursor": self.cursor, "order": torch.from_numpy(self.order)}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
-        self.restart(state["epoch"])
+        if state["name"] != self.name:
+            raise UserError(f"{self.held.name} was read as {state['name']}, and is now chosen as {self.name}")
+        self._begin(state["epoch"], state["order"].numpy())
         self.cursor = state["cursor"]
 
     def label(self) -> str:
         return f"{self.held.name} ({len(self.held):,} documents, {self.held.fingerprint[:8]}), {self.name}"
 
     def tokens(self) -> int | None:
-        return int(self.held.lengths()[self.order].sum())
+        return self.num_tokens
 
     def restart(self, epoch: int) -> None:
-        self.epoch, self.cursor = epoch, 0
-        self.order = self.places(epoch)
+        self._begin(epoch, self.places(epoch))
+
+    def _begin(self, epoch: int, order: np.ndarray) -> None:
+        self.epoch, self.cursor, self.order = epoch, 0, np.array(order)
+        self.num_tokens = int(self.lengths_D[self.order].sum())
 
 
 def fingerprint_of(*parts: str) -> str:

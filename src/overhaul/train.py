@@ -58,6 +58,7 @@ class Plan:
         finish: applied to the model after the last step: merge adapters, drop masks.
         helpers: children of the model that are trained with it and that `finish` takes away, by name.
         probes: numbers about the model by name, taken whenever it is evaluated.
+        hands_on: whether its optimizer goes on in the next plan: then a checkpoint behind the last step holds it too.
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class Plan:
     finish: Callable[[nn.Module], nn.Module] = lambda model: model
     helpers: tuple[str, ...] = ()
     probes: tuple[Callable[[nn.Module], Mapping[str, float]], ...] = ()
+    hands_on: bool = False
 
     @property
     def num_trained(self) -> int:
@@ -190,6 +192,7 @@ def train(
                 run.save(state_dir, step, asked)
             if stop:
                 raise Interrupted(f"stopped after step {step} of {settings.steps}")
+    run.set_rates(1.0)  # a later plan with the same optimizer finds its peak rates there
     for watcher in plan.watchers:
         watcher.end(plan.model)
     run.history.optimizer_bytes, run.history.ledger = run.optimizer_bytes(), plan.stream.ledger()
@@ -248,8 +251,7 @@ class _Run:
         counts = _sum_counts([self.plan.objective.counts(batch) for batch in drawn])
         own = [{key: value.to(self.device) for key, value in batch.items()} for batch in drawn[rank::processes]]
         factor = self.plan.schedule((step - 0.5) / self.settings.steps)
-        for group, peak in zip(self.plan.optimizer.param_groups, self.peak_rates, strict=True):
-            group["lr"] = peak * factor
+        self.set_rates(factor)
         totals: dict[str, Tensor] = {}
         norm = torch.zeros(())
 
@@ -276,6 +278,11 @@ class _Run:
             "grad_norm": float(norm),
             **{f"{_SEEN}{drawn.name}": drawn.tokens for drawn in self.plan.stream.ledger()},
         }
+
+    def set_rates(self, factor: float) -> None:
+        """The learning rates, as a share of their peaks."""
+        for group, peak in zip(self.plan.optimizer.param_groups, self.peak_rates, strict=True):
+            group["lr"] = peak * factor
 
     def _backward(
         self, own: list[dict[str, Tensor]], counts: dict[str, int], step: int
@@ -348,12 +355,14 @@ class _Run:
     def save(self, state_dir: Path, step: int, asked: dict[str, Any], *, is_done: bool = False) -> None:
         """Writes a checkpoint: all processes put it together, the first one writes.
 
-        When all is done, the watchers' work too, the checkpoint is there without the optimizer, and alone.
+        When all is done, the watchers' work too, the checkpoint is there alone, without an optimizer that ends here.
         """
         self.history.optimizer_bytes = self.optimizer_bytes()
         tensors = sharding.whole(checkpoint.trained_tensors(self.plan.model))
         state = {
-            "optimizer": None if is_done else sharding.whole(self.plan.optimizer.state_dict()),
+            "optimizer": None
+            if is_done and not self.plan.hands_on
+            else sharding.whole(self.plan.optimizer.state_dict()),
             "stream": self.plan.stream.state_dict(),
             "watchers": [watcher.state_dict() for watcher in self.plan.watchers],
             "random": machine.rng_state(),

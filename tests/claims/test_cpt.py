@@ -183,6 +183,7 @@ def test_the_rate_that_is_kept_has_no_bump_at_a_border(chains):
         for kind, values in bumps.items()
     )  # fmt: skip
 
+    assert min(bumps["cosine"]) > 0  # else there is nothing to be below
     _check(
         id="extend-cpt/bump", unit="share", settings=PARTS, target=Target("<", 0.5),
         what="Rise after a border under the infinite schedule over that under a cosine for each part",
@@ -242,6 +243,7 @@ def test_smollm2_keeps_its_english(german):
         return run.after[ENGLISH] - run.before[ENGLISH]
 
     pairs = list(zip(german[0.25], german[0.0], strict=True))
+    assert all(rise(without) > 0 for _, without in pairs)
     common: dict[str, Any] = {"settings": SMOL_SETTINGS, "seeds": SMOL_SEEDS}
     rows = (
         _row(id="extend-cpt/smollm2-english-kept", unit="share", **common, target=Target("<=", 0.5),

@@ -53,6 +53,7 @@ def test_less_of_the_old_is_lost(runs, name: str):
     def rise(run: Extended) -> float:
         return run.after[GENERAL] - run.before[GENERAL]
 
+    assert all(rise(free) > 0 for free in runs["ce"])
     results.hold(
         _row(id=f"extend-mix-cpt/kept-{name}", unit="share", target=Target("<=", 0.7),
              what=f"Rise of the general loss over that of cross-entropy alone, {ARMS[name][0]}",

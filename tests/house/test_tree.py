@@ -111,8 +111,9 @@ def imported(tree: ast.Module, *, everywhere: bool) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("verb", catalog.VERBS)
+@pytest.mark.parametrize("verb", [verb for verb in catalog.VERBS if verb != "measure"])
 def test_no_method_imports_another_verbs_package(verb: str):
+    """But a measure may train: it stands above the verbs that change models."""
     others = [f"overhaul.{other}." for other in catalog.VERBS if other != verb]
 
     for file in (SOURCE / verb).glob("*.py"):

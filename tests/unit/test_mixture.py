@@ -200,3 +200,21 @@ def test_the_label_tells_shares_and_phases():
 def test_what_is_no_mixture(phases: list[Phase], says: str):
     with pytest.raises(ValueError, match=says):
         Mix({"a": source(0, 1), "b": source(1, 1)}, phases)
+
+
+def test_a_phase_that_is_added_begins_where_the_last_one_ends():
+    mix = Mix({"0": windows(0), "1": windows(1)}, [Phase({"0": 0.5, "1": 0.5}, 8 * WINDOW)])
+    first = [origin(item) for item in islice(mix, 8)]
+    mix.then(Phase({"0": 0.25, "1": 0.75}, 8 * WINDOW))
+    second = [origin(item) for item in mix]
+
+    assert (sum(first), sum(second)) == (4, 6)
+    assert {drawn.name: drawn.asked for drawn in mix.ledger()} == {"0": 6 * WINDOW, "1": 10 * WINDOW}
+
+
+def test_nothing_is_added_that_is_no_mixture():
+    endless = Mix({"0": windows(0)}, [Phase({"0": 1.0})])
+    with pytest.raises(ValueError, match="nothing comes behind a phase without an end"):
+        endless.then(Phase({"0": 1.0}))
+    with pytest.raises(ValueError, match="there is no source '2'"):
+        Mix({"0": windows(0)}, [Phase({"0": 1.0}, WINDOW)]).then(Phase({"2": 1.0}))

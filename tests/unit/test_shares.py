@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overhaul.shares import fed_back, flat, parse, volumes
+from overhaul.shares import fed_back, flat, parse, spelled_out, volumes
 
 # Chen et al., 2024 (Llama-3-SynE): Chinese : English, then Chinese : English : synthetic, with the same shares inside.
 ZH = {"web-zh": 0.70, "encyclopedia-zh": 0.05, "books-zh": 0.20, "qa-zh": 0.05}
@@ -50,7 +50,32 @@ def test_a_file_of_groups(tmp_path: Path):
     file = tmp_path / "shares.yaml"
     file.write_text("en: {share: 0.75, of: {sample: 0.6, stdlib: 0.4}}\nmanpages-de: 0.25\n")
 
-    assert parse([str(file)]) == pytest.approx({"sample": 0.45, "stdlib": 0.3, "manpages-de": 0.25})
+    assert parse(spelled_out([str(file), "boolq-passages=0.1"])[:3]) == pytest.approx(
+        {"sample": 0.45, "stdlib": 0.3, "manpages-de": 0.25}
+    )
+
+
+def test_the_top_of_a_file_may_leave_something(tmp_path: Path):
+    file = tmp_path / "shares.yaml"
+    file.write_text("en: {share: 0.5, of: {sample: 0.6, stdlib: 0.4}}\nmanpages-de: 2e-1\n")
+
+    assert spelled_out([str(file)]) == ("sample=0.3", "stdlib=0.2", "manpages-de=0.2")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: 0.5\na: 0.5\n", "a comes twice"),
+        ("a: 0.7\nb: 0.5\n", "sum to 1.2, not to 1 or less"),
+        ("g: {share: 0.5, of: {a: 0.5}}\n", "sum to 0.5, not to 1"),
+        ("a: [0.5\n", "shares.yaml"),
+    ],
+)
+def test_files_that_hold_no_shares(tmp_path: Path, text: str, says: str):
+    file = tmp_path / "shares.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=says):
+        spelled_out([str(file)])
 
 
 @pytest.mark.parametrize(
@@ -63,7 +88,6 @@ def test_a_file_of_groups(tmp_path: Path):
         (["sample=nan"], "above 0 and at most 1"),
         (["sample=0.2", "sample=0.3"], "sample comes twice"),
         (["sample=0.7", "stdlib=0.5"], "0.7 of sample \\+ 0.5 of stdlib sum to 1.2"),
-        (["nothing.yaml"], "No such file"),
     ],
 )
 def test_what_is_no_share(entries: list[str], says: str):

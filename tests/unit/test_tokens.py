@@ -16,7 +16,7 @@ from overhaul import tokens
 from overhaul.documents import Row, text_row
 from overhaul.errors import UserError
 from overhaul.stream import Encoded, Repeat
-from overhaul.tokens import Documents, Tokens
+from overhaul.tokens import Chosen, Documents, Tokens
 
 NAMES = {"name": "numbers/train", "fingerprint": "1234"}
 
@@ -170,3 +170,43 @@ def test_what_another_process_makes_is_waited_for_and_found(tmp_path: Path):
 
 def test_no_row_at_all_is_no_shard():
     assert tokens.in_memory([], numbers, **NAMES).shards == ()
+
+
+def chosen(made: Tokens, seed: int = 0, name: str = "half") -> Repeat:
+    """Half of the documents, others in each pass, across all shards."""
+    return Repeat(
+        Chosen(made, lambda epoch: np.random.default_rng((seed, epoch)).permutation(100)[:50], name=name), times=2
+    )
+
+
+def test_chosen_documents_come_in_the_order_of_the_choice(made: Tokens):
+    wanted = plain(iter(numbers(rows(100))))
+    order = np.random.default_rng(7).permutation(100)[:30]
+    stream = Chosen(made, lambda _: order, name="some")
+
+    assert stream.tokens() == sum(len(wanted[place][0]) for place in order)
+    assert plain(stream) == [wanted[place] for place in order]
+    assert made.lengths().tolist() == [len(ids) for ids, _ in wanted]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 37, 50, 73, 99])
+def test_a_choice_goes_on_in_the_order_that_its_pass_began_with(made: Tokens, cut: int):
+    stream, whole = chosen(made), chosen(made)
+    for _ in range(cut):
+        next(stream)
+    other = chosen(made, seed=1)
+
+    other.load_state_dict(stream.state_dict())
+
+    # What comes in the next pass is chosen by whoever goes on.
+    end = 50 if cut <= 50 else 100
+    assert plain(other)[: end - cut] == plain(whole)[cut:end]
+
+
+def test_another_choice_does_not_go_on(made: Tokens):
+    with pytest.raises(UserError, match="was read as half, and is now chosen as best"):
+        chosen(made, name="best").load_state_dict(chosen(made).state_dict())
+
+
+def test_of_no_documents_there_are_no_lengths():
+    assert Tokens("none", "0", ()).lengths().tolist() == []

@@ -112,6 +112,11 @@ class ContinualPretraining(Training):
         begins, ends = self.part
         if begins >= ends:
             raise ValueError(f"part {begins:g} {ends:g} ends before it begins")
+        if not begins and ends < 1 and self.go_on and self.schedule != "constant":
+            raise ValueError(
+                f"part {begins:g} {ends:g} is the beginning of a run: go_on would begin it at the rate of another one, "
+                "and its later parts not; use part 0 1, or schedule constant"
+            )
         if begins and not self.go_on:
             raise ValueError(
                 f"part {begins:g} {ends:g} is the later part of a run: use go_on, in the earlier keep_state"
@@ -211,7 +216,7 @@ class ContinualPretraining(Training):
         if self.document_mask and not hf.keeps_documents_apart(model):
             raise UserError(
                 "--document-mask: this model sees past positions that begin anew, so documents cannot be kept apart",
-                allowed="models whose attention heeds position_ids, such as Llama, Mistral, Qwen and GPT-2",
+                allowed="models whose attention heeds position_ids, such as Llama, Mistral and Qwen",
                 hint="--no-document-mask",
             )
         if self.drift:
@@ -222,14 +227,25 @@ class ContinualPretraining(Training):
             say("note: the model has a chat template; what it forgets of conversations is not seen in these losses")
         if (share := data.unread_share()) > UNREAD:
             say(f"warning: {share:.1%} of the tokens of {data.corpus.name} are unknown, or bytes of words spelled out")
-        total, drawn = self._num_tokens(data), self._drawn(data)
+        total, drawn, known = self._num_tokens(data), self._drawn(data), dict[str, str]()
+        if (new := total - sum(drawn.values())) > MANY_PASSES * data.num_training_tokens:
+            passes = new / data.num_training_tokens
+            say(f"warning: that is {passes:.1f} times all of {data.corpus.name}, {data.num_training_tokens:,} tokens")
+        if data.tokenizer.eos_token_id is None:
+            say("warning: the tokenizer has no end-of-text token: nothing tells where a document ends")
         for path, wanted in drawn.items():
             told = self.read(path, data)
-            if told.corpus.fingerprint == data.corpus.fingerprint:
+            raw = data.on(path).corpus.fingerprint
+            if raw == data.corpus.fingerprint:
                 raise UserError(
                     f"{path} is the new text itself",
                     allowed="with --replay, text like that which the model was trained on before",
                 )
+            if raw in known:
+                raise UserError(
+                    f"{path} is the same text as {known[raw]}", hint="one of them, with the sum of both shares"
+                )
+            known[raw] = path
             say(f"note: {wanted:,} of {total:,} tokens are from {path}, and as many fewer are new")
             if wanted > MANY_PASSES * told.num_training_tokens:
                 passes = wanted / told.num_training_tokens
@@ -312,7 +328,7 @@ class ContinualPretraining(Training):
         before = self._before(optimizer, sources, windows)
         rate = self.rate(before.rate / self.lr if before else None)
         if before:
-            first = rate(0.5 / data.steps_for(self).steps) * self.lr
+            first = rate(0.5 / self._steps(data)) * self.lr
             say(f"going on from a rate of {before.rate:.3g}; the first step has {first:.3g}")
 
         def finish(trained: nn.Module) -> nn.Module:
@@ -354,7 +370,7 @@ class ContinualPretraining(Training):
                 source.windows.load_state_dict(left.places[source.key])
                 say(f"{name} is read on from where it was left")
             else:
-                say(f"{name} is read from its beginning: the run before had another text, --seq-len or --seed")
+                say(f"{name} is read from its beginning: the run before had another text, choice, --seq-len or --seed")
         if isinstance(windows, Mix) and (key := _key(windows, 0, sources)) in left.places:
             windows.balance = left.places[key]
         return left
@@ -401,13 +417,15 @@ class ContinualPretraining(Training):
     def mixed(self, sources: Mapping[str, Source], data: Data) -> Stream:
         """Windows of all sources in their shares, phase after phase; of one alone as they are."""
         from overhaul.mixture import Mix, Phase
+        from overhaul.shares import above
 
         if len(sources) == 1:
             return next(iter(sources.values())).windows
         phases, lengths = [], self._lengths(data)
         for number, (tokens, shares) in enumerate(lengths, 1):
             named = {data.on(path).corpus.name: share for path, share in shares.items()}
-            named[data.corpus.name] = max(1 - math.fsum(named.values()), 0.0)
+            if above(1, told := math.fsum(named.values())):
+                named[data.corpus.name] = 1 - told
             phases.append(Phase(named, tokens if number < len(lengths) else None))
         return Mix({name: source.windows for name, source in sources.items()}, phases)
 

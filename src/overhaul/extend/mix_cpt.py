@@ -53,6 +53,8 @@ class MixCPT(ContinualPretraining):
             raise ValueError(
                 "a model that is held to what it said before learns nothing; use ce_weight above 0, or swap"
             )
+        if self.from_scratch and self.kl_weight:
+            raise ValueError("from_scratch leaves nothing that the model said before; use kl_weight 0, or extend cpt")
         if self.general is None and self.general_share is not None:
             raise ValueError(f"general_share {self.general_share:g} needs a corpus of instructions: use general CORPUS")
         if self.general is not None and self.general == self.replay:

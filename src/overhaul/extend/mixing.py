@@ -26,7 +26,7 @@ class Mixing(ContinualPretraining):
     @field_validator("mix", "last_mix", mode="before", check_fields=False)
     @classmethod
     def _one_is_a_list(cls, entries: Any) -> Any:
-        return (entries,) if isinstance(entries, str) else entries
+        return shares.spelled_out((entries,) if isinstance(entries, str) else entries)
 
     @model_validator(mode="after")
     def _shares_are_shares(self) -> Mixing:
@@ -35,6 +35,14 @@ class Mixing(ContinualPretraining):
             raise ValueError(f"mix and replay are both {self.replay}: a text is one or the other")
         if shares.above(total := math.fsum(self.shares().values()), 1):
             raise ValueError(f"mix and replay together are {total:g} of the tokens, which is more than 1")
+        return self
+
+    @model_validator(mode="after")
+    def _epochs_are_of_something(self) -> Mixing:
+        if self.epochs is not None and not shares.above(self.new_share(), 0):
+            raise ValueError(
+                f"epochs {self.epochs:g} are passes over data, which has no share of the tokens; use steps"
+            )
         return self
 
     def shares(self) -> dict[str, float]:

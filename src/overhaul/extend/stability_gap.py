@@ -102,6 +102,10 @@ class StabilityGap(Mixing):
             raise ValueError("mix and replay leave nothing of the tokens for data")
         return self
 
+    def references(self) -> tuple[str, ...]:
+        """What documents are held against."""
+        return () if self.reference is None else (self.reference,)
+
     def check(self, model: nn.Module, data: Data | None) -> None:
         """Also refuses to choose more than there is.
 
@@ -123,8 +127,9 @@ class StabilityGap(Mixing):
         say(f"note: {self.passes} passes over {wanted:,} of the {held:,} tokens of {data.corpus.name}")
 
     def _wanted(self, data: Data) -> int:
-        """Tokens of --data in one pass."""
-        return round(self._num_tokens(data) * self.new_share() / self.passes)
+        """Tokens of --data in one pass; all passes are over the whole run, of which this may be a part."""
+        begins, ends = self.part
+        return round(self._num_tokens(data) * self.new_share() / (ends - begins) / self.passes)
 
     def sources(self, data: Data) -> dict[str, Source]:
         """The chosen documents, and the further texts read on as they are."""
@@ -132,8 +137,8 @@ class StabilityGap(Mixing):
 
         found, draw = super().sources(data), self._chosen(data)
         how: dict[str, Any] = {"seq_len": self.seq_len, "document_mask": self.document_mask}
-        windows = data.chosen(draw, name=f"{self.draw} choice {draw.key()[:8]}", **how)
-        found[data.corpus.name] = Source(windows, f"{data.place(**how)}/{draw.key()}")
+        name = f"{self.draw} choice {draw.key()[:8]}"
+        found[data.corpus.name] = Source(data.chosen(draw, name=name, **how), f"{data.place(**how)}/{name}")
         return found
 
     def _chosen(self, data: Data) -> Draw:

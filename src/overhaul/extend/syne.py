@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from overhaul import shares
+from overhaul.errors import Diverged, UserError
 from overhaul.extend.mixing import Mixing
 from overhaul.method import NonNegative, PeakRate, Positive
 from overhaul.progress import say
@@ -73,6 +73,25 @@ class Syne(Mixing):
         """Whether there are rounds."""
         return self.rounds > 1
 
+    def check(self, model: nn.Module, data: Data | None) -> None:
+        """Also refuses rounds in sharded parameters, and to score what the model cannot read.
+
+        Raises:
+            UserError: the one or the other.
+        """
+        from overhaul.generation import longest
+        from overhaul.scorers import FEWEST
+        from overhaul.sharding import is_sharded
+
+        if self.rounds > 1 and is_sharded():
+            raise UserError("--rounds needs whole parameters, which FSDP has not", hint="accelerate launch --multi_gpu")
+        if self.order == "easy-first" and not FEWEST < self.scored_tokens <= longest(model):
+            raise UserError(
+                f"--scored-tokens {self.scored_tokens}",
+                allowed=f"{FEWEST + 1} to {longest(model)}, which the model reads",
+            )
+        super().check(model, data)
+
     def _steps(self, data: Data) -> int:
         return super()._steps(data) * self.rounds
 
@@ -85,9 +104,8 @@ class Syne(Mixing):
             how: dict[str, Any] = {"seq_len": self.seq_len, "document_mask": self.document_mask}
             order_D: np.ndarray = self._order_D
             windows = data.chosen(lambda number: order_D, name="easy first", **how)
-            found[data.corpus.name] = Source(
-                windows, f"{data.place(**how)}/{hashlib.sha256(order_D.tobytes()).hexdigest()}"
-            )
+            # A run that goes on ends the pass in the order that it began with: the model has changed since.
+            found[data.corpus.name] = Source(windows, f"{data.place(**how)}/easy first")
         return found
 
     def mixed(self, sources: Mapping[str, Source], data: Data) -> Stream:
@@ -127,7 +145,8 @@ class Syne(Mixing):
                 before = now
             last = number == self.rounds - 1
             rate = _part_of(plan.schedule, number, self.rounds)
-            yield replace(plan, schedule=rate, finish=plan.finish if last else _as_it_is)
+            finish = plan.finish if last else _as_it_is
+            yield replace(plan, schedule=rate, finish=finish, hands_on=not last or self.keep_state)
         if table:
             _note(table)
 
@@ -140,7 +159,12 @@ class Syne(Mixing):
         last = mix.phases[-1]
         names = {path: self.read(path, data).corpus.name for path in self.topics}
         told = {path: last.shares[name] for path, name in names.items()}
-        changed = shares.fed_back(told, {path: now[path] - before[path] for path in now}, self.feedback)
+        change = {path: now[path] - before[path] for path in now}
+        if odd := [names[path] for path in now if not math.isfinite(change[path])]:
+            raise Diverged(
+                f"the perplexity of {odd[0]} is not finite after round {number}", hint=f"--lr {self.lr / 10:g}"
+            )
+        changed = shares.fed_back(told, change, self.feedback)
         mix.then(Phase({**last.shares, **{names[path]: share for path, share in changed.items()}}, last.tokens))
         return [
             (str(number), name, f"{before[path]:.2f}", f"{now[path]:.2f}", f"{told[path]:.3g}", f"{changed[path]:.3g}")

@@ -46,4 +46,4 @@ class Upsampling(Mixing):
 
     def phases(self) -> list[tuple[float, dict[str, float]]]:
         """The mixture of most of the run, then that of its last part."""
-        return [(1 - self.last, self.shares()), (1.0, shares.parse(self.last_mix) | self._replayed())]
+        return [(round(1 - self.last, 12), self.shares()), (1.0, shares.parse(self.last_mix) | self._replayed())]

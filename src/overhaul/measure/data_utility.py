@@ -56,7 +56,7 @@ class DataUtility(Measure):
     @field_validator("mix", "last_mix", mode="before")
     @classmethod
     def _one_is_a_list(cls, entries: Any) -> Any:
-        return (entries,) if isinstance(entries, str) else entries
+        return shares.spelled_out((entries,) if isinstance(entries, str) else entries)
 
     @model_validator(mode="after")
     def _there_is_a_mixture(self) -> DataUtility:

@@ -18,6 +18,7 @@ from command import overhaul, refused
 from overhaul import journal
 from overhaul.corpora import open_corpus
 from overhaul.data import Data
+from overhaul.errors import UserError
 from overhaul.extend.stability_gap import Draw, StabilityGap
 
 RUN = ("--batch-size", "2", "--seq-len", "32", "--dtype", "fp32", "--lr", "1e-3", "--evaluate", "none")
@@ -112,6 +113,24 @@ def test_what_was_chosen_is_told(data: Data, texts):
     assert float(read[4]) < float(everything[4])
 
 
+def test_the_record_tells_where_the_reference_is(tiny: Path, texts, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(texts["all"].parent)
+    how = ("--data", "all.jsonl", *RUN, "--steps", "4", "--passes", "1", "--reference", "good.jsonl", "--order", "2")
+    assert overhaul("extend", "stability-gap", tiny, "-o", tmp_path / "out", *how).code == 0
+
+    monkeypatch.chdir(tmp_path)
+    assert overhaul("run", tmp_path / "out" / "recipe.yaml", f"out={tmp_path / 'again'}").code == 0
+
+
+def test_a_run_does_not_go_on_with_another_choice(tiny: Path, data: Data, texts, tmp_path: Path):
+    one, other = (method(reference=str(texts[name]), order=2).sources(data)["all.jsonl"] for name in ("good", "other"))
+    next(one.windows)
+
+    with pytest.raises(UserError, match="is now chosen as"):
+        other.windows.load_state_dict(one.windows.state_dict())
+    assert one.key != other.key
+
+
 @pytest.mark.parametrize("draw", ["fixed", "dynamic"])
 def test_two_runs_are_one(tiny: Path, texts, tmp_path: Path, draw: str):
     """An interrupted run goes on in the middle of a pass: places are kept, whatever was chosen."""
@@ -125,6 +144,14 @@ def test_two_runs_are_one(tiny: Path, texts, tmp_path: Path, draw: str):
 
     first, second = (load_file(made / "model.safetensors") for made in (whole, two))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_parts_of_a_run_read_the_same_documents(data: Data):
+    trunk, branch = (
+        method(steps=steps, part=part, go_on=bool(part[0]))._chosen(data)
+        for steps, part in ((16, (0.0, 0.8)), (4, (0.8, 1.0)))
+    )
+    assert trunk.key() == branch.key() == method(steps=20)._chosen(data).key()
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,67 @@ def test_a_trunk_and_its_branch_are_one_run(tiny: Path, texts, tmp_path: Path, s
     )
 
 
+@pytest.mark.parametrize("last", [0.1, 0.2, 0.3, 0.55, 0.7, 0.8, 0.85, 0.9, 0.95])
+def test_a_trunk_may_end_wherever_the_last_part_begins(texts, data: Data, last: float):
+    begins = round(1 - last, 2)
+    trunk = method(texts, steps=20, last=last, part=(0.0, begins))
+    branch = method(texts, steps=20, last=last, part=(begins, 1.0), go_on=True)
+
+    assert [len(chosen._lengths(data)) for chosen in (trunk, branch)] == [1, 1]
+
+
+def test_a_file_of_shares_is_recorded_by_what_it_says(tiny: Path, texts, tmp_path: Path):
+    file = tmp_path / "shares.yaml"
+    file.write_text(f"{texts['papers']}: 0.25\n{texts['code']}: 0.25\n")
+    how = ("--data", texts["web"], *RUN, "--steps", "5", "--mix", file, "--last-mix", f"{texts['code']}=1")
+    assert overhaul("extend", "upsample", tiny, "-o", tmp_path / "up", *how).code == 0
+    record = json.loads((tmp_path / "up" / "overhaul.json").read_text())["lineage"][-1]
+
+    assert record["fields"]["mix"] == [f"{texts['papers']}=0.25", f"{texts['code']}=0.25"]
+    file.unlink()
+    assert overhaul("run", tmp_path / "up" / "recipe.yaml", f"out={tmp_path / 'again'}").code == 0
+
+
+def test_a_text_that_gave_nothing_has_no_tokens_in_the_record(tiny: Path, texts, tmp_path: Path):
+    how = (
+        "--data",
+        texts["web"],
+        *RUN,
+        "--steps",
+        "5",
+        "--mix",
+        f"{texts['code']}=1",
+        "--last-mix",
+        f"{texts['papers']}=1",
+    )
+    assert overhaul("extend", "upsample", tiny, "-o", tmp_path / "up", *how).code == 0
+    record = json.loads((tmp_path / "up" / "overhaul.json").read_text())["lineage"][-1]
+
+    assert record["data"]["tokens"] == 0
+    assert sum(one["tokens"] for one in record["beside"]) == 5 * 2 * 32
+
+
+def test_the_same_text_under_two_names_is_refused(tiny: Path, texts, tmp_path: Path):
+    copied = tmp_path / "copied.jsonl"
+    copied.write_bytes(texts["code"].read_bytes())
+    how = (
+        "--data",
+        texts["web"],
+        *RUN,
+        "--steps",
+        "5",
+        "--last-mix",
+        f"{texts['code']}=0.2",
+        f"{copied}=0.2",
+        "--dry-run",
+    )
+    refused(overhaul("extend", "upsample", tiny, "-o", tmp_path / "up", *how), "is the same text as")
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"question": f"{n} + 1?", "answer": str(n + 1)}) + "\n" for n in range(300)))
+    itself = ("--data", asked, *RUN, "--steps", "5", "--last-mix", f"{asked}=0.5", "--dry-run")
+    refused(overhaul("extend", "upsample", tiny, "-o", tmp_path / "up", *itself), "is the new text itself")
+
+
 def test_the_record_has_all_texts_by_where_they_are(tiny: Path, texts, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(texts["web"].parent)
     how = ("--data", "web.jsonl", *RUN, "--steps", "5", "--mix", "papers.jsonl=0.25", "--last-mix", "code.jsonl=0.5")
@@ -129,6 +190,9 @@ def test_the_record_has_all_texts_by_where_they_are(tiny: Path, texts, tmp_path:
         ({"replay": "sample", "mix": ("sample=0.5",)}, "mix and replay are both sample"),
         ({"replay": "sample", "replay_share": 0.6, "mix": ("code=0.5",)}, "mix and replay together are 1.1"),
         ({"part": (0.8, 0.2), "go_on": True}, "ends before it begins"),
+        ({"part": (0.0, 0.2), "go_on": True}, "is the beginning of a run"),
+        ({"epochs": 1.0, "mix": ("code=1",), "last_mix": ("code=1",)}, "which has no share of the tokens"),
+        ({"mix": ("nothing.yaml",)}, "No such file"),
         ({"part": (0.2, 0.8)}, "is the later part of a run"),
     ],
 )
