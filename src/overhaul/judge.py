@@ -133,13 +133,26 @@ class Judge:
         return replace(facts, seconds=last.seconds, peak_rss_bytes=last.peak_rss_bytes)
 
     def _stored(self, made: Artifact) -> tuple[Facts, ...]:
-        """The facts in the record, if they were measured under this key, on the same tokens and of these weights."""
+        """The facts in the record, if they were measured under this key, on the same tokens and of these weights.
+
+        What was watched there and is not watched here is left out.
+        """
         record = made.record
-        if (record.get("facts_key"), record.get("weights_sha256")) != (self.key, made.weights_sha256):
+        if record.get("weights_sha256") != made.weights_sha256 or not self._covered(record.get("facts_key") or ""):
             return ()
-        facts = tuple(read_facts(stored) for stored in record["facts"])
+        facts = tuple(self._of_interest(read_facts(stored)) for stored in record["facts"])
         # Another chat template makes other tokens of the same conversations.
         return facts if all(one.tokenizer == self.tokenizer for one in facts) else ()
+
+    def _covered(self, key: str) -> bool:
+        """Whether facts under another key have all that this judge measures."""
+        return f"{key}/".startswith(f"{self.key}/")  # what is watched stands at the end, one text after the other
+
+    def _of_interest(self, facts: Facts) -> Facts:
+        """The facts without the losses on texts that are not watched."""
+        watched = {f"{LOSS_ON} {name}" for name in self.watched}
+        kept = tuple(row for row in facts.metrics if not row.metric.startswith(LOSS_ON) or row.metric in watched)
+        return replace(facts, metrics=kept)
 
     def _reference(self, parent: Artifact) -> tuple[Facts, ...]:
         """Facts of the model that the chain began with, if it is still there as it was."""

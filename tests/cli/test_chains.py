@@ -38,6 +38,10 @@ INT8 = ("quantize", "int8")
 BCT = ("quantize", "bct")
 RANDLORA = ("adapt", "randlora", "--rank", "8", "--alpha", "160", *TRAIN)
 
+EXTEND = ("extend", "cpt", *TRAIN)
+EXTEND_FIRA = ("extend", "upsample", "--last-mix", "stdlib=0.5", "--last", "0.5", "--optimizer", "fira",
+               "--projection.rank", "4", *TRAIN)  # fmt: skip
+
 Command = tuple[str, ...]
 CHAINS: tuple[tuple[Command, ...], ...] = (
     (PRUNE, PERP),
@@ -53,6 +57,9 @@ CHAINS: tuple[tuple[Command, ...], ...] = (
     (PRUNE, PERP, RANDLORA),
     (HFT, INT8),
     (PRUNE, HFT, HALF_RESET, HFT),
+    (PRUNE, PERP, EXTEND, INT8),
+    (SHRINK, EXTEND_FIRA, EXTEND),
+    (SLTRAIN, EXTEND_FIRA, BCT),
 )
 
 
