@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
 from overhaul.answers import normalised, result
@@ -16,49 +17,68 @@ REASONS = (
     *("not from the page", "not agreed"),
 )
 """Why a pair is dropped; the last is for who asks a generator about its own answers."""
-_WORD = re.compile(r"\w+(?:[.,]\d+)*|[-+*/=%]")
+SHORTEST_RUN = 4
+"""Words of the shortest item that is looked for inside longer texts: fewer in a row are met everywhere."""
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+"""Letters of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+_LETTER = re.compile(f"[{_UNSPACED}]")
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[.,]\d+)*|[-+*/=%]")
+_Words = tuple[str, ...]
 
 
 class Forbidden:
-    """The words of test items, so that nothing is trained on that is tested.
-
-    Attributes:
-        items: how many there are.
-    """
+    """The words of test items, so that nothing is trained on that is tested."""
 
     def __init__(self, run_words: int) -> None:
-        self._run_words, self.items = run_words, 0
-        self._runs: set[tuple[str, ...]] = set()
-        self._short: set[tuple[str, ...]] = set()
+        self._run_words, self._fewest = run_words, min(SHORTEST_RUN, run_words)
+        self._short: set[_Words] = set()
+        # What follows each place of an item, `run_words` at most, sorted: a run of any length begins one of them.
+        self._following: list[_Words] = []
 
     def add(self, texts: Iterable[str]) -> None:
-        """More test items."""
+        """More test items; they are sorted anew, so many at once are added sooner than one by one."""
+        following = set(self._following)
         for text in texts:
             words = _words(text)
-            self.items += 1
             if len(words) < self._run_words:
                 self._short.add(words)
-            self._runs.update(self._runs_of(words))
+            following.update(words[start : start + self._run_words] for start in range(len(words) - self._fewest + 1))
+        self._following = sorted(following)
 
-    def holds(self, question: str) -> bool:
-        """Whether an item has a run of so many words in common with it, or is the same where it is shorter."""
-        words = _words(question)
-        if len(words) < self._run_words:
-            return words in self._short
-        return not self._runs.isdisjoint(self._runs_of(words))
+    def holds(self, question: str, answer: str = "") -> bool:
+        """Whether a question, read with its answer as one text, has the words of a test item.
 
-    def _runs_of(self, words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-        return (words[start : start + self._run_words] for start in range(len(words) - self._run_words + 1))
+        That is so if the text has a run of `run_words` words in common with an item; if all of an item stands in it
+        that has fewer; or if all of the question stands in an item, where the question has fewer. Items and questions
+        of fewer than `SHORTEST_RUN` words must be the same.
+        """
+        asked = _words(question)
+        if asked in self._short or (self._fewest <= len(asked) < self._run_words and self._has(asked)):
+            return True
+        words = asked + _words(answer)
+        if any(self._has(run) for run in _runs(words, self._run_words)):
+            return True
+        lengths = range(self._fewest, self._run_words)
+        return any(not self._short.isdisjoint(_runs(words, length)) for length in lengths)
+
+    def _has(self, run: _Words) -> bool:
+        """Whether an item has the run."""
+        place = bisect_left(self._following, run)
+        return place < len(self._following) and self._following[place][: len(run)] == run
 
 
-def _words(text: str) -> tuple[str, ...]:
-    """Words and numbers without capitals and punctuation; the signs of arithmetic are words."""
+def _runs(words: _Words, length: int) -> Iterator[_Words]:
+    return (words[start : start + length] for start in range(len(words) - length + 1))
+
+
+def _words(text: str) -> _Words:
+    """Words and numbers without capitals and punctuation; signs of arithmetic are words, and letters without spaces."""
     return tuple(_WORD.findall(text.casefold()))
 
 
 def is_question(text: str) -> bool:
-    """Whether a line has the form of a question: a few words, and the mark at their end."""
-    return text.endswith("?") and len(text.split()) >= FEWEST_WORDS
+    """Whether a line has the form of a question: a few words, or letters without spaces, and the mark at their end."""
+    return text.endswith(("?", "？")) and max(len(text.split()), len(_LETTER.findall(text))) >= FEWEST_WORDS  # noqa: RUF001
 
 
 class PairSieve:
@@ -90,7 +110,7 @@ class PairSieve:
 
     def is_still_good(self, pair: Pair) -> bool:
         """Whether a pair that was let through asks nothing that was added to the tests since."""
-        is_tested = self.forbidden.holds(pair.question)
+        is_tested = self.forbidden.holds(pair.question, pair.answer)
         self.dropped["in a test"] += is_tested
         return not is_tested
 
@@ -117,7 +137,7 @@ class PairSieve:
             return "duplicate"
         if self._near.holds(question):
             return "near duplicate"
-        if self.forbidden.holds(question):
+        if self.forbidden.holds(question, answer):
             return "in a test"
         return "not from the page" if pair.text and self._shared(pair) < self.overlap else ""
 

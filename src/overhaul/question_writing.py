@@ -67,7 +67,7 @@ class QuestionWriting(Settings):
     seeds: str | None = Field(None, description="Corpus whose training part is asked about: a name or a path.")
     field: str | None = Field(None, description="Column of --seeds that holds the text.")
     against: tuple[str, ...] = Field((), description="Tests: files, corpora, or tasks of measure choice.")
-    run_words: Positive = Field(8, description="Words in a row that no question may have in common with a test.")
+    run_words: Positive = Field(8, description="Words in a row that no pair may have in common with a test.")
     longest: Positive = Field(600, description="Characters of a question, and of an answer, at most.")
     most_dropped: Share = Field(0.9, description="Share of what was made that may be dropped; beyond it is an error.")
     page_words: Positive = Field(120, description="Of a page that a model sees, at most.")
@@ -301,17 +301,22 @@ class PageReader:
 def items_of(name: str) -> list[str]:
     """The questions of a task, of a file or of a corpus; of plain text, all of each document.
 
+    Of a task the question alone, without the passage it is about. Of a conversation each turn of the user is an item.
+
     Raises:
         UserError: there is no such thing.
     """
     if name in TASKS:
-        return [question.prompt for question in questions(name)]
-    return [_question_of(row) for row in every_row(name)]
+        # As the tasks word them, a question may stand between two labels and behind a passage.
+        return [one.prompt.rpartition("\nQuestion: ")[2].removeprefix("Question: ").removesuffix("\nAnswer:")
+                for one in questions(name)]  # fmt: skip
+    return [text for row in every_row(name) for text in _questions_of(row)]
 
 
-def _question_of(row: Row) -> str:
-    asked = next((row[name] for name in ("question", "prompt") if name in row), None)
-    return as_plain_text(row)["text"] if asked is None else asked
+def _questions_of(row: Row) -> list[str]:
+    if "messages" in row:
+        return [turn.content for turn in row["messages"] if turn.role == "user"]
+    return [next(row[name] for name in ("question", "prompt", "text") if name in row)]
 
 
 def write(choice: QuestionWriting, out: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from overhaul.corpora import open_corpus
 from overhaul.documents import as_plain_text, read_rows
 from overhaul.errors import UserError
 from overhaul.question_writing import SHOWN, QuestionWriting, items_of, write
+from overhaul.questions import boolq, commonsenseqa, openbookqa
 
 Row = dict[str, Any]
 
@@ -109,10 +110,23 @@ def test_the_items_of_a_file_and_of_a_corpus(tmp_path: Path):
     (tmp_path / "shapes.jsonl").write_text("\n".join(map(json.dumps, shapes)))
     sample = open_corpus("sample")
 
-    assert items_of(str(tmp_path / "shapes.jsonl")) == ["Is it?", "It is", "It was.", "Why?\nSo."]
+    assert items_of(str(tmp_path / "shapes.jsonl")) == ["Is it?", "It is", "It was.", "Why?"]
     assert len(items_of("sample")) == len(sample.train) + len(sample.calib) + len(sample.heldout)
     with pytest.raises(UserError, match="neither a name nor an existing path"):
         items_of("nowhere.jsonl")
+
+
+def test_the_items_of_a_task_are_its_questions_alone(monkeypatch: pytest.MonkeyPatch):
+    made = [
+        boolq(
+            {"title": "Brest", "passage": "A port.\nQuestion: none.", "question": "is brest a port", "answer": "True"}
+        ),
+        commonsenseqa({"question": "Where is a port?", "options": "\nA. sea\nB. hill", "answer": "A. sea"}),
+        openbookqa({"question": "A port is", "options": "\nA. wet\nB. dry", "answer": "A. wet"}),
+    ]
+    monkeypatch.setattr("overhaul.question_writing.questions", lambda _: made)
+
+    assert items_of("boolq") == ["is brest a port?", "Where is a port?", "A port is"]
 
 
 def test_a_definition_names_the_page_that_holds_it(tmp_path: Path, pages: Path):
