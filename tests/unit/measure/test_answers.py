@@ -48,6 +48,16 @@ def test_a_share_of_the_answers_is_right_and_the_interval_is_wilsons(
     assert sum(detail["right"] for detail in told["details"]) == 6
 
 
+def test_of_an_answer_with_several_lines_all_counts(said: dict[str, str], make_tiny: Any, tmp_path: Path):
+    task = table(tmp_path / "poem.jsonl", [(q, f"{text.strip()}\nand no such line") for q, text in said.items()])
+
+    done = overhaul(
+        "measure", "answers", make_tiny(tie=False), "--task", task, "--tokens", 8, "--dtype", "fp32", "--json"
+    )
+
+    assert [row["value"] for row in json.loads(done.out)["rows"]] == [0.0]
+
+
 def test_a_smaller_limit_asks_some_of_the_same_questions(tiny: Path, tmp_path: Path):
     task = table(tmp_path / "sums.jsonl", [(q, "5") for q in QUESTIONS])
 
