@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from overhaul import tokens
@@ -105,14 +106,15 @@ class Data:
         A conversation is rendered turn by turn by the model's own chat template.
 
         Raises:
-            UserError: the template changes what it wrote of a turn when another one follows.
+            UserError: the template refuses the conversation, or changes what it wrote of a turn when another one
+                follows.
         """
         if not self._is_chat(row):
             return row_text(row)
         turns = [{"role": message.role, "content": message.content} for message in row["messages"]]
         pieces, before = [], ""
         for count, turn in enumerate(turns, 1):
-            after = self.tokenizer.apply_chat_template(turns[:count], tokenize=False)
+            after = self._rendered(turns[:count])
             if not after.startswith(before):
                 raise UserError(
                     f"the chat template of {self.model or 'this model'} writes earlier turns anew when one is added",
@@ -128,8 +130,21 @@ class Data:
 
     def _header(self, turns: list[dict[str, str]], before: str, after: str) -> int:
         """Characters between `before` and what the assistant says; 0 where the template has no opening of its own."""
-        opened = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        opened = self._rendered(turns, add_generation_prompt=True)
         return len(opened) - len(before) if after.startswith(opened) else 0
+
+    def _rendered(self, turns: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+        """The turns in the model's chat template; `UserError` with its message where it refuses them."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"the chat template of {self.model or 'this model'} refuses turns of "
+                f"{', '.join(turn['role'] for turn in turns)}: {error}",
+                allowed="conversations whose roles, and their order, the template knows",
+            ) from error
 
     def _is_chat(self, row: Row) -> bool:
         return "messages" in row and bool(self.tokenizer.chat_template)

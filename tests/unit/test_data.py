@@ -69,6 +69,22 @@ def test_of_a_conversation_the_assistants_words_and_end_are_trained_on(data: Dat
     assert trained == "Good day.<|im_end|>\n<|im_end|>"
 
 
+def test_a_conversation_that_the_template_refuses_is_an_error_with_its_message(data: Data, tiny: Path):
+    strict = AutoTokenizer.from_pretrained(tiny)
+    strict.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1]['content'] == 'Wait' %}{{ raise_exception('No') }}{% endif %}"
+    )
+    strict_data = replace(data, tokenizer=strict, model="gemma")
+    ordered = (Message("system", "Be brief."), Message("user", "Hello"), Message("assistant", "Good day."))
+
+    with pytest.raises(UserError, match="template of gemma refuses turns of system: System role not supported"):
+        strict_data.segments(Row((("messages", ordered),)))
+    with pytest.raises(UserError, match="refuses turns of user: No"):
+        strict_data.segments(Row((("messages", (Message("user", "Wait"), ordered[-1])),)))
+
+
 def test_windows_do_not_overlap_and_hold_all_of_the_text(data: Data):
     windows_NT = data.windows("heldout", seq_len=16)
 
