@@ -144,13 +144,14 @@ def example(data: Data, row: Row, *, with_end: bool = False) -> Example | None:
         return None
     *before, (last, _) = data.segments(conversation)
     content = conversation["messages"][-1].content
-    said = next((form for form in (content, content.strip()) if form in last), None)
+    start = _start_of_answer(data, conversation, last)
+    said = next((form for form in (content, content.strip()) if last.startswith(form, start)), None)
     if said is None:
         raise UserError(
             f"the chat template writes {last!r:.60} for the answer {content!r:.40}",
             allowed="a template that writes answers as they are",
         )
-    start, end = last.find(said), last.find(said) + len(said)
+    end = start + len(said)
     templated = [(text, False) for text, _ in before]
     templated += [(last[:start], False), (said, True), (last[end:], with_end)]
     found = Example(
@@ -159,6 +160,18 @@ def example(data: Data, row: Row, *, with_end: bool = False) -> Example | None:
         _encoded(data, templated, opening=()),
     )
     return found if all(form.trained[1:].any() for form in (found.plain, found.templated)) else None
+
+
+def _start_of_answer(data: Data, conversation: Row, last: str) -> int:
+    """Where in its rendered turn `last` the answer begins: there another answer makes it differ.
+
+    To look for the answer's words would find them in the role's header, where an answer is as short as `a`.
+    """
+    *turns, answer = conversation["messages"]
+    other = "N" if not answer.content.strip().startswith("N") else "Y"
+    *_, (instead, _) = data.segments(Row((("messages", (*turns, Message(answer.role, other))),)))
+    alike = (one == another for one, another in zip(last, instead, strict=False))
+    return next((place for place, is_alike in enumerate(alike) if not is_alike), min(len(last), len(instead)))
 
 
 def _as_text(row: Row, conversation: Row) -> list[tuple[str, bool]]:

@@ -100,6 +100,19 @@ def test_a_template_without_an_opening_for_the_answer_marks_the_answer_alone(tok
     assert tokenizer.decode(made.templated.ids[made.templated.trained]) == "It was a bright morning."
 
 
+@pytest.mark.parametrize("answer", ["a", "N", "Nantes", "assistant", " a "])
+def test_an_answer_that_stands_in_the_header_too_is_marked_where_it_is_said(tokenizer: Any, answer: str):
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>N {{ m['content'] }}</s>{% endfor %}"
+    turns = (Message("user", "Which letter?"), Message("assistant", answer))
+    made = example(data(tokenizer), Row((("messages", turns),)))
+    assert made is not None
+
+    marked = np.flatnonzero(made.templated.trained)
+    assert tokenizer.decode(made.templated.ids[marked]) == answer
+    assert tokenizer.decode(made.templated.ids[: marked[0]]) == "<user>N Which letter?</s><assistant>N "
+    assert tokenizer.decode(made.templated.ids[marked[-1] + 1 :]).startswith("</s>")
+
+
 def test_of_a_conversation_the_last_answer_is_scored_after_the_turns_before(tokenizer: Any):
     said = [("system", "Be brief."), ("user", "One?"), ("assistant", "Two."), ("user", "Three?"),
             ("assistant", "Four."), ("user", "And")]  # fmt: skip
