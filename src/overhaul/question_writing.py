@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 from overhaul import disk, question_templates
 from overhaul.answers import is_right
 from overhaul.corpora import CorpusSpec, every_row, open_corpus
-from overhaul.documents import Row, as_plain_text, json_line, read_columns
+from overhaul.documents import SHAPES, Row, as_plain_text, json_line, read_columns
 from overhaul.errors import UserError, did_you_mean
 from overhaul.method import Fraction, Natural, Positive, Rate, Settings, Share
 from overhaul.on_disk import RowsOnDisk
@@ -120,6 +120,8 @@ class QuestionWriting(Settings):
             raise UserError(f"{what} writes about pages, and there are none", hint="--seeds CORPUS")
         if self.seeds is not None and not reads_pages:
             raise UserError(f"nothing reads --seeds {self.seeds}", hint=f"--kinds {DEFINITIONS}, or --generator MODEL")
+        if "field" in given and self.seeds is None:
+            raise UserError(f"--field {self.field} is of --seeds, and there are none", hint="leave it out")
         if "agree_share" in given and not self.agree:
             raise UserError("--agree-share is of --agree", hint="--agree 5")
 
@@ -215,7 +217,7 @@ class PageReader:
         from overhaul import artifact, generation, machine
 
         self.name, self._choice, self._pages = choice.generator, choice, pages
-        self.examples = choice.shown()
+        self.examples, self._rounds_confirmed = choice.shown(), 0
         device = machine.pick_device(choice.device)
         dtype = machine.compute_dtype(choice.dtype, device)
         made = artifact.load(choice.generator, device=device, dtype=machine.weights_dtype(dtype))
@@ -254,20 +256,26 @@ class PageReader:
         """Those whose answer the model gives again when it is asked the question alone, often enough."""
         if not self._choice.agree:
             return [True] * len(pairs)
-        order = random.Random(f"agree/{self._choice.seed}")
+        self._rounds_confirmed += 1
+        what = f"{self._rounds_confirmed}/agree"
+        order = random.Random(f"{what}/{self._choice.seed}")
         alone = [self._alone(pair.question, order) for pair in pairs]
         times = [0] * len(pairs)
         for number in range(self._choice.agree):
-            answers = self._written(alone, f"agree/{number}")
+            answers = self._written(alone, f"{what}/{number}")
             times = [n + is_right(a, pair.answer) for n, a, pair in zip(times, answers, pairs, strict=True)]
         return [n >= self._choice.agree_share * self._choice.agree and n > 0 for n in times]
 
     def _piece(self, page: Page, order: random.Random) -> tuple[dict[str, Any], str]:
-        """Some words of a page in a row, so many that they fit, and where they are."""
+        """Some words of a page in a row, so many that they fit, and where they are; of one that is too long a part."""
         words, number = page.text.split(), self._choice.page_words
         start = order.randrange(max(1, len(words) - number + 1))
         while self._length(text := " ".join(words[start : start + number])) > self._room and number > 1:
             number //= 2
+        while (length := self._length(text)) > self._room:  # a page without spaces is one word
+            kept = len(text) * self._room // (length + 1)
+            at = order.randrange(len(text) - kept + 1)
+            text = text[at : at + kept]
         return page.source(self._pages.corpus, (start, min(len(words), start + number))), text
 
     def _written(self, prompts: Sequence[str], what: str) -> list[str]:
@@ -310,7 +318,17 @@ def items_of(name: str) -> list[str]:
         # As the tasks word them, a question may stand between two labels and behind a passage.
         return [one.prompt.rpartition("\nQuestion: ")[2].removeprefix("Question: ").removesuffix("\nAnswer:")
                 for one in questions(name)]  # fmt: skip
-    return [text for row in every_row(name) for text in _questions_of(row)]
+    try:
+        return [text for row in every_row(name) for text in _questions_of(row)]
+    except UserError as error:
+        if "--field" not in error.hint:
+            raise
+        # That flag is of --seeds.
+        raise UserError(
+            f"--against {error.given}",
+            allowed=" | ".join("+".join(shape) for shape in SHAPES),
+            hint="a file with the column text",
+        ) from error
 
 
 def _questions_of(row: Row) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from overhaul import artifact
 from overhaul.corpora import open_corpus
 from overhaul.documents import as_plain_text, read_rows
 from overhaul.errors import UserError
-from overhaul.question_writing import SHOWN, QuestionWriting, items_of, write
+from overhaul.question_writing import SHOWN, PageReader, Pages, QuestionWriting, items_of, write
 from overhaul.questions import boolq, commonsenseqa, openbookqa
 
 Row = dict[str, Any]
@@ -114,6 +116,16 @@ def test_the_items_of_a_file_and_of_a_corpus(tmp_path: Path):
     assert len(items_of("sample")) == len(sample.train) + len(sample.calib) + len(sample.heldout)
     with pytest.raises(UserError, match="neither a name nor an existing path"):
         items_of("nowhere.jsonl")
+
+
+def test_a_test_with_other_columns_is_refused_without_a_flag_that_does_not_help(tmp_path: Path):
+    (tmp_path / "other.jsonl").write_text('{"body": "It was."}')
+
+    with pytest.raises(UserError, match=r"--against .*other.jsonl.* columns found: body") as error:
+        items_of(str(tmp_path / "other.jsonl"))
+    assert "--field" not in str(error.value)
+    with pytest.raises(UserError, match="neither a name"):
+        items_of(str(tmp_path / "nowhere.jsonl"))
 
 
 def test_the_items_of_a_task_are_its_questions_alone(monkeypatch: pytest.MonkeyPatch):
@@ -265,8 +277,6 @@ def test_a_model_that_writes_nothing_of_use_is_an_error_with_the_counts(
 
 
 def test_the_same_seed_has_the_model_write_the_same(tiny: Path, pages: Path, monkeypatch: pytest.MonkeyPatch):
-    from overhaul.question_writing import PageReader, Pages
-
     def first_round(seed: int) -> list[Any]:
         choice = QuestionWriting(generator=str(tiny), seeds=str(pages), tokens=8, page_words=8, seed=seed)
         return next(PageReader(choice, Pages.of(choice)).rounds())
@@ -275,6 +285,40 @@ def test_the_same_seed_has_the_model_write_the_same(tiny: Path, pages: Path, mon
 
     assert first == again
     assert [pair.source for pair in first] != [pair.source for pair in other]
+
+
+def test_each_answer_that_is_compared_is_drawn_anew(
+    tiny: Path, pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seeds: list[int] = []
+
+    def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], *, seed: int, **how: Any) -> list[str]:
+        seeds.append(seed)
+        return [about_its_piece(prompt) if "Text: " in prompt else " the same" for prompt in prompts]
+
+    monkeypatch.setattr("overhaul.generation.continuations", continuations)
+    choice = QuestionWriting(generator=str(tiny), seeds=str(pages), tokens=8, page_words=12, agree=2)
+    reader = PageReader(choice, Pages.of(choice))
+    for made in islice(reader.rounds(), 3):
+        reader.confirmed(made)
+
+    assert len(seeds) == 3 * (2 + 2)
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_of_a_page_without_spaces_a_part_is_shown_that_fits(tiny: Path, tmp_path: Path):
+    text = "".join(f"{n}灯塔是一座塔" for n in range(600))
+    (tmp_path / "page.jsonl").write_text("\n".join(json.dumps({"text": text + str(n)}) for n in range(8)))
+    choice = QuestionWriting(generator=str(tiny), seeds=str(tmp_path / "page.jsonl"), tokens=8)
+    reader = PageReader(choice, Pages.of(choice))
+
+    pairs = next(reader.rounds())
+
+    assert {len(pair.text) > 0 and pair.text in text for pair in pairs} == {True}
+    room = artifact.load(tiny).model.config.max_position_embeddings - 2 * 8
+    lengths = [len(reader._tokenizer(reader._asked(pair.text, random.Random(0)))["input_ids"]) for pair in pairs]
+    assert 0.5 * room < min(lengths) <= max(lengths) <= room + 2
+    assert len({pair.text for pair in pairs}) > 1
 
 
 # Mistakes.
@@ -289,6 +333,7 @@ def test_the_same_seed_has_the_model_write_the_same(tiny: Path, pages: Path, mon
         ({"generator": "smollm2-135m", "seeds": "sample", "agree_share": 0.7}, "--agree-share is of --agree"),
         ({"kinds": ("definitions",)}, "--kinds definitions writes about pages"),
         ({"seeds": "sample"}, "nothing reads --seeds sample"),
+        ({"field": "body"}, "--field body is of --seeds"),
     ],
     ids=str,
 )
