@@ -326,7 +326,8 @@ def _share(hits_N: np.ndarray) -> Estimate:
 def write(corpus: str, choice: TopicSettings, out: Path) -> dict[str, Any]:
     """Divides a corpus into a file for each topic, in a new directory, with `topics.json`.
 
-    Rows keep their columns, and get `topic`, `probability`, and their number `row` in the corpus.
+    Rows keep the columns that a corpus is read by (`text`, or those of another of `documents.SHAPES`) and get `topic`,
+    `probability`, and their number `row` in the corpus, by which other columns can be found there; these are left out.
 
     Returns:
         What stands in `topics.json`.

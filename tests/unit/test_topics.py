@@ -190,6 +190,23 @@ def test_a_corpus_is_divided_and_every_row_is_in_one_file(tiny: Path, tmp_path: 
     assert abs(right - told["accuracy"]["value"]) < 0.25
 
 
+def test_columns_that_are_not_read_are_found_by_the_number_of_the_row(tmp_path: Path):
+    pytest.importorskip("sklearn")
+    draw = random.Random(1)
+    rows = [{"text": page(topic, draw), "url": f"page/{n}"} for n, topic in enumerate([*WORDS, *WORDS])]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    choice = TopicSettings(labels=str(labels(tmp_path / "labels.jsonl")), encoder="tfidf")
+
+    told = write(str(tmp_path / "corpus.jsonl"), choice, tmp_path / "out")
+
+    names = [topic["file"] for topic in told["topics"].values()]
+    found = [json.loads(line) for name in names for line in (tmp_path / "out" / name).read_text().splitlines()]
+    assert len(found) == len(rows)
+    for row in found:
+        assert row.keys() == {"text", "topic", "probability", "row"}
+        assert row["text"] == rows[row["row"]]["text"]
+
+
 def test_a_page_that_fits_no_topic_is_other(tmp_path: Path):
     pytest.importorskip("sklearn")
     draw = random.Random(2)
