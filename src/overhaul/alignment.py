@@ -74,6 +74,8 @@ def as_conversation(row: Row) -> Row | None:
 def dpo_pairs(row: Row) -> tuple[str, str, str]:
     """A preference as plain data: the prompt, the answer that is preferred, the one that is not.
 
+    The form for the paper's third stage, direct preference optimization, which is not here yet.
+
     Raises:
         UserError: the row is no preference, or one of its answers is blank.
     """

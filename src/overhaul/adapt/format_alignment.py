@@ -62,6 +62,15 @@ class FormatAlignment(Full):
             )
         return self
 
+    @model_validator(mode="after")
+    def _scores_as_many_as_it_takes(self) -> FormatAlignment:
+        if self.select > self.candidates:
+            raise ValueError(
+                f"select {self.select} of {self.candidates} candidates: fewer are scored than are to be chosen; use "
+                f"candidates {self.select}, or more, from which there is something to choose"
+            )
+        return self
+
     def check(self, model: nn.Module, data: Data | None) -> None:
         """Gives the tokenizer its template, before anything is measured with it, and looks for one example.
 

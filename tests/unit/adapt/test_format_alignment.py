@@ -101,10 +101,19 @@ def test_the_record_says_how_many_were_chosen(tiny: Path, instructions: Path, tm
 
 
 def test_fewer_examples_than_are_asked_for_are_said(tiny: Path, instructions: Path, tmp_path: Path):
-    done = overhaul("adapt", "format", tiny, "-o", tmp_path / "out", "--data", instructions, *SHORT, "--select", "30")
+    made = artifact.load(tiny, dtype=torch.float32)
+    rows = open_corpus(instructions)
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(instructions.read_text().splitlines()[:20]))
+
+    done = overhaul("adapt", "format", tiny, "-o", tmp_path / "out", "--data", few, *SHORT, "--select", "20")
 
     assert done.code == 0, done.err
-    assert "has 20 examples, fewer than --select 30: all are taken" in done.told
+    count = len(open_corpus(few).train)
+    assert count < 20 < len(rows.train)
+    assert f"has {count} examples, fewer than --select 20: all are taken" in done.told
+    enough = FormatAlignment(select=20, candidates=20, seq_len=64)
+    assert len(enough.choice(made.model, Data(rows, made.processor)).train) == 20
 
 
 def test_a_template_comes_along(bare: Path, template: Path, instructions: Path, tmp_path: Path):
@@ -186,6 +195,8 @@ def test_rows_from_which_no_format_can_be_learnt(tiny: Path, tmp_path: Path, row
     [
         ({"epochs": 2}, "use steps"),
         ({"select": 0}, "greater than 0"),
+        ({"select": 30, "candidates": 20}, "use candidates 30"),
+        ({"select": 501}, "use candidates 501"),
         ({"pool": 1.5}, "less than or equal to 1"),
         ({"by": "length"}, "'fas', 'loss' or 'random'"),
     ],
