@@ -73,7 +73,7 @@ def in_digits(number: Fraction | int) -> str:
 def _trade(draw: random.Random, largest: int) -> tuple[str, str]:
     name, things = draw.choice(NAMES), draw.choice(THINGS)
     a, b = _two(draw, largest)
-    c = draw.randint(2, a + b - 1)
+    c = draw.randint(2, min(largest, a + b - 1))
     question = f"{name} has {a} {things}, buys {b} more and then gives {c} away. How many {things} are left?"
     return question, worked(f"{a} + {b} = {a + b}, {a + b} - {c} = {a + b - c}", a + b - c)
 
@@ -125,7 +125,7 @@ def _change(draw: random.Random, largest: int) -> tuple[str, str]:
 
 def _journey(draw: random.Random, largest: int) -> tuple[str, str]:
     vehicle, c = draw.choice(VEHICLES), draw.randint(2, largest)
-    a, b = draw.randint(2, largest), draw.randint(2, 12)
+    a, b = draw.randint(2, largest), draw.randint(2, min(12, largest))
     question = f"A {vehicle} goes {a} kilometres an hour for {b} hours, then {c} kilometres more. How far in all?"
     return question, worked(f"{a} * {b} = {a * b}, {a * b} + {c} = {a * b + c}", f"{a * b + c} kilometres")
 
@@ -139,7 +139,7 @@ def _times(draw: random.Random, largest: int) -> tuple[str, str]:
 
 def _mean(draw: random.Random, largest: int) -> tuple[str, str]:
     a, b = _two(draw, largest)
-    c = next(number for number in range(draw.randint(2, largest), 2 * largest) if (a + b + number) % 3 == 0)
+    c = draw.choice([number for number in range(2, largest + 1) if (a + b + number) % 3 == 0])
     total = a + b + c
     steps = f"{a} + {b} + {c} = {total}, {total} / 3 = {total // 3}"
     return f"What is the mean of {a}, {b} and {c}?", worked(steps, total // 3)
@@ -147,7 +147,7 @@ def _mean(draw: random.Random, largest: int) -> tuple[str, str]:
 
 def _expression(draw: random.Random, largest: int) -> tuple[str, str]:
     a, b = _two(draw, largest)
-    c, sign = draw.randint(2, 12), draw.choice("+-")
+    c, sign = draw.randint(2, min(12, largest)), draw.choice("+-")
     value = a + b * c if sign == "+" else a - b * c
     return f"What is {a} {sign} {b} * {c}?", worked(f"{b} * {c} = {b * c}, {a} {sign} {b * c} = {value}", value)
 
@@ -191,7 +191,7 @@ class _Conversion:
     def count(self, draw: random.Random, largest: int) -> Fraction:
         """Of the large unit; with a tenth only where that is a whole number of the small one."""
         tenths = draw.randint(1, 9) if self.factor % 10 == 0 and draw.random() < 0.5 else 0
-        return draw.randint(2, largest) + Fraction(tenths, 10)
+        return draw.randint(2, largest - bool(tenths)) + Fraction(tenths, 10)
 
 
 def _into_small(draw: random.Random, largest: int) -> tuple[str, str]:
@@ -226,8 +226,8 @@ def _download(draw: random.Random, largest: int) -> tuple[str, str]:
 
 
 def _speed(draw: random.Random, largest: int) -> tuple[str, str]:
-    an_hour = 18 * draw.randint(1, max(1, largest // 2))  # 18 km/h are 5 m/s, the least that are whole in both
-    value = an_hour * 5 // 18
+    value = 5 * draw.randint(1, largest // 5)  # 18 km/h are 5 m/s, the least that are whole in both
+    an_hour = value * 18 // 5
     question = f"How many metres a second are {an_hour} kilometres an hour?"
     return question, worked(f"{an_hour} * 1000 = {an_hour * 1000}, {an_hour * 1000} / 3600 = {value}", value)
 
@@ -248,7 +248,8 @@ def pairs(kinds: Sequence[str], *, seed: int, largest: int = 100, definitions: S
     Args:
         kinds: of `KINDS`.
         seed: the same one draws the same problems.
-        largest: number that is drawn, at least `LEAST`; products and sums are larger.
+        largest: number that is drawn, at least `LEAST`; what is computed from those, such as products, sums and numbers
+            in a smaller unit, is larger, also where it stands in the question.
         definitions: what was found in pages, for the kind of that name.
     """
     draw = random.Random(f"questions/{seed}")

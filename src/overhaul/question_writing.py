@@ -63,7 +63,11 @@ class QuestionWriting(Settings):
     count: Positive = Field(1000, description="Pairs to write, beside those held out.")
     heldout: Natural = Field(0, description="Pairs for a test file that shares no question with the others.")
     seed: Natural = Field(0, description="Of every random choice.")
-    largest: int = Field(100, ge=LEAST, description="Largest number that a template draws.")
+    largest: int = Field(
+        100,
+        ge=LEAST,
+        description="Largest number that a template draws; products, sums and numbers in small units are larger.",
+    )
     seeds: str | None = Field(None, description="Corpus whose training part is asked about: a name or a path.")
     field: str | None = Field(None, description="Column of --seeds that holds the text.")
     against: tuple[str, ...] = Field((), description="Tests: files, corpora, or tasks of measure choice.")

@@ -87,6 +87,21 @@ def test_a_question_and_its_answer_are_a_line_each(many: list[Pair]):
     assert all("\n" not in pair.question + pair.answer and pair.question.endswith("?") for pair in many)
 
 
+@pytest.mark.parametrize("largest", [10, 11, 100])
+def test_no_larger_number_is_drawn(largest: int):
+    """Of the families whose questions hold what was drawn and nothing computed from it; of a speed, the answer."""
+    plain = r"buys|together|How many more|boxes with|an hour for|times as many|the mean of|What is \d"
+    asked = list(islice(pairs(tuple(FAMILIES), seed=0, largest=largest), 4000))
+    drawn = {n for p in asked if re.search(plain, p.question) for n in map(int, re.findall(r"\d+", p.question))}
+    speeds = {int(result(p.answer)) for p in asked if "metres a second are" in p.question}
+    of_units = [(p, re.fullmatch(r"How many [a-z ]+s are ([\d.]+) ([a-z ]+)s\?", p.question)) for p in asked]
+    counts = {Fraction(found[1]) for p, found in of_units if found and p.answer.startswith(f"1 {found[2]} is")}
+
+    assert max(drawn) == largest
+    assert max(speeds) == largest - largest % 5
+    assert largest - 1 < max(counts) <= largest
+
+
 def test_no_eight_words_in_a_row_are_without_a_number(many: list[Pair]):
     for pair in many:
         words = re.findall(r"[\w.]+", pair.question)
