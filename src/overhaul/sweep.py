@@ -290,7 +290,7 @@ def sweep(
         else:
             say(f"setting {setting.number} of {len(settings)}: {' '.join(setting.overrides)}")
             tried[place] = _try(setting, plan, command)
-        before = before or _before(tried[place])
+        before = before or _before(tried[place], plan)
         swept = Swept(asked=asked, by=score, tried=tuple(tried), before=before)
         _write(swept, out, command)
     return swept
@@ -378,9 +378,14 @@ def _judged_on(metric: str, facts: Facts, key: str) -> str:
     return found[1] if found else facts.tokenizer
 
 
-def _before(one: Tried) -> dict[str, Row]:
-    """Metrics of the model that a finished setting began with."""
-    return _metrics(read_facts(artifacts.read_record(Path(one.path))["facts"][0])) if one.path else {}
+def _before(one: Tried, plan: Recipe | UserError) -> dict[str, Row]:
+    """Metrics of the model that a finished setting began with, of those measured on the text of its last step."""
+    if not one.path or isinstance(plan, UserError) or not (directory_of(plan, 1) / artifacts.RECORD).is_file():
+        return {}
+    record = artifacts.read_record(directory_of(plan, 1))
+    facts = read_facts(record["facts"][-2])  # the first are what the surrogate was made from
+    same = {name for name, judged in one.judged.items() if judged == _judged_on(name, facts, record["facts_key"])}
+    return {name: row for name, row in _metrics(facts).items() if name in same}
 
 
 def _kept(out: Path, asked: Mapping[str, Any]) -> dict[int, Tried]:

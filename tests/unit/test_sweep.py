@@ -165,6 +165,19 @@ def test_each_setting_is_the_run_of_its_recipe_on_the_surrogate(
     assert found["before"]["perplexity"]["value"] == facts[0]["perplexity"]["value"]
 
 
+def test_what_all_began_with_is_the_surrogate_and_not_what_it_was_made_from(
+    made: tuple[Path, Path, dict], recipe: Path, tmp_path: Path
+):
+    surrogate = made[1] / "02" / "01-adapt-full"
+
+    found = swept(overhaul("sweep", recipe, "seed=0", "--model", surrogate, "-o", tmp_path / "out", "--json"))
+
+    facts = artifact.read_record(tmp_path / "out" / "01" / "01-adapt-full")["facts"]
+    assert len(facts) == 3
+    assert found["before"]["perplexity"]["value"] == facts[1]["perplexity"]["value"]
+    assert found["before"]["perplexity"]["value"] != facts[0]["perplexity"]["value"]
+
+
 def test_everything_is_in_the_file_and_the_page(made: tuple[Path, Path, dict]):
     _, out, found = made
 
