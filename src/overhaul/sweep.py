@@ -259,7 +259,8 @@ def sweep(
         What was found; None after a dry run. A setting that is refused or diverges has its reason there.
 
     Raises:
-        UserError: no setting can be run, or none measures `by`; nothing was written.
+        UserError: no setting can be run, none measures `by`, or `out` holds anything but this sweep to be resumed;
+            nothing was written.
         Interrupted: Ctrl-C; what was finished is kept for `resume`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -269,7 +270,7 @@ def sweep(
     plans = _plans(path, settings, out, model, switches)
     _refuse_unmeasured(score, [plan for plan in plans if isinstance(plan, Recipe)])
     first = next(plan for plan in plans if isinstance(plan, Recipe))
-    pretrained.resolve(first.model)
+    surrogate = pretrained.resolve(first.model)
     # As typed: 1e-3 and 0.001 are one value, and either may stand in the command.
     asked = {
         "recipe": str(path),
@@ -277,13 +278,17 @@ def sweep(
         "model": first.model,
         "fields": [list(setting.overrides) for setting in settings],
     }
-    if not resume:
-        artifacts.check_out(out)
+    begun = resume and (out / FILE).is_file()
+    if not begun:
+        artifacts.check_out(out, parent=surrogate)
     if dry_run:
         return _say_plan(settings, plans, first)
-    kept = _kept(out, asked) if resume and (out / FILE).is_file() else {}
+    kept = _kept(out, asked) if begun else {}
     tried = [kept.get(setting.number, Tried(setting, reason="not yet run")) for setting in settings]
     before: dict[str, Row] = {}
+    swept = Swept(asked=asked, by=score, tried=tuple(tried), before=before)
+    if not begun:  # from here on the directory is this sweep's
+        _write(swept, out, command)
     for place, (setting, plan) in enumerate(zip(settings, plans, strict=True)):
         if setting.number in kept:
             say(f"{setting.label} is finished")

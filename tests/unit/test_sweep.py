@@ -328,6 +328,36 @@ def test_what_is_there_is_not_overwritten(recipe: Path, tiny: Path, tmp_path: Pa
     assert contents(out) == before
 
 
+def test_a_directory_without_a_sweep_is_not_resumed(recipe: Path, tiny: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / PAGE).write_text("mine")
+
+    refused(overhaul("sweep", recipe, "seed=0", "--model", tiny, "-o", out, "--resume"), "is not empty")
+
+    assert [(file.name, file.read_text()) for file in out.iterdir()] == [(PAGE, "mine")]
+
+
+def test_a_sweep_that_was_stopped_in_its_first_setting_is_one_to_be_resumed(
+    recipe: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stopping(*_: object, **__: object) -> object:
+        raise Interrupted("stopped")
+
+    how = ("sweep", recipe, "seed=0", "--model", tiny, "-o", tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(execute, "run_step", stopping)
+        assert overhaul(*how).code == 130
+    assert json.loads((tmp_path / "out" / FILE).read_text())["failed"] == [{"number": 1, "reason": "not yet run"}]
+
+    assert swept(overhaul(*how, "--resume", "--json"))["failed"] == []
+
+
+def test_a_sweep_inside_the_model_is_refused(recipe: Path, tiny: Path):
+    refused(overhaul("sweep", recipe, "seed=0", "--model", tiny, "-o", tiny / "out"), "inside the model")
+    assert not (tiny / "out").exists()
+
+
 def test_another_sweep_is_not_resumed(recipe: Path, tiny: Path, tmp_path: Path):
     run = ("--model", tiny, "-o", tmp_path / "out")
     assert overhaul("sweep", recipe, "seed=0", *run).code == 0
