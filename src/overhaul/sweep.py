@@ -164,8 +164,8 @@ class Swept:
 
     @property
     def command(self) -> str:
-        """What runs the best setting on the recipe's own model; empty where there is none."""
-        if not self.ranked:
+        """What runs the best setting on the recipe's own model; empty where there is none, or it is doubtful."""
+        if not self.ranked or self.notes:
             return ""
         return shlex.join(["overhaul", "run", str(self.asked["recipe"]), *self.ranked[0][1].setting.overrides])
 
@@ -461,7 +461,7 @@ def lines(swept: Swept) -> list[str]:
     """The ranking as aligned text, what failed and why, and the command that runs the best setting."""
     metrics = list(dict.fromkeys(name for _, one in swept.ranked for name in one.metrics if name != swept.by.text))
     content = [["", swept.by.text, *metrics, "seconds"]]
-    if swept.before:
+    if swept.before and not swept.notes:
         start = swept.by.value(swept.before)
         content.append(["before", _number(start), *(_value(swept.before.get(name)) for name in metrics), ""])
     for score, one in swept.ranked:

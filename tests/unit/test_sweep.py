@@ -12,7 +12,7 @@ from command import Finished, contents, overhaul, refused
 from overhaul import artifact, execute
 from overhaul.errors import Diverged, Interrupted, UserError
 from overhaul.recipe import Step
-from overhaul.sweep import FILE, PAGE, Score, Setting, Swept, Tried, grid
+from overhaul.sweep import FILE, PAGE, Score, Setting, Swept, Tried, grid, lines
 from overhaul.table import Row
 
 FIELDS = ("steps.1.lr=1e-3,0.01", "steps.full.warmup=0")
@@ -132,17 +132,22 @@ def test_the_least_score_is_first_and_what_has_none_is_last():
     assert found.command == "overhaul run r.yaml seed=2"
 
 
-def test_settings_measured_on_other_tokens_are_told():
+def test_settings_measured_on_other_tokens_are_told_and_none_of_them_is_best():
     first, second = (
-        Tried(Setting(n, {}, ()), "p", {"perplexity": row("perplexity", n)}, {"perplexity": judged})
+        Tried(Setting(n, {"seed": n}, (f"seed={n}",)), "p", {"perplexity": row("perplexity", n)}, {"perplexity": judged})
         for n, judged in ((1, "a"), (2, "b"))
     )
 
-    def notes(*tried: Tried) -> tuple[str, ...]:
-        return Swept(asked={"recipe": "r"}, by=Score.of("perplexity"), tried=tried, before={}).notes
+    def among(*tried: Tried) -> Swept:
+        before = {"perplexity": row("perplexity", 9)}
+        return Swept(asked={"recipe": "r"}, by=Score.of("perplexity"), tried=tried, before=before)
 
-    assert "not measured on the same tokens" in notes(first, second)[0]
-    assert notes(first, first) == ()
+    assert "not measured on the same tokens" in among(first, second).notes[0]
+    assert among(first, second).command == ""
+    assert not any(line.startswith("before") for line in lines(among(first, second)))
+    assert among(first, first).notes == ()
+    assert among(first, first).command == "overhaul run r seed=1"
+    assert any(line.startswith("before") for line in lines(among(first, first)))
 
 
 # The command.
