@@ -397,9 +397,16 @@ def _kept(out: Path, asked: Mapping[str, Any]) -> dict[int, Tried]:
     """The finished settings of the sweep in a directory, by number.
 
     Raises:
-        UserError: it is another sweep.
+        UserError: it is another sweep, or its file is damaged.
     """
-    told = json.loads((out / FILE).read_text())
+    try:
+        return _finished(json.loads((out / FILE).read_text()), out, asked)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{out / FILE} is damaged, so that its sweep cannot be resumed", hint="another -o") from error
+
+
+def _finished(told: Any, out: Path, asked: Mapping[str, Any]) -> dict[int, Tried]:
+    """What `_kept` finds in the contents of `sweep.json`."""
     other = [name for name, value in {"version": VERSION, **asked}.items() if told.get(name) != value]
     if other:
         raise UserError(

@@ -372,6 +372,18 @@ def test_another_sweep_is_not_resumed(recipe: Path, tiny: Path, tmp_path: Path):
     refused(overhaul("sweep", recipe, "seed=0", *run, "--resume"), "its recipe_sha256")
 
 
+def test_a_damaged_file_is_not_resumed(recipe: Path, tiny: Path, tmp_path: Path):
+    run = ("sweep", recipe, "seed=0", "--model", tiny, "-o", tmp_path / "out")
+    assert overhaul(*run).code == 0
+    file = tmp_path / "out" / FILE
+    whole = file.read_text()
+
+    for damaged in (whole[:-50], "[]", whole.replace('"metrics"', '"metric"'), whole.replace('"low"', '"lower"')):
+        file.write_text(damaged)
+        refused(overhaul(*run, "--resume"), f"{file} is damaged")
+        assert file.read_text() == damaged
+
+
 def test_a_model_or_a_recipe_that_is_not_there(recipe: Path, tiny: Path, tmp_path: Path):
     refused(
         overhaul("sweep", recipe, "seed=0", "--model", tmp_path / "no", "-o", tmp_path / "out"), str(tmp_path / "no")
