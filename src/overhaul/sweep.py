@@ -137,7 +137,8 @@ class Swept:
     """A sweep so far.
 
     Attributes:
-        asked: what has to be the same where it is resumed: recipe, its hash, model, fields with their values.
+        asked: recipe, and what has to be the same where it is resumed: its hash, model, hash of the model's weights,
+            fields with their values.
         by: what is ranked by.
         tried: in the order of the grid.
         before: metrics of the model that all began with.
@@ -276,6 +277,7 @@ def sweep(
         "recipe": str(path),
         "recipe_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "model": first.model,
+        "model_sha256": artifacts.weights_sha256(surrogate),
         "fields": [list(setting.overrides) for setting in settings],
     }
     begun = resume and (out / FILE).is_file()
@@ -407,7 +409,9 @@ def _kept(out: Path, asked: Mapping[str, Any]) -> dict[int, Tried]:
 
 def _finished(told: Any, out: Path, asked: Mapping[str, Any]) -> dict[int, Tried]:
     """What `_kept` finds in the contents of `sweep.json`."""
-    other = [name for name, value in {"version": VERSION, **asked}.items() if told.get(name) != value]
+    # A recipe that was moved is the same one.
+    compared = {name: value for name, value in {"version": VERSION, **asked}.items() if name != "recipe"}
+    other = [name for name, value in compared.items() if told.get(name) != value]
     if other:
         raise UserError(
             f"{out} holds another sweep: its {', '.join(other)} is not what was asked for now",

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from command import Finished, contents, overhaul, refused
 from overhaul import artifact, execute
@@ -370,6 +371,21 @@ def test_another_sweep_is_not_resumed(recipe: Path, tiny: Path, tmp_path: Path):
     refused(overhaul("sweep", recipe, "seed=0,1", *run, "--resume"), "holds another sweep: its fields is")
     recipe.write_text(recipe.read_text() + "# changed\n")
     refused(overhaul("sweep", recipe, "seed=0", *run, "--resume"), "its recipe_sha256")
+
+
+def test_a_sweep_is_resumed_with_its_recipe_elsewhere_but_not_with_other_weights(
+    recipe: Path, tiny: Path, tmp_path: Path
+):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    run = ("seed=0", "--model", model, "-o", tmp_path / "out")
+    assert overhaul("sweep", recipe, *run).code == 0
+
+    moved = recipe.rename(tmp_path / "moved.yaml")
+    assert overhaul("sweep", moved, *run, "--resume").code == 0
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
+
+    refused(overhaul("sweep", moved, *run, "--resume"), "holds another sweep: its model_sha256")
 
 
 def test_a_damaged_file_is_not_resumed(recipe: Path, tiny: Path, tmp_path: Path):
