@@ -18,7 +18,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import torch
 
@@ -32,6 +32,7 @@ from overhaul.progress import say
 from overhaul.recipe import Recipe
 from overhaul.report.facts import LOSS, LOSS_ON, PERPLEXITY, Facts
 from overhaul.report.html import html_measured
+from overhaul.score import Score
 from overhaul.table import Curve, Row, Table
 
 FILE, PAGE, VERSION = "sweep.json", "sweep.html", 1
@@ -40,51 +41,6 @@ _ELSEWHERE = {
 }  # fmt: skip
 """What is no setting of a sweep, and what to type for it."""
 _EXAMPLE = "steps.1.lr=1e-4,3e-4,1e-3"
-
-
-class Score(NamedTuple):
-    """What settings are ranked by; less is better.
-
-    Attributes:
-        text: as it was asked for.
-        terms: (weight, metric); the score is their sum.
-    """
-
-    text: str
-    terms: tuple[tuple[float, str], ...]
-
-    @classmethod
-    def of(cls, text: str) -> Self:
-        """From `METRIC`, or `0.5*METRIC + 0.5*METRIC`.
-
-        Raises:
-            UserError: a weight is not a positive number, or a metric is missing.
-        """
-        terms = []
-        for part in re.split(r"\s+\+\s+", text.strip()):
-            weight, times, metric = part.rpartition("*") if re.match(r"[-+.\d]", part) else ("", "*", part)
-            try:
-                number = float(weight or 1)
-            except ValueError:
-                number = math.nan
-            if not (times and metric.strip() and 0 < number < math.inf):
-                raise UserError(
-                    f"--by {text!r}: {part!r} is no metric, nor a positive number times a metric",
-                    hint=f"--by {PERPLEXITY}, or --by '0.5*{LOSS_ON} a + 0.5*{LOSS_ON} b'",
-                )
-            terms.append((number, metric.strip()))
-        return cls(text, tuple(terms))
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Those that it needs."""
-        return tuple(metric for _, metric in self.terms)
-
-    def value(self, metrics: Mapping[str, Row]) -> float | None:
-        """The score; None where a metric was not measured."""
-        if not set(self.metrics) <= metrics.keys():
-            return None
-        return sum(weight * metrics[metric].value for weight, metric in self.terms)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from command import Finished, contents, overhaul, refused
 from overhaul import artifact, execute
 from overhaul.errors import Diverged, Interrupted, UserError
 from overhaul.recipe import Step
-from overhaul.sweep import FILE, PAGE, Score, Setting, Swept, Tried, grid, lines
+from overhaul.score import Score
+from overhaul.sweep import FILE, PAGE, Swept, Tried, grid, lines
 from overhaul.table import Row
 
 FIELDS = ("steps.1.lr=1e-3,0.01", "steps.full.warmup=0")
@@ -56,7 +57,7 @@ def swept(done: Finished) -> dict:
     return json.loads(done.out)
 
 
-# The grid, and what is ranked by.
+# The grid, and the ranking.
 
 
 def test_the_grid_has_every_combination_and_values_as_a_recipe_reads_them():
@@ -95,26 +96,6 @@ def test_fields_that_make_no_grid(fields: list[str], says: str):
         grid(fields)
 
 
-def test_a_score_is_a_metric_or_a_weighted_sum():
-    metrics = {"perplexity": row("perplexity", 8.0), "loss on a": row("loss on a", 2.0)}
-
-    assert Score.of("perplexity").value(metrics) == 8
-    assert Score.of("0.5*perplexity + 3 * loss on a").value(metrics) == 10
-    assert Score.of("perplexity + loss on a").value(metrics) == 10
-    assert Score.of("loss on b").value(metrics) is None
-
-
-@pytest.mark.parametrize(
-    "text", ["", "-1*perplexity", "0*perplexity", "x2*", "1.2.3*perplexity", "0.5*", "nan*loss on a"]
-)
-def test_a_score_that_is_none(text: str):
-    if text in ("x2*", "nan*loss on a"):  # names of texts may have any letters: nothing will measure these
-        assert Score.of(text).metrics == (text,)
-        return
-    with pytest.raises(UserError, match="is no metric"):
-        Score.of(text)
-
-
 def test_the_least_score_is_first_and_what_has_none_is_last():
     settings = grid(["seed=0,1,2,3"])
     values = [5.0, math.inf, 3.0]
@@ -135,8 +116,8 @@ def test_the_least_score_is_first_and_what_has_none_is_last():
 
 def test_settings_measured_on_other_tokens_are_told_and_none_of_them_is_best():
     first, second = (
-        Tried(Setting(n, {"seed": n}, (f"seed={n}",)), "p", {"perplexity": row("perplexity", n)}, {"perplexity": judged})
-        for n, judged in ((1, "a"), (2, "b"))
+        Tried(setting, "p", {"perplexity": row("perplexity", setting.number)}, {"perplexity": judged})
+        for setting, judged in zip(grid(["seed=1,2"]), "ab", strict=True)
     )
 
     def among(*tried: Tried) -> Swept:
