@@ -28,10 +28,13 @@ _ALIASES = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 2:4 is text and 1e-3 a number; YAML 1.1 takes them for 124, in base 60, and for text."""
+    """YAML in which 2:4 is text, 1e-3 a number and 2024-01-31 text, as no field is a date.
+
+    YAML 1.1 takes them for 124, in base 60, for text and for a date.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class has it
-        first: [(tag, pattern) for tag, pattern in found if not tag.endswith((":int", ":float"))]
+        first: [(tag, pattern) for tag, pattern in found if not tag.endswith((":int", ":float", ":timestamp"))]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -55,6 +58,22 @@ def value(text: str) -> Any:
         return _load(text)
     except yaml.YAMLError:
         return text
+
+
+_PIECE = re.compile(r"""(?<!\w)'[^']*'|(?<!\w)"(?:\\.|[^"\\])*"|.""", re.DOTALL)
+"""Something in quotes, or one character; an apostrophe within a word opens nothing."""
+
+
+def values(text: str) -> list[str]:
+    """What stands between commas, as typed; those within brackets, braces or quotes separate nothing."""
+    parts, depth = [""], 0
+    for piece in _PIECE.findall(text):
+        depth = max(0, depth + (piece in "[{") - (piece in "]}"))
+        if piece == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return [part.strip() for part in parts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +248,16 @@ def _lines(node: yaml.Node, at: tuple[str | int, ...] = ()) -> dict[tuple[str | 
             lines[(*at, index)] = value.start_mark.line + 1
             lines |= _lines(value, (*at, index))
     return lines
+
+
+def field_called(plan: Recipe, target: str) -> str:
+    """The one name of a field: `steps.full.learning_rate` and `steps.1.lr` may be the same one, and are `steps.1.lr`."""
+    top, *rest = target.split(".")
+    if top != "steps" or len(rest) < 2:
+        return target
+    methods = [step.entry.name for step in plan.steps]
+    number = methods.index(rest[0]) + 1 if rest[0] in methods else rest[0]
+    return ".".join([top, str(number), _ALIASES.get(rest[1], rest[1]), *rest[2:]])
 
 
 def to_yaml(model: str, steps: Iterable[tuple[str, str, Mapping[str, Any]]], *, out: str) -> str:

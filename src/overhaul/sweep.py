@@ -170,7 +170,7 @@ def grid(fields: Sequence[str]) -> list[Setting]:
             raise UserError(f"{text!r}: {target} is no setting to be swept", hint=_ELSEWHERE[target])
         if target in choices:
             raise UserError(f"{target} is given twice", hint=f"{target}={','.join(choices[target])},{values}")
-        choices[target] = [value.strip() for value in _split(values)]
+        choices[target] = recipes.values(values)
         if not equals or not all(choices[target]):
             raise UserError(f"{text!r} has no values, or an empty one", allowed="FIELD=V1,V2,...", hint=_EXAMPLE)
         if len({json.dumps(recipes.value(value)) for value in choices[target]}) < len(choices[target]):
@@ -182,11 +182,6 @@ def grid(fields: Sequence[str]) -> list[Setting]:
         )
         for number, chosen in enumerate(itertools.product(*overrides), 1)
     ]
-
-
-def _split(values: str) -> list[str]:
-    """At the commas outside of brackets."""
-    return re.split(r",(?![^\[]*\])", values)
 
 
 def sweep(

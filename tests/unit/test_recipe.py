@@ -114,6 +114,37 @@ def test_overrides_that_cannot_be_applied(tmp_path: Path, override: str, said: s
     assert said in told(tmp_path, GOOD, override)[0]
 
 
+def test_a_date_is_text():
+    assert recipe.value("2024-01-31") == "2024-01-31"
+    assert recipe.value("[2024-01-31 10:00:00, 1]") == ["2024-01-31 10:00:00", 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("1e-3, 0.01", ["1e-3", "0.01"]),
+        ("a,,b", ["a", "", "b"]),
+        ("[a,b],[[c,d],e],none", ["[a,b]", "[[c,d],e]", "none"]),
+        ("{a: 1, b: [2,3]},{a: 2}", ["{a: 1, b: [2,3]}", "{a: 2}"]),
+        ("'a,b',\"c,]d\"", ["'a,b'", '"c,]d"']),
+        ("'it''s, [',b", ["'it''s, ['", "b"]),
+        ('"a\\",b",c', ['"a\\",b"', "c"]),
+        ("it's,that's", ["it's", "that's"]),
+        ("a],b", ["a]", "b"]),
+    ],
+)
+def test_values_stand_between_commas_outside_of_brackets_and_quotes(text: str, values: list[str]):
+    assert recipe.values(text) == values
+
+
+def test_a_field_has_one_name(tmp_path: Path):
+    plan = recipe.read(write(tmp_path, GOOD))
+
+    assert recipe.field_called(plan, "steps.lora.learning_rate") == "steps.2.lr"
+    assert recipe.field_called(plan, "steps.2.lr") == "steps.2.lr"
+    assert recipe.field_called(plan, "seed") == "seed"
+
+
 def test_plain_values_mean_what_they_look_like(tmp_path: Path):
     """YAML 1.1 takes 1e-3, without a point, for text, and 2:4 for 124, in base 60."""
     text = GOOD.replace("seed: 7", "lr: 1e-3").replace("sparsity: 0.6", "pattern: 2:4")
