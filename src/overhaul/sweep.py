@@ -208,7 +208,8 @@ def sweep(
         command: what was typed, for the records.
 
     Returns:
-        What was found; None after a dry run. A setting that is refused or diverges has its reason there.
+        What was found; None after a dry run. A setting that is refused, diverges or is refused memory has its reason
+        there; a system that ends the whole process for want of memory leaves the sweep to `resume`.
 
     Raises:
         UserError: no setting can be run, none measures `by`, or `out` holds anything but this sweep to be resumed;
@@ -222,6 +223,7 @@ def sweep(
     plans = _plans(path, settings, out, model, switches)
     _refuse_unmeasured(score, [plan for plan in plans if isinstance(plan, Recipe)])
     first = next(plan for plan in plans if isinstance(plan, Recipe))
+    _refuse_two_names(first, list(settings[0].values))
     surrogate = pretrained.resolve(first.model)
     # As typed: 1e-3 and 0.001 are one value, and either may stand in the command.
     asked = {
@@ -271,6 +273,15 @@ def _plans(
     return plans
 
 
+def _refuse_two_names(plan: Recipe, targets: Sequence[str]) -> None:
+    """Raises `UserError` where a field is given twice, as by its step's number and by its step's method."""
+    called: dict[str, str] = {}
+    for target in targets:
+        other = called.setdefault(recipes.field_called(plan, target), target)
+        if other != target:
+            raise UserError(f"{other} and {target} are one field", hint="all its values behind one of the names")
+
+
 def _refuse_unmeasured(score: Score, plans: Iterable[Recipe]) -> None:
     """Raises `UserError` where no plan's last step measures all that is ranked by."""
     found: dict[str, None] = {}
@@ -309,15 +320,23 @@ def _try(setting: Setting, plan: Recipe | UserError, command: str) -> Tried:
     except UserError as error:
         say(f"{setting.label}: {error}")
         return Tried(setting, reason=str(error))
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        told, *_ = str(error).splitlines() or ["Python's"]
         say(f"{setting.label}: out of memory")
-        return Tried(setting, reason=f"out of memory: {str(error).splitlines()[0]}")
+        return Tried(setting, reason=f"out of memory: {told}")
     last = directory_of(plan, len(plan.steps))
     record = artifacts.read_record(last)
     facts = read_facts(record["facts"][-1])
     metrics = _metrics(facts)
     judged = {name: _judged_on(name, facts, record["facts_key"]) for name in metrics}
     return Tried(setting, str(last), metrics, judged, facts.seconds)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an accelerator, the CPU or Python had no memory left; torch has no class of its own for the CPU's."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _metrics(facts: Facts) -> dict[str, Row]:

@@ -229,18 +229,25 @@ def test_a_setting_without_memory_is_a_row(recipe: Path, tiny: Path, tmp_path: P
     run_step = execute.run_step
 
     def short_of_memory(step: Step, *arguments: object, **more: object) -> object:
-        if step.options.seed == 1:
-            import torch
+        import torch
 
+        if step.options.seed == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GB")
+        if step.options.seed == 2:
+            return torch.empty(1 << 60, dtype=torch.uint8)
+        if step.options.seed == 3:
+            raise MemoryError
         return run_step(step, *arguments, **more)  # pyright: ignore
 
     monkeypatch.setattr(execute, "run_step", short_of_memory)
 
-    found = swept(overhaul("sweep", recipe, "seed=0,1", "--model", tiny, "-o", tmp_path / "out", "--json"))
+    found = swept(overhaul("sweep", recipe, "seed=0,1,2,3", "--model", tiny, "-o", tmp_path / "out", "--json"))
 
-    assert found["failed"][0]["reason"].startswith("out of memory: CUDA")
-    assert found["ranked"][0]["number"] == 1
+    cuda, cpu, python = (one["reason"] for one in found["failed"])
+    assert cuda.startswith("out of memory: CUDA")
+    assert cpu.startswith("out of memory: ")
+    assert python == "out of memory: Python's"
+    assert [one["number"] for one in found["ranked"]] == [1]
 
 
 def test_finished_settings_are_kept_and_others_tried_again(
@@ -291,6 +298,7 @@ def test_a_field_that_no_step_has(recipe: Path, tiny: Path, tmp_path: Path):
     refused(overhaul("sweep", recipe, "steps.full.warmpu=0,1", *run), "did you mean 'warmup'")
     refused(overhaul("sweep", recipe, "steps.lora.rank=1,2", *run), "names nothing")
     refused(overhaul("sweep", recipe, "steps.full.lr=-1,-2", *run), "greater than 0")
+    refused(overhaul("sweep", recipe, "steps.full.lr=1,2", "steps.1.learning_rate=3,4", *run), "are one field")
     assert not (tmp_path / "out").exists()
 
 
