@@ -19,6 +19,8 @@ TASK_LOSS, TASK_GAIN, FORGETTING = "task loss", "task gain", "forgetting"
 """The metrics of adaptations, in nats a token: see `overhaul.adaptation`."""
 LOSS_ON = "loss on"
 """How the metrics begin that are the losses on further corpora, in nats a token."""
+SHOWN = 0.0005
+"""The least change of a loss, in nats a token, that three decimals show; a smaller one is no gap."""
 HELDOUT = "held-out"
 """How these are called in a training history, before a slash and the corpus."""
 
@@ -196,9 +198,10 @@ def _watched_curve(text: str, points: Sequence[tuple[int, float]], before: float
     title, spans = "", ()
     if before is not None and all(map(math.isfinite, y)):
         found = gap(list(zip(x, y, strict=True)))
-        end = f"ends {abs(found.final):.3f} {'higher' if found.final > 0 else 'lower'}"
+        moved = f"ends {abs(found.final):.3f} {'higher' if found.final > 0 else 'lower'}"
+        end = "ends where it began" if abs(found.final) < SHOWN else moved
         title = f"{text} {end}"
-        if found.depth:
+        if found.depth >= SHOWN:
             title = f"{text} rises by {found.depth:.3f} until {found.at:,} tokens, {end}"
             spans = (Span(x=found.at, low=before, high=before + found.depth, text=f"{found.depth:+.3f}"),)
     return Curve(name=text, x=x, y=y, x_label=TOKENS, y_label=HISTORY_LABELS[HELDOUT], title=title, spans=spans)

@@ -103,6 +103,14 @@ def test_the_depth_of_a_gap_is_marked_where_it_is_deepest() -> None:
     assert new.title == "new ends 2.000 lower"
 
 
+def test_a_change_that_no_decimal_shows_is_neither_a_gap_nor_an_end_elsewhere() -> None:
+    points = [WATCHED[0], WATCHED[1] | {"held-out/old": 4.0004}, WATCHED[2] | {"held-out/old": 3.9996}]
+
+    _, old, *_ = curves_of_history(points, before={"new": 3.0, "old": 4.0}, judged="new")
+
+    assert (old.spans, old.title) == ((), "old ends where it began")
+
+
 def test_without_losses_before_the_curves_begin_where_they_were_taken_and_nothing_is_marked() -> None:
     new, old, *_ = curves_of_history(WATCHED, judged="new")
 
