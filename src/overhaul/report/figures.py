@@ -13,7 +13,7 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from overhaul.report.numbers import as_percent, as_place
+from overhaul.report.numbers import as_percent, as_place, as_tokens
 from overhaul.table import TOKENS, Curve, Span
 
 MOST_POINTS = 500
@@ -79,8 +79,9 @@ def line_chart(curves: Sequence[Curve], *, title: str) -> Markup:
     for y in ticks(y_low, y_high):
         marks.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
         marks.append(text_mark(left - 7, at_y(y) + 4, f"{y:.6g}", anchor="end"))
+    written = as_tokens if curves[0].x_label == TOKENS else as_place
     for x in ticks(x_low, x_high):
-        marks.append(text_mark(at_x(x), height - bottom + 16, as_place(x), anchor="middle"))
+        marks.append(text_mark(at_x(x), height - bottom + 16, written(x), anchor="middle"))
     marks.append(text_mark((left + width - right) / 2, height - 4, curves[0].x_label, anchor="middle"))
     marks.append(text_mark(0, 12, curves[0].y_label))
     for index, line in enumerate(lines):

@@ -78,6 +78,14 @@ def as_place(x: float) -> str:
     return f"{x:,.0f}" if x == round(x) and abs(x) < 1e15 else f"{x:.6g}"
 
 
+def as_tokens(count: float) -> str:
+    """Tokens on an axis: `200,000`, `1.5M`, `2B`; suffixes from a million on."""
+    for size, suffix in ((1e9, "B"), (1e6, "M")):
+        if abs(count) >= size:
+            return f"{count / size:.6g}{suffix}"
+    return as_place(count)
+
+
 def as_duration(seconds: float | None) -> str:
     """`0.8 s`, `42 s`, `2 min 10 s`, `1 h 05 min`."""
     if seconds is None:

@@ -94,6 +94,16 @@ def test_charts_over_tokens_begin_at_zero_so_that_they_stand_below_each_other() 
     assert min(ends[1]) == pytest.approx(left + (right - left) / 4, abs=0.1)
 
 
+def test_millions_of_tokens_have_a_suffix_and_steps_have_none() -> None:
+    def places(label: str) -> list[str]:
+        line = Curve(name="old", x=(0, 2_000_000), y=(1.0, 2.0), x_label=label, y_label="loss")
+        svg = ElementTree.fromstring(line_chart([line], title="t"))
+        return [mark.text or "" for mark in svg.iter("text") if mark.attrib.get("text-anchor") == "middle"][:-1]
+
+    assert places(TOKENS) == ["0", "500,000", "1M", "1.5M", "2M"]
+    assert places("step") == ["0", "500,000", "1,000,000", "1,500,000", "2,000,000"]
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_no_names_in_a_legend_overlap(count: int) -> None:
     curves = [curve(f"boolq-passages-{number}", 2, 1) for number in range(count)]

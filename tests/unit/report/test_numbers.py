@@ -11,6 +11,7 @@ from overhaul.report.numbers import (
     as_quantity,
     as_size,
     as_speed,
+    as_tokens,
     interval_ends,
 )
 from overhaul.table import Row
@@ -35,6 +36,11 @@ def test_quantities_have_four_significant_digits(number: float | None, text: str
 
 def test_places_on_an_axis_keep_all_their_digits() -> None:
     assert [as_place(x) for x in (0, 500.0, 1_234_567, 0.25, 1e-4)] == ["0", "500", "1,234,567", "0.25", "0.0001"]
+
+
+def test_tokens_have_suffixes_from_a_million_on() -> None:
+    told = ["0", "200,000", "1M", "1.5M", "2.4B"]
+    assert [as_tokens(x) for x in (0, 200_000, 1_000_000, 1_500_000, 2_400_000_000)] == told
 
 
 @pytest.mark.parametrize(
