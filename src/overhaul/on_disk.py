@@ -1,4 +1,4 @@
-"""Corpora that are too large to be held in memory: read through once, divided, and read again row by row."""
+"""Corpora that are too large to be held in memory: read through twice, divided, and read again row by row."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def divided(path: Path, field: str | None) -> Divided:
     key = hashlib.sha256(json.dumps([VERSION, field, HELDOUT_BYTES, CALIB_BYTES, _files(path)]).encode()).hexdigest()
 
     def make(directory: Path) -> None:
-        say(f"{path} is large: it is read through once, and stays on disk")
+        say(f"{path} is large: it is read through twice, and stays on disk")
         (directory / KNOWN).write_text(json.dumps(_look(path, field)))
 
     kept = disk.made_once(cache_directory() / "corpora" / key[:32], KNOWN, make)
