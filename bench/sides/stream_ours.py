@@ -24,7 +24,6 @@ turn.tell()  # everything is imported, nothing read
 
 
 def read() -> None:
-    turn.wait()
     sources = {
         name: tokens.on_disk(Reading(Path(file), "text"), data.encoded, kept / name, name=name, fingerprint=name)
         for name, file in given["files"].items()
@@ -38,7 +37,10 @@ def read() -> None:
 
 
 for _ in range(given["rounds"]):
+    turn.wait()
     shutil.rmtree(kept, ignore_errors=True)
+    turn.start()
     read()
+    turn.wait()
     read()
 turn.wait()

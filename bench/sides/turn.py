@@ -27,9 +27,14 @@ def settings() -> dict[str, Any]:
 
 def wait() -> None:
     """Blocks until it is this side's turn, then starts the clocks; ends the process when no turn comes any more."""
-    global _began
     if not sys.stdin.readline():
         sys.exit(0)
+    start()
+
+
+def start() -> None:
+    """Starts the clocks anew, where a turn begins with work that does not count and may not disturb the other side."""
+    global _began
     _began = time.perf_counter(), time.process_time()
 
 
