@@ -251,7 +251,7 @@ def _lines(node: yaml.Node, at: tuple[str | int, ...] = ()) -> dict[tuple[str | 
 
 
 def field_called(plan: Recipe, target: str) -> str:
-    """The one name of a field: `steps.full.learning_rate` and `steps.1.lr` may be the same one, and are `steps.1.lr`."""
+    """The one name of a field: of `steps.full.learning_rate` and `steps.1.lr`, if they are one, the second."""
     top, *rest = target.split(".")
     if top != "steps" or len(rest) < 2:
         return target

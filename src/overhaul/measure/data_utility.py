@@ -120,10 +120,8 @@ class DataUtility(Measure):
     def _method(self, last: Mapping[str, float]) -> Mixing:
         from overhaul.extend.mixing import Mixing
 
-        return Mixing(
-            steps=self.steps, batch_size=self.batch_size, seq_len=self.seq_len, lr=self.lr, schedule="rewarm-cosine",
-            mix=tuple(f"{path}={share!r}" for path, share in last.items()), go_on=self.go_on, save_every=0,
-        )  # fmt: skip
+        settings: dict[str, Any] = self.model_dump(include={"steps", "batch_size", "seq_len", "lr", "go_on"})
+        return Mixing(**settings, mix=tuple(f"{path}={share!r}" for path, share in last.items()), save_every=0)
 
     def _losses(self, model: nn.Module, data: Data, last: Mapping[str, float], number: int) -> dict[str, float]:
         """Held-out losses after a run, by text."""
