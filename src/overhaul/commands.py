@@ -281,7 +281,7 @@ def list_command(arguments: list[str]) -> None:
         )
         return
     for entry in entries:
-        print(f"{entry.verb:8} {entry.name:12} {entry.summary}")
+        print(f"{entry.verb:8} {entry.name:13} {entry.summary}")
 
 
 def schema_command(arguments: list[str]) -> None:

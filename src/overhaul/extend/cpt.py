@@ -45,6 +45,9 @@ class ContinualPretraining(Training):
         "arXiv:2403.08763"
     )
 
+    reads_all: ClassVar[bool] = True
+    """Whether the passes over the new text are over all of it."""
+
     lr: PeakRate = 3e-4
     warmup: Fraction = Field(0.01, description="Share of the steps with a linearly rising rate.")
     schedule: Literal["rewarm-cosine", "rewarm", "constant", "wsd", "infinite", "hold", "anneal"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -228,7 +231,7 @@ class ContinualPretraining(Training):
         if (share := data.unread_share()) > UNREAD:
             say(f"warning: {share:.1%} of the tokens of {data.corpus.name} are unknown, or bytes of words spelled out")
         total, drawn, known = self._num_tokens(data), self._drawn(data), dict[str, str]()
-        if (new := total - sum(drawn.values())) > MANY_PASSES * data.num_training_tokens:
+        if self.reads_all and (new := total - sum(drawn.values())) > MANY_PASSES * data.num_training_tokens:
             passes = new / data.num_training_tokens
             say(f"warning: that is {passes:.1f} times all of {data.corpus.name}, {data.num_training_tokens:,} tokens")
         if data.tokenizer.eos_token_id is None:

@@ -78,6 +78,8 @@ class StabilityGap(Mixing):
         "arXiv:2406.14833"
     )
 
+    reads_all: ClassVar[bool] = False
+
     passes: Positive = Field(
         4, description="Over the documents that are chosen; their tokens are the run's over these."
     )

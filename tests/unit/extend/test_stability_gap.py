@@ -172,6 +172,7 @@ def test_more_than_there_is_is_refused(tiny: Path, texts, tmp_path: Path):
     how = ("extend", "stability-gap", tiny, "-o", tmp_path / "out", "--data", texts["all"], *RUN, "--dry-run")
 
     refused(overhaul(*how, "--steps", "5000"), "one pass would be 80,000 tokens", "--steps up to")
+    assert "times all of" not in overhaul(*how, "--steps", "1500", "--passes", "8").err
     refused(overhaul(*how, "--steps", "1500", "--draw", "dynamic"), "2 times the tokens of a pass", "--steps up to")
     refused(overhaul(*how, "--steps", "20", "--reference", "gooood"), "neither a name nor an existing path")
     bad = tmp_path / "bad.arpa"
