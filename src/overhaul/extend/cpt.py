@@ -17,8 +17,9 @@ from overhaul.progress import say
 from overhaul.schedules import Piece, Schedule, annealing, chain, infinite, schedule, warmup_stable_decay
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+    import numpy as np
     import torch
     from torch import nn
 
@@ -408,14 +409,25 @@ class ContinualPretraining(Training):
 
     def sources(self, data: Data) -> dict[str, Source]:
         """What is read, by the name of the text; the new text first."""
+        found = {data.corpus.name: self.source(data)}
+        if self.replay is not None:
+            old = data.on(self.replay)
+            found[old.corpus.name] = self.source(old, in_order=True)
+        return found
+
+    def source(self, text: Data, *, in_order: bool = False) -> Source:
+        """All of a text, shuffled or in its own order."""
+        from overhaul.mixture import Source
+
+        how: dict[str, Any] = {"seq_len": self.seq_len, "document_mask": self.document_mask, "in_order": in_order}
+        return Source(text.endless(**how), text.place(**how))
+
+    def chosen(self, text: Data, places: Callable[[int], np.ndarray], *, name: str) -> Source:
+        """Some documents of a text: numbers of those of each pass, under a name that says which."""
         from overhaul.mixture import Source
 
         how: dict[str, Any] = {"seq_len": self.seq_len, "document_mask": self.document_mask}
-        found = {data.corpus.name: Source(data.endless(**how), data.place(**how))}
-        if self.replay is not None:
-            old, how = data.on(self.replay), {**how, "in_order": True}
-            found[old.corpus.name] = Source(old.endless(**how), old.place(**how))
-        return found
+        return Source(text.chosen(places, name=name, **how), f"{text.place(**how)}/{name}")
 
     def mixed(self, sources: Mapping[str, Source], data: Data) -> Stream:
         """Windows of all sources in their shares, phase after phase; of one alone as they are."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -86,11 +86,8 @@ class MixCPT(ContinualPretraining):
 
     def sources(self, data: Data) -> dict[str, Source]:
         """Documents, what is replayed, and instructions as plain text."""
-        from overhaul.mixture import Source
-
         found = super().sources(data)
         if self.general is not None:
             told = self.read(self.general, data)
-            how: dict[str, Any] = {"seq_len": self.seq_len, "document_mask": self.document_mask}
-            found[told.corpus.name] = Source(told.endless(**how), told.place(**how))
+            found[told.corpus.name] = self.source(told)
         return found

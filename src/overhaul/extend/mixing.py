@@ -55,13 +55,9 @@ class Mixing(ContinualPretraining):
 
     def sources(self, data: Data) -> dict[str, Source]:
         """The new text, the further ones, and what is replayed."""
-        from overhaul.mixture import Source
-
         found = super().sources(data)
-        how: dict[str, Any] = {"seq_len": self.seq_len, "document_mask": self.document_mask}
         for path in self.texts():
-            if path == self.replay:
-                continue
-            told = self.read(path, data)
-            found[told.corpus.name] = Source(told.endless(**how), told.place(**how))
+            if path != self.replay:
+                told = self.read(path, data)
+                found[told.corpus.name] = self.source(told)
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -135,12 +135,8 @@ class StabilityGap(Mixing):
 
     def sources(self, data: Data) -> dict[str, Source]:
         """The chosen documents, and the further texts read on as they are."""
-        from overhaul.mixture import Source
-
         found, draw = super().sources(data), self._chosen(data)
-        how: dict[str, Any] = {"seq_len": self.seq_len, "document_mask": self.document_mask}
-        name = f"{self.draw} choice {draw.key()[:8]}"
-        found[data.corpus.name] = Source(data.chosen(draw, name=name, **how), f"{data.place(**how)}/{name}")
+        found[data.corpus.name] = self.chosen(data, draw, name=f"{self.draw} choice {draw.key()[:8]}")
         return found
 
     def _chosen(self, data: Data) -> Draw:

@@ -97,15 +97,11 @@ class Syne(Mixing):
 
     def sources(self, data: Data) -> dict[str, Source]:
         """The new text, shuffled or easy first, and the further texts."""
-        from overhaul.mixture import Source
-
         found = super().sources(data)
         if self.order == "easy-first":
-            how: dict[str, Any] = {"seq_len": self.seq_len, "document_mask": self.document_mask}
             order_D: np.ndarray = self._order_D
-            windows = data.chosen(lambda number: order_D, name="easy first", **how)
             # A run that goes on ends the pass in the order that it began with: the model has changed since.
-            found[data.corpus.name] = Source(windows, f"{data.place(**how)}/easy first")
+            found[data.corpus.name] = self.chosen(data, lambda number: order_D, name="easy first")
         return found
 
     def mixed(self, sources: Mapping[str, Source], data: Data) -> Stream:
