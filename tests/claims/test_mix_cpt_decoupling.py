@@ -121,10 +121,11 @@ class _Bench:
         self.template.write_text(TEMPLATE)
         rows = general()
         random.Random(seed).shuffle(rows)
-        self.asked, self.pool = rows[:ASKED], rows[ASKED : ASKED + GENERAL]
+        # What the format is learnt on was not mixed in before: else all of its answers would be known.
+        self.asked, self.pool, self.mixed = rows[:ASKED], rows[ASKED:][:GENERAL], rows[ASKED + GENERAL :][:GENERAL]
 
     def data(self, name: str, rows: Sequence[Row]) -> Data:
-        beside = {"general": corpus("general", self.pool)}
+        beside = {"general": corpus("general", self.mixed)}
         return Data(corpus(name, rows), self.base.processor, self.seed, dtype=DTYPE, beside=beside)
 
     def trained(self, start: nn.Module, method: Training, data: Data) -> nn.Module:
