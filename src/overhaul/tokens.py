@@ -26,6 +26,8 @@ SHARD_TOKENS = 10_000_000
 """Of a shard, at most; a document that is longer makes one of its own (Chen et al., 2024, have the same 0.01B)."""
 ROWS_AT_ONCE = 256
 """Encoded in one call: so many are in memory beside the shard that is being filled."""
+OPEN_SHARDS = 64
+"""Whose files are open at once where documents are read across shards."""
 MANIFEST, VERSION = "tokens.json", 1
 
 Encode = Callable[[Sequence[Row]], Sequence[Encoded]]
@@ -264,7 +266,7 @@ class Chosen(Stream):
         """
         self.held, self.places, self.name = tokens, places, name
         self.begins, self.lengths_D = np.cumsum([0, *map(len, tokens.shards)]), tokens.lengths()
-        self.shard, self.opened = -1, Shard.of([])
+        self.opened: dict[int, Shard] = {}
         self.restart(0)
 
     def __next__(self) -> Encoded:
@@ -273,9 +275,11 @@ class Chosen(Stream):
         self.cursor += 1
         place = int(self.order[self.cursor - 1])
         shard = int(np.searchsorted(self.begins, place, side="right")) - 1
-        if shard != self.shard:
-            self.shard, self.opened = shard, self.held.shards[shard].opened()
-        return self.opened[place - int(self.begins[shard])]
+        if shard not in self.opened:
+            if len(self.opened) >= OPEN_SHARDS:
+                del self.opened[next(iter(self.opened))]  # the one that was opened first
+            self.opened[shard] = self.held.shards[shard].opened()
+        return self.opened[shard][place - int(self.begins[shard])]
 
     def own_state(self) -> dict[str, Any]:
         return {"name": self.name, "epoch": self.epoch, "cursor": self.cursor, "order": torch.from_numpy(self.order)}

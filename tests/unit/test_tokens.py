@@ -36,6 +36,7 @@ def numbers(some: Sequence[Row]) -> list[Encoded]:
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "SHARD_TOKENS", 200)
     monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(tokens, "OPEN_SHARDS", 3)
 
 
 @pytest.fixture(params=["memory", "disk"])
