@@ -280,8 +280,7 @@ class ContinualPretraining(Training):
     def _lengths(self, data: Data) -> list[tuple[int, dict[str, float]]]:
         """Tokens of each phase that is in this part of the run, in whole steps, with its shares.
 
-        Raises:
-            UserError: one is shorter than a step.
+        One that is shorter than a step is left out, with a warning.
         """
         steps, (begins, ends) = self._steps(data), self.part
         inside = [(min(until, ends), shares) for until, shares in self.phases() if until > begins]
@@ -290,10 +289,8 @@ class ContinualPretraining(Training):
             shares = next(several)[1]  # what comes after it begins where this part of the run has ended
             border = round((until - begins) / (ends - begins) * steps)
             if border <= done:
-                raise UserError(
-                    f"of {steps} steps there is none with the mixture that ends at {until:g} of the run",
-                    allowed="more --steps, or a longer phase",
-                )
+                say(f"warning: of {steps} steps there is none with the mixture that ends at {until:g} of the run")
+                continue
             tokens, done = (border - done) * self._step_tokens(), border
             if found and found[-1][1] == shares:
                 tokens += found.pop()[0]

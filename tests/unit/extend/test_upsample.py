@@ -16,7 +16,6 @@ from transformers import AutoTokenizer
 from command import overhaul, refused
 from overhaul.corpora import open_corpus
 from overhaul.data import Data
-from overhaul.errors import UserError
 from overhaul.extend.cpt import ContinualPretraining
 from overhaul.extend.upsample import Upsampling
 
@@ -201,9 +200,10 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], says: str):
         Upsampling(**{"last_mix": ("code=0.5",), **settings})
 
 
-def test_a_last_part_of_no_step_is_refused(texts, data: Data):
-    with pytest.raises(UserError, match="of 4 steps there is none with the mixture that ends at 1 of the run"):
-        drawn(method(texts, steps=4, last=0.1), data, 1)
+def test_a_last_part_of_no_step_is_told(texts, data: Data, capsys: pytest.CaptureFixture[str]):
+    assert drawn(method(texts, steps=4, last=0.1), data, 16)[-1]["papers.jsonl"] == 4 * 32
+
+    assert "of 4 steps there is none with the mixture that ends at 1 of the run" in capsys.readouterr().err
 
 
 def test_a_text_that_is_not_there_is_refused(tiny: Path, texts, tmp_path: Path):
