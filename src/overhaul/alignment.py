@@ -3,7 +3,7 @@
 An instruction is read in two forms, as plain text and in the chat template; the loss of its answer in each tells
 whether the answer is known, and what the template does to it.
 
-Letters of shapes: N examples, B rows and T tokens of a batch, K tokens of answers in it.
+Letters of shapes: N examples.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from overhaul import machine
 from overhaul.data import Data
 from overhaul.documents import SHAPES, Message, Row, row_text
 from overhaul.errors import UserError
-from overhaul.evaluate import nll_at
+from overhaul.evaluate import document_nll
 from overhaul.on_disk import RowsOnDisk
 from overhaul.progress import Bar
 from overhaul.stream import Encoded
@@ -263,15 +263,7 @@ def mean_losses(
         Bar(title, len(batches), quiet=not title) as bar,
     ):
         for numbers in batches:
-            rows = [torch.from_numpy(texts[number].ids) for number in numbers]
-            ids_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            # A token is predicted at the place before it.
-            places = [np.flatnonzero(texts[number].trained[1:]) for number in numbers]
-            rows_K = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(one) for one in places]))
-            places_K = torch.from_numpy(np.concatenate(places))
-            nll_K = nll_at(model, ids_BT, rows_K, places_K, ids_BT[rows_K, places_K + 1]).double()
-            for number, nll in zip(numbers, nll_K.split([len(one) for one in places]), strict=True):
-                means_N[number] = float(nll.mean())
+            means_N[numbers] = document_nll(model, [texts[number] for number in numbers])
             bar.step()
     return means_N
 

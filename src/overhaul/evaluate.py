@@ -20,7 +20,7 @@ from overhaul.cross_entropy import token_nll
 from overhaul.interop import hf
 from overhaul.progress import Bar
 from overhaul.questions import Question
-from overhaul.stream import IGNORED
+from overhaul.stream import IGNORED, Encoded, padded
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,25 @@ def next_token_nll(model: nn.Module, input_ids_BT: Tensor) -> Tensor:
     rows_K = torch.arange(batch).repeat_interleave(length - 1)
     places_K = torch.arange(length - 1).repeat(batch)
     return nll_at(model, input_ids_BT, rows_K, places_K, input_ids_BT[:, 1:].flatten()).view(batch, length - 1)
+
+
+def document_nll(model: nn.Module, documents: Sequence[Encoded]) -> np.ndarray:
+    """Mean negative log-likelihood of each document's trained tokens after its first, padded on the right.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        documents: at least one token after the first is trained on in each.
+
+    Returns:
+        `(B,)` nats a token, fp64.
+    """
+    width = max(len(document.ids) for document in documents)
+    windows = [padded(document, width) for document in documents]
+    ids_BT, labels_BT = (torch.stack([window[name] for window in windows]) for name in ("input_ids", "labels"))
+    rows_K, places_K = (labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    nll_K = nll_at(model, ids_BT, rows_K, places_K, labels_BT[rows_K, places_K + 1]).double()
+    sums_B = torch.zeros(len(documents), dtype=torch.float64).index_add_(0, rows_K, nll_K)
+    return (sums_B / torch.bincount(rows_K, minlength=len(documents))).numpy()
 
 
 @dataclass(frozen=True, slots=True)

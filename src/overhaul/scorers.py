@@ -1,6 +1,6 @@
 """How hard documents are for a model: what a curriculum orders them by, or a selection keeps.
 
-Letters of shapes: D documents, B documents of a batch, T tokens of a window, K scored tokens.
+Letters of shapes: D documents, B documents of a batch.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from overhaul import machine
 from overhaul.data import Data
 from overhaul.documents import Row
 from overhaul.errors import UserError
-from overhaul.evaluate import nll_at
+from overhaul.evaluate import document_nll
 from overhaul.generation import longest
 from overhaul.on_disk import RowsOnDisk
 from overhaul.progress import Bar
-from overhaul.stream import IGNORED, Encoded, padded
+from overhaul.stream import Encoded
 
 FEWEST = 2
 """Scored tokens below which a document has no loss to speak of."""
@@ -68,7 +68,7 @@ def document_losses(
     losses_D = np.full(len(rows), np.inf)
     with machine.autocast(next(model.parameters()).device, dtype), Bar(title, len(rows), quiet=not title) as bar:
         for places, documents in _batches(data, rows, max_tokens, batch_size):
-            losses_B = _losses(model, documents)
+            losses_B = document_nll(model, documents)
             if not np.isfinite(losses_B).all():
                 bad = int(np.isfinite(losses_B).argmin())
                 raise UserError(
@@ -94,14 +94,3 @@ def _batches(
             batch = kept[start : start + batch_size]
             yield [first + place for place in batch], [begun[place] for place in batch]
         first += len(some)
-
-
-def _losses(model: nn.Module, documents: Sequence[Encoded]) -> np.ndarray:
-    """`(B,)` nats a token."""
-    width = max(len(document.ids) for document in documents)
-    windows = [padded(document, width) for document in documents]
-    ids_BT, labels_BT = (torch.stack([window[name] for window in windows]) for name in ("input_ids", "labels"))
-    rows_K, places_K = (labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    nll_K = nll_at(model, ids_BT, rows_K, places_K, labels_BT[rows_K, places_K + 1]).double()
-    sums_B = torch.zeros(len(documents), dtype=torch.float64).index_add_(0, rows_K, nll_K)
-    return (sums_B / torch.bincount(rows_K, minlength=len(documents))).numpy()
