@@ -33,7 +33,7 @@ from overhaul.progress import say
 from overhaul.recipe import Recipe, Step
 from overhaul.report.facts import LOSS, LOSS_ON, PERPLEXITY, Facts
 from overhaul.select import has_adapters
-from overhaul.sharding import wait_for_all
+from overhaul.sharding import num_processes, wait_for_all
 from overhaul.table import Table
 from overhaul.train import History, train
 from overhaul.workspace import Workspace, finish
@@ -225,12 +225,12 @@ def _train(
     judge: Judge,
 ) -> tuple[nn.Module, History]:
     """Runs the method's plans through the loop, one after the other, each with its finish."""
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    method = data.steps_for(method, processes=num_processes)
+    processes = num_processes()
+    method = data.steps_for(method, processes=processes)
     if method.checkpoint_activations:
         inner: Any = parent.model
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if method.in_parts() and num_processes > 1:
+    if method.in_parts() and processes > 1:
         raise UserError("a method that trains part after part runs on one process", hint="without accelerate launch")
     if options.track:
         _refuse_track(options.track, method)
@@ -239,7 +239,7 @@ def _train(
         "data": data.corpus.fingerprint,
         "beside": [text.fingerprint for text in data.beside.values()],
         "dtype": str(dtype),
-        "processes": num_processes,
+        "processes": processes,
         "others": [other.hash for other in others],
         **flat_fields(method.model_dump(mode="json")),
     }

@@ -19,6 +19,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from overhaul.errors import UserError
+
 Loss = TypeVar("Loss", bound=nn.Module)
 
 
@@ -40,6 +42,17 @@ def distribute(accelerator: Accelerator, loss: Loss, optimizer: torch.optim.Opti
 def is_sharded() -> bool:
     """Whether the launch asked for FSDP; on CPUs accelerate takes such a launch for plain data parallelism."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def refuse_sharded(flag: str) -> None:
+    """Raises `UserError` for a flag that reads or writes whole parameters, where the launch asked for FSDP."""
+    if is_sharded():
+        raise UserError(f"{flag} needs whole parameters, which FSDP has not", hint="accelerate launch --multi_gpu")
+
+
+def num_processes() -> int:
+    """How many the launch has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _sharded(loss: Loss, optimizer: torch.optim.Optimizer) -> Loss:
@@ -126,7 +139,7 @@ def gather(trained: nn.Module, into: nn.Module) -> None:
 
 def wait_for_all(device: torch.device) -> None:
     """Returns when all processes have come here; at once where there is only one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if num_processes() > 1:
         PartialState(cpu=device.type == "cpu").wait_for_everyone()
 
 

@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,6 +32,7 @@ from overhaul.recipe import Recipe
 from overhaul.report.facts import LOSS, LOSS_ON, PERPLEXITY, Facts
 from overhaul.report.html import html_measured
 from overhaul.score import Score
+from overhaul.sharding import num_processes
 from overhaul.table import Curve, Row, Table
 
 FILE, PAGE, VERSION = "sweep.json", "sweep.html", 1
@@ -216,7 +216,7 @@ def sweep(
             nothing was written.
         Interrupted: Ctrl-C; what was finished is kept for `resume`.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if num_processes() > 1:
         raise UserError("a sweep runs on one process", hint="overhaul sweep without accelerate launch")
     score, settings = Score.of(by), grid(fields)
     switches = [f"{name}=true" for name, on in (("resume", resume), ("dry_run", dry_run)) if on]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
-from overhaul.errors import UserError
 from overhaul.halves import Halves
 from overhaul.method import PeakRate, Positive, Rate, Training
 
@@ -59,14 +58,12 @@ class HalfFineTuning(Halves, Training):
         """Draws every round, and refuses what cannot be done on sharded parameters."""
         from overhaul.halves import outside, select
         from overhaul.matrices import manifest
-        from overhaul.sharding import is_sharded
+        from overhaul.sharding import refuse_sharded
 
         assert data is not None
         for flag, asked in (("--soft", self.soft is not None), ("--keep-moments", self.keep_moments)):
-            if asked and is_sharded():
-                raise UserError(
-                    f"{flag} needs whole parameters, which FSDP has not", hint="accelerate launch --multi_gpu"
-                )
+            if asked:
+                refuse_sharded(flag)
         listed = manifest(model)
         outside(listed, self)
         for number in self._numbers(data):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -175,6 +174,7 @@ class KnowledgeDistillation(Training):
         """The teacher's likeliest words on disk; the teacher itself is loaded only for those that are not there."""
         from overhaul import artifact
         from overhaul.interop import hf
+        from overhaul.sharding import num_processes
         from overhaul.teacher_cache import TeacherCache
 
         assert self.top_k
@@ -190,7 +190,7 @@ class KnowledgeDistillation(Training):
             num_words=min(hf.num_words(artifact.read_config(self.teacher)), hf.num_words(student.config)),
             temperature=self.temperature,
         )
-        num_windows = self.steps * self.batch_size * self.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+        num_windows = self.steps * self.batch_size * self.accumulate * num_processes()
         tokens = num_windows * (self.seq_len - 1)
         cache.refuse_full_disk(tokens)
         say(

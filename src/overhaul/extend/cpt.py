@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -209,14 +208,15 @@ class ContinualPretraining(Training):
             UserError: two texts are the same, a state is to be put into sharded parameters, or the model cannot keep
                 the documents of a window apart.
         """
+        from overhaul.drift import start_bytes
         from overhaul.interop import hf
         from overhaul.select import has_adapters
-        from overhaul.sharding import is_sharded
+        from overhaul.sharding import refuse_sharded
 
         if self.from_scratch and has_adapters(model):
             raise UserError("--from-scratch: the model has adapters on top of its weights", hint="a whole model")
-        if self.go_on and is_sharded():
-            raise UserError("--go-on needs whole parameters, which FSDP has not", hint="accelerate launch --multi_gpu")
+        if self.go_on:
+            refuse_sharded("--go-on")
         if self.document_mask and not hf.keeps_documents_apart(model):
             raise UserError(
                 "--document-mask: this model sees past positions that begin anew, so documents cannot be kept apart",
@@ -224,7 +224,8 @@ class ContinualPretraining(Training):
                 hint="--no-document-mask",
             )
         if self.drift:
-            self._check_drift(model)
+            refuse_sharded("--drift")
+            say(f"note: --drift holds a copy of the bottom and top blocks, {start_bytes(model) / 1e6:.1f} MB of memory")
         if data is None:
             return
         if data.tokenizer.chat_template:
@@ -272,10 +273,14 @@ class ContinualPretraining(Training):
         return self._steps(data) * self._step_tokens()
 
     def _steps(self, data: Data) -> int:
-        return data.steps_for(self, processes=_processes()).steps
+        from overhaul.sharding import num_processes
+
+        return data.steps_for(self, processes=num_processes()).steps
 
     def _step_tokens(self) -> int:
-        return self.batch_size * self.accumulate * self.seq_len * _processes()
+        from overhaul.sharding import num_processes
+
+        return self.batch_size * self.accumulate * self.seq_len * num_processes()
 
     def _lengths(self, data: Data) -> list[tuple[int, dict[str, float]]]:
         """Tokens of each phase that is in this part of the run, in whole steps, with its shares.
@@ -296,14 +301,6 @@ class ContinualPretraining(Training):
                 tokens += found.pop()[0]
             found.append((tokens, shares))
         return found
-
-    def _check_drift(self, model: nn.Module) -> None:
-        from overhaul.drift import start_bytes
-        from overhaul.sharding import is_sharded
-
-        if is_sharded():
-            raise UserError("--drift needs whole parameters, which FSDP has not", hint="accelerate launch --multi_gpu")
-        say(f"note: --drift holds a copy of the bottom and top blocks, {start_bytes(model) / 1e6:.1f} MB of memory")
 
     def plan(self, model: nn.Module, data: Data) -> Plan:
         """All parameters; new moments, or those of the run before; new text shuffled, old in its own order.
@@ -473,10 +470,6 @@ def start_over(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, MaskedLinear):
             module.enforce()
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _key(windows: Mix, phase: int, sources: Mapping[str, Source]) -> str:

@@ -81,10 +81,10 @@ class Syne(Mixing):
         """
         from overhaul.generation import longest
         from overhaul.scorers import FEWEST
-        from overhaul.sharding import is_sharded
+        from overhaul.sharding import refuse_sharded
 
-        if self.rounds > 1 and is_sharded():
-            raise UserError("--rounds needs whole parameters, which FSDP has not", hint="accelerate launch --multi_gpu")
+        if self.rounds > 1:
+            refuse_sharded("--rounds")
         if self.order == "easy-first" and not FEWEST < self.scored_tokens <= longest(model):
             raise UserError(
                 f"--scored-tokens {self.scored_tokens}",

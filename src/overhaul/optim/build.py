@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -63,7 +62,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _refuse_processes(settings: Training) -> None:
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = sharding.num_processes() > 1
     if several and settings.per_layer:
         raise UserError(
             "--per-layer updates a weight before the processes have shared its gradient",
