@@ -146,3 +146,8 @@ def annealing(floor: float, *, start: float = 1.0) -> Schedule:
         start: factor at the beginning.
     """
     return chain((Piece(1.0, floor, "exponential"),), start=start)
+
+
+def part_of(rate: Schedule, begins: float, ends: float) -> Schedule:
+    """The rates of a part of a run, from one share of the whole to another."""
+    return lambda share: rate(begins + share * (ends - begins))

@@ -11,18 +11,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 YAML = (".yaml", ".yml")
 Shares = dict[str, float]
 
 
 def spelled_out(entries: Any) -> Any:
-    """Entries with YAML files replaced by what they say, so that a record has the shares and not the file's name.
+    """Entries, or one, with YAML files replaced by what they say: a record has the shares and not the file's name.
 
     Raises:
         ValueError: a file cannot be read, or holds no shares.
     """
+    if isinstance(entries, str):
+        entries = (entries,)
     if not isinstance(entries, list | tuple) or not all(isinstance(entry, str) for entry in entries):
         return entries  # whoever checks types will say so
     found: list[str] = []
@@ -30,6 +34,10 @@ def spelled_out(entries: Any) -> Any:
         is_file = entry.endswith(YAML)
         found += [f"{path}={share!r}" for path, share in read(Path(entry)).items()] if is_file else [entry]
     return tuple(found)
+
+
+Mixture = Annotated[tuple[str, ...], BeforeValidator(spelled_out)]
+"""A field of shares: what `parse` reads."""
 
 
 def parse(entries: Iterable[str]) -> Shares:

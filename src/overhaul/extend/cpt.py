@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -13,7 +11,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from overhaul.errors import UserError
 from overhaul.method import Fraction, PeakRate, Share, Training
 from overhaul.progress import say
-from overhaul.schedules import Piece, Schedule, annealing, chain, infinite, schedule, warmup_stable_decay
+from overhaul.schedules import Piece, Schedule, annealing, chain, infinite, part_of, schedule, warmup_stable_decay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -176,8 +174,7 @@ class ContinualPretraining(Training):
             ValueError: pieces that are longer than the whole run.
         """
         begins, ends = self.part
-        whole = self._whole_rate(None if begins else left)
-        return lambda share: whole(begins + share * (ends - begins))
+        return part_of(self._whole_rate(None if begins else left), begins, ends)
 
     def _whole_rate(self, left: float | None) -> Schedule:
         start, kept = left or 0.0, self.hold if left is None else left
@@ -232,14 +229,15 @@ class ContinualPretraining(Training):
             say("note: the model has a chat template; what it forgets of conversations is not seen in these losses")
         if (share := data.unread_share()) > UNREAD:
             say(f"warning: {share:.1%} of the tokens of {data.corpus.name} are unknown, or bytes of words spelled out")
+        for until in self._skipped(data):
+            steps = self._steps(data)
+            say(f"warning: of {steps} steps there is none with the mixture that ends at {until:g} of the run")
         total, drawn, known = self._num_tokens(data), self._drawn(data), dict[str, str]()
-        if self.reads_all and (new := total - sum(drawn.values())) > MANY_PASSES * data.num_training_tokens:
-            passes = new / data.num_training_tokens
-            say(f"warning: that is {passes:.1f} times all of {data.corpus.name}, {data.num_training_tokens:,} tokens")
+        if self.reads_all:
+            _warn_of_many_passes(data.corpus.name, total - sum(drawn.values()), data)
         if data.tokenizer.eos_token_id is None:
             say("warning: the tokenizer has no end-of-text token: nothing tells where a document ends")
         for path, wanted in drawn.items():
-            told = self.read(path, data)
             raw = data.on(path).corpus.fingerprint
             if raw == data.corpus.fingerprint:
                 raise UserError(
@@ -252,9 +250,7 @@ class ContinualPretraining(Training):
                 )
             known[raw] = path
             say(f"note: {wanted:,} of {total:,} tokens are from {path}, and as many fewer are new")
-            if wanted > MANY_PASSES * told.num_training_tokens:
-                passes = wanted / told.num_training_tokens
-                say(f"warning: that is {passes:.1f} times all of {path}, {told.num_training_tokens:,} tokens")
+            _warn_of_many_passes(path, wanted, self.read(path, data))
 
     def read(self, path: str, data: Data) -> Data:
         """A text beside --data as this method reads it."""
@@ -285,21 +281,30 @@ class ContinualPretraining(Training):
     def _lengths(self, data: Data) -> list[tuple[int, dict[str, float]]]:
         """Tokens of each phase that is in this part of the run, in whole steps, with its shares.
 
-        One that is shorter than a step is left out, with a warning.
+        Where two have the same shares, they are one; what is shorter than a step is left out.
         """
-        steps, (begins, ends) = self._steps(data), self.part
-        inside = [(min(until, ends), shares) for until, shares in self.phases() if until > begins]
-        found, done = [], 0
-        for until, several in itertools.groupby(inside, key=operator.itemgetter(0)):
-            shares = next(several)[1]  # what comes after it begins where this part of the run has ended
-            border = round((until - begins) / (ends - begins) * steps)
-            if border <= done:
-                say(f"warning: of {steps} steps there is none with the mixture that ends at {until:g} of the run")
-                continue
-            tokens, done = (border - done) * self._step_tokens(), border
+        found: list[tuple[int, dict[str, float]]] = []
+        for _, steps, shares in self._in_steps(data):
+            tokens = steps * self._step_tokens()
             if found and found[-1][1] == shares:
                 tokens += found.pop()[0]
-            found.append((tokens, shares))
+            if tokens:
+                found.append((tokens, shares))
+        return found
+
+    def _skipped(self, data: Data) -> list[float]:
+        """Until which share of the whole run those phases last for which this part has no step."""
+        return [until for until, steps, _ in self._in_steps(data) if not steps]
+
+    def _in_steps(self, data: Data) -> list[tuple[float, int, dict[str, float]]]:
+        """Each phase that is in this part of the run: where it ends, how many steps it has, its shares."""
+        steps, (begins, ends) = self._steps(data), self.part
+        found, starts, done = [], begins, 0
+        for until, shares in self.phases():
+            if (until := min(until, ends)) > starts:
+                border = round((until - begins) / (ends - begins) * steps)
+                found.append((until, border - done, shares))
+                starts, done = until, border
         return found
 
     def plan(self, model: nn.Module, data: Data) -> Plan:
@@ -403,11 +408,15 @@ class ContinualPretraining(Training):
 
     def sources(self, data: Data) -> dict[str, Source]:
         """What is read, by the name of the text; the new text first."""
-        found = {data.corpus.name: self.source(data)}
+        found = {data.corpus.name: self.new_source(data)}
         if self.replay is not None:
             old = data.on(self.replay)
             found[old.corpus.name] = self.source(old, in_order=True)
         return found
+
+    def new_source(self, data: Data) -> Source:
+        """The text of --data."""
+        return self.source(data)
 
     def source(self, text: Data, *, in_order: bool = False) -> Source:
         """All of a text, shuffled or in its own order."""
@@ -457,6 +466,11 @@ class ContinualPretraining(Training):
             new += (border - done) * (1 - math.fsum(shares.values()))
             done = border
         return new / (ends - begins)
+
+
+def _warn_of_many_passes(name: str, tokens: int, text: Data) -> None:
+    if (passes := tokens / text.num_training_tokens) > MANY_PASSES:
+        say(f"warning: that is {passes:.1f} times all of {name}, {text.num_training_tokens:,} tokens")
 
 
 def start_over(model: nn.Module) -> None:

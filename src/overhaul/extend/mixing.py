@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from overhaul import shares
 from overhaul.extend.cpt import ContinualPretraining
+from overhaul.shares import Mixture
 
 if TYPE_CHECKING:
     from overhaul.data import Data
@@ -18,15 +19,10 @@ if TYPE_CHECKING:
 class Mixing(ContinualPretraining):
     """Continual pre-training on any number of texts, each with a share of the tokens; --data has what is left."""
 
-    mix: tuple[str, ...] = Field(
+    mix: Mixture = Field(
         (),
         description="Further texts, each CORPUS=SHARE of the tokens, or a YAML file of shares; --data has the rest.",
     )
-
-    @field_validator("mix", "last_mix", mode="before", check_fields=False)
-    @classmethod
-    def _one_is_a_list(cls, entries: Any) -> Any:
-        return shares.spelled_out((entries,) if isinstance(entries, str) else entries)
 
     @model_validator(mode="after")
     def _shares_are_shares(self) -> Mixing:

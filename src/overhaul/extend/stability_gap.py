@@ -133,11 +133,10 @@ class StabilityGap(Mixing):
         begins, ends = self.part
         return round(self._num_tokens(data) * self.new_share() / (ends - begins) / self.passes)
 
-    def sources(self, data: Data) -> dict[str, Source]:
-        """The chosen documents, and the further texts read on as they are."""
-        found, draw = super().sources(data), self._chosen(data)
-        found[data.corpus.name] = self.chosen(data, draw, name=f"{self.draw} choice {draw.key()[:8]}")
-        return found
+    def new_source(self, data: Data) -> Source:
+        """The chosen documents of --data; the further texts are read on as they are."""
+        draw = self._chosen(data)
+        return self.chosen(data, draw, name=f"{self.draw} choice {draw.key()[:8]}")
 
     def _chosen(self, data: Data) -> Draw:
         import numpy as np

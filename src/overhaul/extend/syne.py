@@ -14,6 +14,7 @@ from overhaul.errors import Diverged, UserError
 from overhaul.extend.mixing import Mixing
 from overhaul.method import NonNegative, PeakRate, Positive
 from overhaul.progress import say
+from overhaul.schedules import part_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from overhaul.data import Data
     from overhaul.mixture import Mix, Source
-    from overhaul.schedules import Schedule
     from overhaul.stream import Stream
     from overhaul.train import Plan
 
@@ -95,14 +95,13 @@ class Syne(Mixing):
     def _steps(self, data: Data) -> int:
         return super()._steps(data) * self.rounds
 
-    def sources(self, data: Data) -> dict[str, Source]:
-        """The new text, shuffled or easy first, and the further texts."""
-        found = super().sources(data)
-        if self.order == "easy-first":
-            order_D: np.ndarray = self._order_D
-            # A run that goes on ends the pass in the order that it began with: the model has changed since.
-            found[data.corpus.name] = self.chosen(data, lambda number: order_D, name="easy first")
-        return found
+    def new_source(self, data: Data) -> Source:
+        """The text of --data, shuffled or easy first."""
+        if self.order == "shuffled":
+            return super().new_source(data)
+        order_D: np.ndarray = self._order_D
+        # A run that goes on ends the pass in the order that it began with: the model has changed since.
+        return self.chosen(data, lambda number: order_D, name="easy first")
 
     def mixed(self, sources: Mapping[str, Source], data: Data) -> Stream:
         """As of cpt; where topics follow their perplexities, the first round's mixture, which ends with it."""
@@ -140,7 +139,7 @@ class Syne(Mixing):
                 table += self._follow(mix, data, before, now, number)
                 before = now
             last = number == self.rounds - 1
-            rate = _part_of(plan.schedule, number, self.rounds)
+            rate = part_of(plan.schedule, number / self.rounds, (number + 1) / self.rounds)
             finish = plan.finish if last else _as_it_is
             yield replace(plan, schedule=rate, finish=finish, hands_on=not last or self.keep_state)
         if table:
@@ -191,10 +190,6 @@ def _easy_first(model: nn.Module, data: Data, tokens: int) -> np.ndarray:
     low, middle, high = np.quantile(scored_D, (0.0, 0.5, 1.0)) if len(scored_D) else (math.nan,) * 3
     say(f"{data.corpus.name} from a loss of {low:.2f} to {high:.2f} nats, {middle:.2f} in the middle")
     return order_D
-
-
-def _part_of(rate: Schedule, number: int, rounds: int) -> Schedule:
-    return lambda share: rate((number + share) / rounds)
 
 
 def _as_it_is(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from overhaul import shares
 from overhaul.extend.mixing import Mixing
 from overhaul.method import Share
+from overhaul.shares import Mixture
 
 
 class Upsampling(Mixing):
@@ -25,7 +26,7 @@ class Upsampling(Mixing):
     )
 
     last: Share = Field(0.2, description="Share of the whole run, at its end, with the other mixture.")
-    last_mix: tuple[str, ...] = Field(
+    last_mix: Mixture = Field(
         (),
         description="The mixture there, as --mix: what is not named has no share in it, and --data has the rest.",
     )

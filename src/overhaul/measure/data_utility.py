@@ -6,11 +6,12 @@ import copy
 import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from overhaul import shares
 from overhaul.method import BatchSize, Measure, PeakRate, Positive, SeqLen, Steps
 from overhaul.progress import say
+from overhaul.shares import Mixture
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,10 +38,10 @@ class DataUtility(Measure):
     )
     reads_packed: ClassVar[bool] = False
 
-    last_mix: tuple[str, ...] = Field(
+    last_mix: Mixture = Field(
         (), description="The mixture whose texts are left out one by one, as extend upsample; --data has the rest."
     )
-    mix: tuple[str, ...] = Field(
+    mix: Mixture = Field(
         (), description="The mixture before it: a run that goes on with this one tells what the change itself is worth."
     )
     steps: Steps = 50
@@ -52,11 +53,6 @@ class DataUtility(Measure):
     )
     runs: Positive = Field(3, description="Runs of each mixture, in other orders: the interval is over these.")
     windows: Positive = Field(16, description="Held-out windows of each text.")
-
-    @field_validator("mix", "last_mix", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, entries: Any) -> Any:
-        return shares.spelled_out((entries,) if isinstance(entries, str) else entries)
 
     @model_validator(mode="after")
     def _there_is_a_mixture(self) -> DataUtility:

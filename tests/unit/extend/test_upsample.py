@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command import overhaul, refused
 from overhaul.corpora import open_corpus
@@ -200,9 +200,11 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], says: str):
         Upsampling(**{"last_mix": ("code=0.5",), **settings})
 
 
-def test_a_last_part_of_no_step_is_told(texts, data: Data, capsys: pytest.CaptureFixture[str]):
-    assert drawn(method(texts, steps=4, last=0.1), data, 16)[-1]["papers.jsonl"] == 4 * 32
+def test_a_last_part_of_no_step_is_told(tiny: Path, texts, data: Data, capsys: pytest.CaptureFixture[str]):
+    chosen = method(texts, steps=4, last=0.1)
+    assert drawn(chosen, data, 16)[-1]["papers.jsonl"] == 4 * 32
 
+    chosen.check(AutoModelForCausalLM.from_pretrained(tiny), data)
     assert "of 4 steps there is none with the mixture that ends at 1 of the run" in capsys.readouterr().err
 
 
