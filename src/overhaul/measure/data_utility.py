@@ -16,7 +16,7 @@ from overhaul.shares import Mixture
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from overhaul.data import Data
     from overhaul.extend.mixing import Mixing
@@ -73,14 +73,16 @@ class DataUtility(Measure):
         Raises:
             UserError: a text is not there, too short, or that of --data; go_on without what it goes on with.
         """
+        from dataclasses import replace
+
         from overhaul.table import Table
 
         mixtures = self._mixtures(data.corpus.name)
         say(f"{len(mixtures) * self.runs} runs of {self.steps} steps")
-        losses = {
-            name: [self._losses(model, data, last, number) for number in range(self.runs)]
-            for name, last in mixtures.items()
-        }
+        heldout = self._heldout(data)
+        # One for each run, whatever the mixture, so that every text is encoded once a run.
+        seeded = [replace(data, seed=data.seed + number) for number in range(self.runs)]
+        losses = {name: [self._losses(model, one, last, heldout) for one in seeded] for name, last in mixtures.items()}
         rows = [
             self._row(data.model, f"utility of {name} on {text}", [
                 without[text] - full[text] for without, full in zip(losses[name], losses[ALL], strict=True)
@@ -119,33 +121,35 @@ class DataUtility(Measure):
         settings: dict[str, Any] = self.model_dump(include={"steps", "batch_size", "seq_len", "lr", "go_on"})
         return Mixing(**settings, mix=tuple(f"{path}={share!r}" for path, share in last.items()), save_every=0)
 
-    def _losses(self, model: nn.Module, data: Data, last: Mapping[str, float], number: int) -> dict[str, float]:
+    def _losses(
+        self, model: nn.Module, data: Data, last: Mapping[str, float], heldout: Mapping[str, Tensor]
+    ) -> dict[str, float]:
         """Held-out losses after a run, by text."""
-        from dataclasses import replace
-
-        from overhaul import machine, pretrained
+        from overhaul import evaluate, machine, pretrained
         from overhaul.train import train
         from overhaul.workspace import finish
 
-        method, seeded = self._method(last), replace(data, seed=data.seed + number)
+        method = self._method(last)
         if self.go_on:
             method = method.at(pretrained.resolve(data.model))
         trained = copy.deepcopy(model)
-        method.check(trained, seeded)
-        machine.seed_everything(seeded.seed)
-        plan = method.plan(trained, seeded)
-        train(plan, method, seed=seeded.seed, dtype=data.dtype, quiet=True)
-        return self._heldout(finish(plan), seeded)
+        method.check(trained, data)
+        machine.seed_everything(data.seed)
+        plan = method.plan(trained, data)
+        train(plan, method, seed=data.seed, dtype=data.dtype, quiet=True)
+        made = finish(plan)
+        return {
+            name: math.log(evaluate.perplexity(made, windows_NT, dtype=data.dtype).estimate.value)
+            for name, windows_NT in heldout.items()
+        }
 
-    def _heldout(self, model: nn.Module, data: Data) -> dict[str, float]:
-        from overhaul import evaluate
-
+    def _heldout(self, data: Data) -> dict[str, Tensor]:
+        """Windows (N, T) of each text's held-out part, by its name."""
         texts = dict.fromkeys([*shares.parse(self.last_mix), *shares.parse(self.mix)])
-        found = {}
-        for told in (data, *(data.on(path) for path in texts)):
-            windows_NT = told.windows("heldout", seq_len=self.seq_len, limit=self.windows)
-            found[told.corpus.name] = math.log(evaluate.perplexity(model, windows_NT, dtype=data.dtype).estimate.value)
-        return found
+        return {
+            told.corpus.name: told.windows("heldout", seq_len=self.seq_len, limit=self.windows)
+            for told in (data, *(data.on(path) for path in texts))
+        }
 
     def _row(self, model: str, metric: str, values: list[float]) -> Row:
         from dataclasses import asdict
