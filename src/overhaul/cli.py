@@ -16,7 +16,17 @@ from typing import Annotated, Any
 
 from overhaul import catalog
 from overhaul.errors import Interrupted, UserError, UserErrors, did_you_mean
-from overhaul.terminal import check_page, checked, flags, parse, print_table, quiet_libraries, show_outcome, typed
+from overhaul.terminal import (
+    check_page,
+    checked,
+    flags,
+    json_flag,
+    parse,
+    print_table,
+    quiet_libraries,
+    show_outcome,
+    typed,
+)
 
 COMMANDS = {
     "run": "Run the steps of a recipe.",
@@ -79,9 +89,9 @@ def _dispatch(arguments: list[str]) -> None:
         return
     verb, rest = arguments[0], arguments[1:]
     if verb in COMMANDS:
-        from overhaul import commands
+        from overhaul import commands, data_commands
 
-        getattr(commands, f"{verb}_command")(rest)
+        getattr(data_commands if verb == "data" else commands, f"{verb}_command")(rest)
     elif verb in catalog.VERBS:
         if not rest or rest[0] in ("-h", "--help"):
             print(_methods_of(verb))
@@ -180,11 +190,7 @@ def _measure(entry: catalog.Entry, arguments: list[str]) -> None:
                 Annotated[Path | None, tyro.conf.arg(help="Write the table and its pictures to this page.")],
                 dataclasses.field(default=None),
             ),
-            (
-                "json",
-                Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="One JSON object on stdout.")],
-                dataclasses.field(default=False),
-            ),
+            json_flag("One JSON object on stdout."),
         ],
         kw_only=True,
     )

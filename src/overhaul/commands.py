@@ -1,4 +1,7 @@
-"""The commands that are no verbs: run, sweep, compare, bundle, show, generate, list, schema, doctor; not data."""
+"""The commands that are no verbs: run, sweep, compare, bundle, show, generate, list, schema, doctor.
+
+Those about text stand in `data_commands`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ from typing import Annotated
 import tyro
 
 from overhaul import catalog
-from overhaul.data_commands import data_command as data_command
 from overhaul.errors import UserError
 from overhaul.terminal import check_page, checked, flags, parse, print_json, quiet_libraries, show_outcome, typed
 

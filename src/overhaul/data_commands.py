@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from overhaul.errors import UserError, did_you_mean
-from overhaul.terminal import checked, flags, parse, print_json, quiet_libraries
+from overhaul.terminal import checked, flags, json_flag, parse, print_json, quiet_libraries
 
 Flag = tyro.conf.FlagCreatePairsOff
 
@@ -35,13 +35,11 @@ def _data_list(arguments: list[str]) -> None:
         json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
 
     given = parse(DataList, arguments, prog="overhaul data list", description="The corpora that have a name.")
-    from dataclasses import asdict
-
     from overhaul.corpora import named_corpora
 
     corpora = named_corpora()
     if given.json:
-        print_json({"corpora": [asdict(corpus) for corpus in corpora]})
+        print_json({"corpora": [dataclasses.asdict(corpus) for corpus in corpora]})
         return
     for corpus in corpora:
         print(f"{corpus.name:14} {corpus.bytes / 1e6:5.1f} MB  {corpus.what}; {corpus.licence}; {corpus.source}")
@@ -98,11 +96,7 @@ def _data_questions(arguments: list[str]) -> None:
         [
             ("out", Annotated[Path, tyro.conf.arg(aliases=["-o"], help="New file of JSON lines.", metavar="FILE")]),
             *flags(QuestionWriting),
-            (
-                "json",
-                Annotated[Flag[bool], tyro.conf.arg(help="The ledger on stdout.")],
-                dataclasses.field(default=False),
-            ),
+            json_flag("The ledger on stdout."),
         ],
         kw_only=True,
     )
@@ -138,11 +132,7 @@ def _data_topics(arguments: list[str]) -> None:
             ),
             ("out", Annotated[Path, tyro.conf.arg(aliases=["-o"], help="New directory.", metavar="DIR")]),
             *flags(TopicSettings),
-            (
-                "json",
-                Annotated[Flag[bool], tyro.conf.arg(help="topics.json on stdout.")],
-                dataclasses.field(default=False),
-            ),
+            json_flag("topics.json on stdout."),
         ],
         kw_only=True,
     )

@@ -37,6 +37,14 @@ def flags(settings: type[Any], *, without: Sequence[str] = ()) -> list[tuple[str
     return made
 
 
+def json_flag(what: str) -> tuple[str, Any, Any]:
+    """`--json` as a dataclass field for `parse`: it is off unless it is typed."""
+    import tyro
+
+    kind = Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help=what)]
+    return "json", kind, dataclasses.field(default=False)
+
+
 def _is_settings(annotation: Any) -> bool:
     """Whether a field is a group of settings, whose flags are `--field.name`."""
     from overhaul.method import Settings  # it brings pydantic, which the list of commands does without
