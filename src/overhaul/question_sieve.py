@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from overhaul.answers import normalised, result
 from overhaul.question_templates import Pair
-from overhaul.synthetic import NearDuplicates, plain
+from overhaul.synthetic import NearDuplicates, plain, runs
 
 FEWEST_WORDS = 3
 """Of a question."""
@@ -56,19 +56,15 @@ class Forbidden:
         if asked in self._short or (self._fewest <= len(asked) < self._run_words and self._has(asked)):
             return True
         words = asked + _words(answer)
-        if any(self._has(run) for run in _runs(words, self._run_words)):
+        if any(self._has(run) for run in runs(words, self._run_words)):
             return True
         lengths = range(self._fewest, self._run_words)
-        return any(not self._short.isdisjoint(_runs(words, length)) for length in lengths)
+        return any(not self._short.isdisjoint(runs(words, length)) for length in lengths)
 
     def _has(self, run: _Words) -> bool:
         """Whether an item has the run."""
         place = bisect_left(self._following, run)
         return place < len(self._following) and self._following[place][: len(run)] == run
-
-
-def _runs(words: _Words, length: int) -> Iterator[_Words]:
-    return (words[start : start + length] for start in range(len(words) - length + 1))
 
 
 def _words(text: str) -> _Words:

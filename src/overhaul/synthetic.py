@@ -93,7 +93,7 @@ def plain(prompt: str) -> str:
 
 def sequences(text: str, words: int = WORDS) -> frozenset[tuple[str, ...]]:
     """All runs of so many words."""
-    return frozenset(_runs(plain(text).split(), words))
+    return frozenset(runs(plain(text).split(), words))
 
 
 class NearDuplicates:
@@ -181,9 +181,9 @@ def longest_runs(texts: Sequence[str], others: Iterable[Sequence[str]]) -> list[
     words, rest = [plain(text).split() for text in texts], list(others)
     best = [0] * len(words)
     for length in range(1, max(map(len, words), default=0) + 1):
-        own = [_runs(one, length) if best[place] == length - 1 else set() for place, one in enumerate(words)]
+        own = [runs(one, length) if best[place] == length - 1 else set() for place, one in enumerate(words)]
         wanted = set().union(*own)
-        met = [(other, common) for other in rest if (common := wanted.intersection(_runs(other, length)))]
+        met = [(other, common) for other in rest if (common := wanted.intersection(runs(other, length)))]
         rest, shared = [other for other, _ in met], set().union(*(common for _, common in met))
         if not shared:
             break
@@ -191,7 +191,8 @@ def longest_runs(texts: Sequence[str], others: Iterable[Sequence[str]]) -> list[
     return best
 
 
-def _runs(words: Sequence[str], length: int) -> set[tuple[str, ...]]:
+def runs(words: Sequence[str], length: int) -> set[tuple[str, ...]]:
+    """All runs of so many words in a list of them."""
     return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
 
 

@@ -18,7 +18,7 @@ from bench import results
 from bench.results import Target
 
 from claims.extending import SEQ_LEN, Extended, extended, write_blank
-from overhaul import ngram, stability
+from overhaul import authenticity, ngram, stability
 from overhaul.corpora import open_corpus
 from overhaul.documents import Row
 from overhaul.extend.cpt import ContinualPretraining
@@ -82,13 +82,11 @@ def test_the_reference_tells_the_domain_from_other_text(texts: Texts):
     rows = list(open_corpus(texts.blend).train)
     ranking = ngram.rank(rows, model)
     is_page_D = np.array([texts.is_page(row) for row in rows])
-    ranks_D = np.empty(len(rows))
-    ranks_D[ranking.order_D] = np.arange(1, len(rows) + 1)
-    pages, code = is_page_D.sum(), (~is_page_D).sum()
+    pages, code = (ranking.perplexities_D[kind_D] for kind_D in (is_page_D, ~is_page_D))
 
     results.hold(
         _row(id="extend-stability-gap/selector", seeds=(0,), unit="", target=Target(">=", 0.9),
-             values=(float((ranks_D[is_page_D].sum() - pages * (pages + 1) / 2) / (pages * code)),),
+             values=(authenticity.auroc(pages, code),),
              what="Area under the curve by which n-gram perplexity tells code from German manual pages")
     )  # fmt: skip
 
