@@ -15,6 +15,7 @@ from filelock import FileLock
 
 import overhaul
 from overhaul import pretrained
+from vocabulary import byte_level_bpe
 
 # Read when the packages are imported, so set before any test can import them; child processes inherit both.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -156,20 +157,10 @@ def _tiny_config(architecture: str, bias: bool) -> Any:
 
 def _tiny_tokenizer() -> Any:
     """A byte-level BPE of 512 tokens; padding is the end token, as in many released models."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = sorted((Path(overhaul.__file__).parent / "texts").rglob("*.txt"))
-    bpe.train_from_iterator((path.read_text(encoding="utf-8") for path in texts), trainer)
+    files = sorted((Path(overhaul.__file__).parent / "texts").rglob("*.txt"))
+    bpe = byte_level_bpe((file.read_text(encoding="utf-8") for file in files), 512, ["<|im_start|>", "<|im_end|>"])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token="<|im_start|>",

@@ -15,6 +15,7 @@ from overhaul.method import Training
 from overhaul.options import Options
 from overhaul.recipe import Step
 from overhaul.report.facts import HELDOUT, LOSS_ON
+from vocabulary import byte_level_bpe
 
 HIDDEN, FFN, LAYERS, VOCABULARY = 128, 352, 4, 1024
 SEQ_LEN = 128
@@ -58,17 +59,10 @@ def first_points(run: Extended, text: str, count: int) -> list[float]:
 
 def write_blank(directory: Path, corpora: Sequence[str]) -> Path:
     """A small Llama with random weights and a byte-level vocabulary that was learnt on the corpora."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
-    bpe.train_from_iterator((row["text"] for corpus in corpora for row in open_corpus(corpus).train), trainer)
+    texts = (str(row["text"]) for corpus in corpora for row in open_corpus(corpus).train)
+    bpe = byte_level_bpe(texts, VOCABULARY, ["<|end|>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
     config = LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=4,
