@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from command import overhaul
 from overhaul import catalog
 from overhaul.corpora import open_corpus
 from overhaul.execute import run_step
@@ -55,6 +56,14 @@ def extended(
 def first_points(run: Extended, text: str, count: int) -> list[float]:
     """The first losses on a text that were taken while training."""
     return [point[f"{HELDOUT}/{text}"] for point in run.points if f"{HELDOUT}/{text}" in point][:count]
+
+
+def write_problems(directory: Path) -> Path:
+    """Arithmetic in words with worked answers, each another one: a small text of value, as a .jsonl file."""
+    file = directory / "problems.jsonl"
+    done = overhaul("data", "questions", "-o", file, "--kinds", "arithmetic", "--count", "4000", "--largest", "99")
+    assert done.code == 0, done.err
+    return file
 
 
 def write_blank(directory: Path, corpora: Sequence[str]) -> Path:

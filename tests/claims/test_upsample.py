@@ -1,7 +1,7 @@
-"""Domain upsampling (Blakeney et al., 2024) on small models: is a longer last part better for the domains?
+"""Domain upsampling (Blakeney et al., 2024): is a longer last part better for the domains, and what does it cost?
 
 Llamas of four layers, trained from random weights on Wikipedia with code and generated problems among it; in the last
-part the small texts have more. All branches end with as many tokens, under one schedule.
+part the small texts have more. All branches end with as many tokens, under one schedule. Then SmolLM2, which goes on.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import pytest
 from bench import results
 from bench.results import Row, Target
 
-from claims.extending import Extended, extended, write_blank
-from command import overhaul
+from claims.extending import Extended, extended, write_blank, write_problems
 from overhaul.extend.upsample import Upsampling
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * 3600)]
@@ -32,11 +31,7 @@ BORDERS = (0.0, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Arithmetic in words with worked answers, each another one."""
-    file = tmp_path_factory.mktemp("problems") / "problems.jsonl"
-    done = overhaul("data", "questions", "-o", file, "--kinds", "arithmetic", "--count", "4000", "--largest", "99")
-    assert done.code == 0, done.err
-    return file
+    return write_problems(tmp_path_factory.mktemp("problems"))
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +98,56 @@ def test_a_fifth_of_the_tokens_is_worth_five_per_cent_of_the_loss(branches, prob
              what="Fall of the loss on the domains by upsampling in the last 20%",
              values=tuple(1 - _domain(with_, problems) / _domain(without, problems) for with_, without in pairs))
     )  # fmt: skip
+
+
+SMOL_SEEDS = (0, 1)
+SMOL_STEPS, SMOL_LAST = 120, 0.2
+SMOL: dict[str, Any] = {"batch_size": 4, "seq_len": 128, "lr": 1e-4, "save_every": 0, "schedule": "infinite"}
+SMOL_SETTINGS = {"model": "smollm2-135m", "steps": SMOL_STEPS, "last": SMOL_LAST, **SMOL, "heldout": "64x128"}
+
+
+@pytest.fixture(scope="module")
+def smollm2(smol: Path, problems: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
+    """Losses by text, before and at the end of both branches of a run that goes on with a real model."""
+    root = tmp_path_factory.mktemp("smollm2")
+    base, last = (f"{CODE}=0.05", f"{problems}=0.05"), (f"{CODE}=0.35", f"{problems}=0.35")
+    common: dict[str, Any] = {"data": WEB, "watch": (WEB, CODE, str(problems))}
+    found: dict[str, list[dict[str, float]]] = {"before": [], "without": [], "with": []}
+    for seed in SMOL_SEEDS:
+        trunk, border = root / f"{seed}-trunk", 1 - SMOL_LAST
+        stem = Upsampling(**SMOL, mix=base, last_mix=last, last=SMOL_LAST, part=(0.0, border), keep_state=True,
+                          steps=round(border * SMOL_STEPS))  # fmt: skip
+        found["before"].append(extended(smol, trunk, stem, seed=seed, **common).before)
+        for name, mix in (("without", base), ("with", last)):
+            branch = Upsampling(**SMOL, mix=base, last_mix=mix, last=SMOL_LAST, part=(border, 1.0), go_on=True,
+                                steps=round(SMOL_LAST * SMOL_STEPS))  # fmt: skip
+            found[name].append(extended(trunk, root / f"{seed}-{name}", branch, seed=seed, **common).after)
+    results.record(
+        _smol_row(id=f"extend-upsample/smollm2-{name}-{text}", what=f"SmolLM2's loss on {text}, {when}",
+                  values=tuple(losses[of] for losses in found[name]))
+        for name, when in (("before", "before"), ("without", "not upsampled"), ("with", "last 20% upsampled"))
+        for text, of in (("problems", problems.name), ("code", CODE), ("web", WEB))
+    )  # fmt: skip
+    return found
+
+
+def test_smollm2_gains_on_the_domains_and_keeps_web_text(smollm2, problems: Path):
+    pairs = list(zip(smollm2["without"], smollm2["with"], strict=True))
+    rows = (
+        _smol_row(id="extend-upsample/smollm2-gain", target=Target(">", 0),
+                  what="SmolLM2's loss on the domains less that with the last 20% upsampled",
+                  values=tuple(_domain(without, problems) - _domain(with_, problems) for without, with_ in pairs)),
+        _smol_row(id="extend-upsample/smollm2-web-cost", target=Target("<=", 0.03),
+                  what="SmolLM2's loss on web text with the last 20% upsampled less that without",
+                  values=tuple(with_[WEB] - without[WEB] for without, with_ in pairs)),
+    )  # fmt: skip
+    results.record(rows)
+    for row in rows:
+        results.hold(row)
+
+
+def _smol_row(**fields: Any) -> Row:
+    return _row(**{"settings": SMOL_SETTINGS, "seeds": SMOL_SEEDS, **fields})
 
 
 def _row(**fields: Any) -> Row:
