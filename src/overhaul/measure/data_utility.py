@@ -77,7 +77,7 @@ class DataUtility(Measure):
 
         from overhaul.table import Table
 
-        mixtures = self._mixtures(data.corpus.name)
+        mixtures = self._mixtures(data)
         say(f"{len(mixtures) * self.runs} runs of {self.steps} steps")
         heldout = self._heldout(data)
         # One for each run, whatever the mixture, so that every text is encoded once a run.
@@ -102,15 +102,16 @@ class DataUtility(Measure):
         tokens = self.steps * self.batch_size * self.seq_len
         return Table(tuple(rows), details=details, notes=(f"each run read {tokens:,} tokens",))
 
-    def _mixtures(self, own: str) -> dict[str, Shares]:
-        """What is tried: shares of the texts beside --data, by what is left out."""
+    def _mixtures(self, data: Data) -> dict[str, Shares]:
+        """What is tried: shares of the texts beside --data, by the name of what is left out."""
         last = shares.parse(self.last_mix)
         rest = 1 - math.fsum(last.values())
         found = {ALL: last}
         for left_out, share in last.items():
-            found[left_out] = {path: part / (1 - share) for path, part in last.items() if path != left_out}
+            others = {path: part / (1 - share) for path, part in last.items() if path != left_out}
+            found[data.on(left_out).corpus.name] = others
         if shares.above(rest, 0):
-            found[own] = {path: part / (1 - rest) for path, part in last.items()}
+            found[data.corpus.name] = {path: part / (1 - rest) for path, part in last.items()}
         if self.mix:
             found[NO_CHANGE] = shares.parse(self.mix)
         return found

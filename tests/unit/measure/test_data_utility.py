@@ -38,14 +38,15 @@ def data(tiny: Path, texts: dict[str, Path]) -> Data:
     return Data(open_corpus(texts["web"]), AutoTokenizer.from_pretrained(tiny), model=str(tiny))
 
 
-def test_what_is_left_out_is_shared_out_over_the_others():
-    tried = DataUtility(last_mix=("papers=0.2", "code=0.3"))._mixtures("web")
+def test_what_is_left_out_is_shared_out_over_the_others(data: Data, texts: dict[str, Path]):
+    papers, code = str(texts["papers"]), str(texts["code"])
+    tried = DataUtility(last_mix=(f"{papers}=0.2", f"{code}=0.3"))._mixtures(data)
 
     assert tried == {
-        "all texts": {"papers": 0.2, "code": 0.3},
-        "papers": {"code": pytest.approx(0.375)},
-        "code": {"papers": pytest.approx(0.2 / 0.7)},
-        "web": {"papers": pytest.approx(0.4), "code": pytest.approx(0.6)},
+        "all texts": {papers: 0.2, code: 0.3},
+        "papers.jsonl": {code: pytest.approx(0.375)},
+        "code.jsonl": {papers: pytest.approx(0.2 / 0.7)},
+        "web.jsonl": {papers: pytest.approx(0.4), code: pytest.approx(0.6)},
     }
 
 
@@ -58,7 +59,7 @@ def test_without_a_text_the_loss_on_it_is_higher(tiny: Path, texts, data: Data):
 
     utility = {row.metric: row for row in table.rows}
     for word in ("papers", "code"):
-        row = utility[f"utility of {texts[word]} on {word}.jsonl"]
+        row = utility[f"utility of {word}.jsonl on {word}.jsonl"]
         assert row.value > 0
         assert row.low < row.value < row.high
         assert row.count == 2
