@@ -27,7 +27,7 @@ WEB, CODE, PAGES = "boolq-passages", "stdlib", "manpages-en"
 TOLD = {"web": "web text", "code": "code", "pages": "manual pages", "problems": "problems"}
 SHARE, LAST = 0.25, 0.1
 """Of each text, in all runs; and of a run, the part that the probe trains."""
-STEPS, BATCH, SEQ_LEN, RATE = 400, 8, 128, 1e-3
+STEPS, BATCH, SEQ_LEN, RATE = 600, 8, 128, 1e-3
 SEEDS = (0, 1, 2)
 SETTINGS = {"model": "llama 4 x 128, 1,024 tokens", "steps": STEPS, "batch_size": BATCH, "seq_len": SEQ_LEN, "lr": RATE,
             "share of each text": SHARE, "last": LAST, "heldout": f"64x{SEQ_LEN}"}  # fmt: skip
@@ -46,7 +46,8 @@ class Ranked:
 
     def agreement(self, texts: list[str]) -> float:
         """Spearman's correlation between both rankings of the texts, by their mean utility on all."""
-        return spearmanr(*([_mean(of, text, texts) for text in texts] for of in (self.whole, self.probe))).statistic
+        both = ([_mean(of, text, texts) for text in texts] for of in (self.whole, self.probe))
+        return float(spearmanr(*both).statistic)
 
 
 def _mean(utilities: Utilities, left_out: str, texts: list[str]) -> float:
