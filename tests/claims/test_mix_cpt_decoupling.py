@@ -40,20 +40,21 @@ from overhaul.workspace import finish
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 DTYPE = machine.compute_dtype("auto", torch.device("cpu"))
-SERVICES, GENERAL, ASKED = 6, 96, 16
+SERVICES, GENERAL, ASKED = 12, 96, 48
 FEW, MANY = 16, 32
-"""Examples by FAS, and at random: twice as many."""
+"""Examples by FAS, and at random: as many and twice as many."""
 NEW_TOKENS = 16
 KNOWLEDGE: dict[str, Any] = {
-    "steps": 48, "batch_size": 4, "seq_len": 48, "lr": 4e-4, "general_share": 0.1, "save_every": 0,
+    "steps": 96, "batch_size": 4, "seq_len": 48, "lr": 4e-4, "general_share": 0.1, "save_every": 0,
 }  # fmt: skip
-FORMAT: dict[str, Any] = {"batch_size": 4, "seq_len": 48, "lr": 1e-4, "candidates": GENERAL, "save_every": 0}
-PASSES = 2
+FORMAT: dict[str, Any] = {
+    "steps": 16, "batch_size": 4, "seq_len": 48, "lr": 1e-4, "candidates": GENERAL, "save_every": 0,
+}  # fmt: skip
 SETTINGS = {
     "model": "smollm2-135m", "services": SERVICES, "general": GENERAL, "knowledge": KNOWLEDGE, "format": FORMAT,
-    "few": FEW, "many": MANY, "passes": PASSES, "asked": ASKED, "dtype": str(DTYPE),
+    "few": FEW, "many": MANY, "asked": ASKED, "dtype": str(DTYPE),
 }  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}### Q\n{{ m['content'] }}\n"
@@ -81,6 +82,7 @@ class Found:
     without_knowledge: float
     valid_before: float
     valid_few: float
+    valid_random: float
     valid_many: float
 
 
@@ -142,9 +144,8 @@ class _Bench:
         return self.trained(self.base.model, MixCPT(general="general", **KNOWLEDGE), self.data("facts", told))
 
     def formatted(self, start: nn.Module, count: int, by: Any) -> nn.Module:
-        """After stage two on so many general examples."""
-        steps = PASSES * count // FORMAT["batch_size"]
-        method = FormatAlignment(select=count, by=by, steps=steps, template=str(self.template), **FORMAT)
+        """After stage two on so many general examples, in as many steps."""
+        method = FormatAlignment(select=count, by=by, template=str(self.template), **FORMAT)
         return self.trained(start, method, self.data("general", self.pool))
 
     def recalled(self, model: nn.Module, *, templated: bool) -> float:
@@ -177,6 +178,7 @@ class _Bench:
             without_knowledge=self.recalled(self.formatted(self.base.model, FEW, "fas"), templated=True),
             valid_before=self.valid(knowing),
             valid_few=self.valid(few),
+            valid_random=self.valid(self.formatted(knowing, FEW, "random")),
             valid_many=self.valid(self.formatted(knowing, MANY, "random")),
         )
 
@@ -212,7 +214,9 @@ def test_a_format_that_was_learnt_on_other_questions_carries_the_facts(found: li
 def test_examples_chosen_by_fas_teach_the_format_on_half_as_many(found: list[Found]):
     _record_and_check(
         _row("Valid answers in the template before stage two", "valid-before", [one.valid_before for one in found]),
-        _row(f"Valid answers in the template, {MANY} random examples", "valid-random",
+        _row(f"Valid answers in the template, {FEW} random examples", "valid-random",
+             [one.valid_random for one in found]),
+        _row(f"Valid answers in the template, {MANY} random examples", "valid-many",
              [one.valid_many for one in found]),
         _row(f"Valid answers in the template, {FEW} examples by FAS", "valid-fas", [one.valid_few for one in found]),
         _row(f"Valid answers, {FEW} examples by FAS less {MANY} random ones", "valid-ahead",
