@@ -1,9 +1,10 @@
 """Tables of measured numbers in README.md and docs/, written between markers from docs/results.json.
 
-    <!-- table: PREFIX -->
+    <!-- table: PREFIX ... -->
     <!-- end -->
 
-PREFIX selects rows whose id begins with it, such as `adapt-perp`; `bench-` or `claim-` in front selects one kind.
+Each PREFIX selects rows whose id begins with it, such as `adapt-perp`; `bench-` or `claim-` in front selects one kind.
+Those of the first stand first. Where they are of several methods, the first column says of which.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from bench import results
 
 Stored = dict[str, Any]
 
-_MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- table: (\S[^\n]*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 NOTHING = "*Not measured yet.*\n"
 
 
@@ -28,29 +29,41 @@ def documents(root: Path) -> list[Path]:
 
 def filled(text: str, rows: Sequence[Stored]) -> str:
     """`text` with every marked table made anew."""
-    return _MARKED.sub(lambda found: found[1] + _tables(_selected(rows, found[2])) + found[4], text)
+    return _MARKED.sub(lambda found: found[1] + _tables(_selected(rows, found[2].split())) + found[4], text)
 
 
-def _selected(rows: Sequence[Stored], prefix: str) -> list[Stored]:
-    return [row for row in rows if row["id"].startswith(prefix) or f"{row['kind']}-{row['id']}".startswith(prefix)]
+def _selected(rows: Sequence[Stored], prefixes: Sequence[str]) -> list[Stored]:
+    def named(row: Stored, prefix: str) -> bool:
+        return row["id"].startswith(prefix) or f"{row['kind']}-{row['id']}".startswith(prefix)
+
+    found = {row["id"]: row for prefix in prefixes for row in rows if named(row, prefix)}
+    return list(found.values())
 
 
 def _tables(rows: Sequence[Stored]) -> str:
     models = [row for row in rows if row["kind"] == "model"]
-    made = [
-        _table(("what", "measured", "lowest to highest", "seeds", "target", "met"), claims, _claim)
-        for claims in [[row for row in rows if row["kind"] == "claim"]]
-        if claims
-    ] + [
-        _table(("what", "overhaul", "peer", "", "ratio", "target", "met"), benches, _bench)
-        for benches in [[row for row in rows if row["kind"] == "bench"]]
-        if benches
-    ]
+    heads = {
+        "claim": (("what", "measured", "lowest to highest", "seeds", "target", "met"), _claim),
+        "bench": (("what", "overhaul", "peer", "", "ratio", "target", "met"), _bench),
+    }
+    of_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in heads}
+    made = [_of_methods(head, of_kind[kind], cells) for kind, (head, cells) in heads.items() if of_kind[kind]]
     if models:
         made.append(_models(models))
     if not made:
         return NOTHING
     return "\n".join([*made, _where(rows)])
+
+
+def _of_methods(head: Sequence[str], rows: Sequence[Stored], cells: Any) -> str:
+    """A table of statements, each with its method if there are several."""
+    if len({_method(row) for row in rows}) > 1:
+        return _table(("", *head), rows, lambda row: (_method(row), *cells(row)))
+    return _table(head, rows, cells)
+
+
+def _method(row: Stored) -> str:
+    return row["id"].partition("/")[0]
 
 
 def _table(head: Sequence[str], rows: Sequence[Any], cells: Any) -> str:

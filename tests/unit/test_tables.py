@@ -49,6 +49,16 @@ def test_a_prefix_selects_ids_or_a_kind(tmp_path: Path):
     assert tables.NOTHING in tables.filled("<!-- table: bench- -->\n<!-- end -->", stored)
 
 
+def test_several_prefixes_select_in_their_order_and_each_row_once(tmp_path: Path):
+    rows = [Row(id=f"adapt-{name}/it", kind="claim", what=name, values=(1.0,)) for name in ("full", "lora", "vera")]
+
+    made = tables.filled("<!-- table: adapt-vera/it adapt-f adapt-full -->\n<!-- end -->", _stored(tmp_path, *rows))
+
+    assert [line.split(" | ")[1] for line in made.splitlines()[3:5]] == ["vera", "full"]
+    assert "| lora |" not in made
+    assert made.splitlines()[3].startswith("| adapt-vera |"), "several methods: each row says of which"
+
+
 def test_models_of_a_folder_are_lines_and_their_quantities_columns(tmp_path: Path):
     found = {"a": {"perplexity": 30.0, "bytes": 2e6}, "b": {"perplexity": 20.0}}
     rows = [
