@@ -60,7 +60,7 @@ def line_chart(curves: Sequence[Curve], *, title: str) -> Markup:
         curves: at least one, all with the labels of the first.
         title: for screen readers; the page prints it above.
     """
-    width, left, right, bottom = 480, 52, 16, 38
+    width, right, bottom = 480, 16, 38
     names = [curve.name for curve in curves] if len(curves) > 1 else []
     legend, top = _legend(names, taken=7 * len(curves[0].y_label), right_edge=width - right)
     height = top + 186 + bottom
@@ -68,6 +68,8 @@ def line_chart(curves: Sequence[Curve], *, title: str) -> Markup:
     xs, ys = ([point[axis] for line in lines for point in line] or [0.0, 1.0] for axis in (0, 1))
     x_low, x_high = 0.0 if curves[0].x_label == TOKENS else min(xs), max(xs)
     y_low, y_high = _padded(min(ys), max(ys))
+    written_y = {y: f"{y:.6g}" for y in ticks(y_low, y_high)}
+    left = max(52, 10 + 7 * max(map(len, written_y.values())))
 
     def at_x(x: float) -> float:
         return left + (width - left - right) * (x - x_low) / ((x_high - x_low) or 1)
@@ -76,9 +78,9 @@ def line_chart(curves: Sequence[Curve], *, title: str) -> Markup:
         return height - bottom - (height - top - bottom) * (y - y_low) / (y_high - y_low)
 
     marks = []
-    for y in ticks(y_low, y_high):
+    for y, text in written_y.items():
         marks.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
-        marks.append(text_mark(left - 7, at_y(y) + 4, f"{y:.6g}", anchor="end"))
+        marks.append(text_mark(left - 7, at_y(y) + 4, text, anchor="end"))
     written = as_tokens if curves[0].x_label == TOKENS else as_place
     for x in ticks(x_low, x_high):
         marks.append(text_mark(at_x(x), height - bottom + 16, written(x), anchor="middle"))

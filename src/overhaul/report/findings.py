@@ -23,6 +23,9 @@ from overhaul.table import Curve, LayerMap
 MOST_TABLE_ROWS = 50
 """The table beside a chart shows every n-th point beyond this; its CSV has them all."""
 
+FEW_ZEROS = 0.01
+"""Of a layer: as many are in models that were never pruned."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
@@ -180,20 +183,24 @@ def _course(curve: Curve) -> str:
 
 
 def layer_figures(facts: Sequence[Facts]) -> list[Figure]:
-    """A heat map of sparsity and one of error for each model that has them; equal ones are drawn once."""
+    """A heat map of sparsity and one of error for each model that has them; equal ones are drawn once.
+
+    Zeros that are few in every layer are left out: every model has some, those that once had 4 bits more.
+    """
     maps: list[LayerMap] = []
-    quantities: tuple[tuple[str, Callable[[LayerFacts], float | None], str], ...] = (
-        ("sparsity", lambda layer: layer.sparsity, "Share of zeros"),
+    quantities: tuple[tuple[str, float, Callable[[LayerFacts], float | None], str], ...] = (
+        ("sparsity", FEW_ZEROS, lambda layer: layer.sparsity, "Share of zeros"),
         (
             "error",
+            0.0,
             lambda layer: layer.error,
             "Norm of the change over the norm of the original (the output if the method read data, else the weights)",
         ),
     )
-    for quantity, value, meaning in quantities:
+    for quantity, least, value, meaning in quantities:
         owners: dict[tuple[tuple[str, float | None], ...], list[str]] = {}
         for one in facts:
-            if any(value(layer) for layer in one.layers):
+            if any((value(layer) or 0) > least for layer in one.layers):
                 owners.setdefault(tuple((layer.name, value(layer)) for layer in one.layers), []).append(one.label)
         maps += [
             LayerMap(

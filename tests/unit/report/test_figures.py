@@ -50,6 +50,15 @@ def test_higher_values_are_drawn_higher_and_not_a_number_is_left_out() -> None:
     assert y0 < y1  # SVG counts downwards
 
 
+@pytest.mark.parametrize("high", [3e-4, 3e-5, 4.0, 123_456.0])
+def test_the_numbers_beside_the_axis_fit_into_the_picture(high: float) -> None:
+    svg = ElementTree.fromstring(line_chart([curve("lr", high / 10, high)], title="t"))
+
+    beside = [text for text in svg.iter("text") if text.get("text-anchor") == "end"]
+    assert beside
+    assert all(float(text.attrib["x"]) >= 7 * len(text.text or "") for text in beside), "7 a character is ample"
+
+
 @pytest.mark.parametrize("ys", [(2.0,), (2.0, 2.0), (0.0, 0.0), (math.nan,), ()])
 def test_degenerate_curves_are_drawn(ys: tuple[float, ...]) -> None:
     svg = line_chart([curve("loss", *ys)], title="t")

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from overhaul.report.findings import curve_figure, curve_figures, layer_figures, map_figures, trade_figures
 from overhaul.table import TOKENS, Curve, LayerMap, Span
 
-from .examples import full_report, perplexity, three_facts
+from .examples import full_report, layers, perplexity, three_facts
 
 
 def test_the_csv_of_a_chart_has_all_points_exactly() -> None:
@@ -34,6 +34,16 @@ def test_the_titles_state_the_findings() -> None:
     assert rate == "Learning rate peaked at 0.0005"
     assert sparsity == "pruned, won back: sparsity is 50.0% in every layer"
     assert error.startswith("pruned: error is highest in model.layers.1.mlp.down_proj: 0.19")
+
+
+def test_the_few_zeros_of_a_model_that_was_not_pruned_are_not_drawn() -> None:
+    dense, *_, won_back = three_facts()
+    few = replace(dense, layers=layers(2, 0.002, None))
+
+    assert layer_figures([few]) == []
+    assert [figure.title for figure in layer_figures([few, won_back])] == [
+        figure.title for figure in layer_figures([won_back])
+    ]
 
 
 def test_a_curve_with_a_title_of_its_own_keeps_it_and_each_is_said_once() -> None:
