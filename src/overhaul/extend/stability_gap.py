@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from overhaul.errors import UserError
 from overhaul.extend.mixing import Mixing
@@ -94,6 +94,8 @@ class StabilityGap(Mixing):
     )
     pool: float = Field(2.0, ge=1, description="Of dynamic: tokens drawn from, as a multiple of those of one pass.")
 
+    _fitted: Any = PrivateAttr(None)
+
     @model_validator(mode="after")
     def _tokens_are_the_budget(self) -> StabilityGap:
         if self.epochs is not None:
@@ -112,11 +114,12 @@ class StabilityGap(Mixing):
         """Also refuses to choose more than there is.
 
         Raises:
-            UserError: one pass would have more tokens than the text, or there is no reference of that name.
+            UserError: one pass would have more tokens than the text, or there is no such reference.
         """
         super().check(model, data)
         if data is None:
             return
+        self._ngrams()
         wanted, held = self._wanted(data), data.num_training_tokens
         drawn = math.ceil(wanted * self.pool) if self.draw == "dynamic" else wanted
         if drawn > held:
@@ -156,17 +159,22 @@ class StabilityGap(Mixing):
         """Documents of --data, the likeliest first; None without a reference."""
         from overhaul import ngram
 
-        return None if self.reference is None else ngram.rank(data.corpus.train, self._model_of(self.reference))
+        model = self._ngrams()
+        return None if model is None else ngram.rank(data.corpus.train, model)
 
-    def _model_of(self, reference: str) -> NGram:
+    def _ngrams(self) -> NGram | None:
+        """The n-gram model of the reference, read or fitted once; None without a reference."""
         from overhaul import arpa, ngram
         from overhaul.corpora import open_corpus
         from overhaul.documents import as_plain_text
 
-        if reference.endswith(ARPA):
-            return arpa.from_arpa(reference)
-        texts = (as_plain_text(row)["text"] for row in open_corpus(reference).train)
-        return ngram.fit(texts, order=self.order)
+        if self.reference is not None and self._fitted is None:
+            if self.reference.endswith(ARPA):
+                self._fitted = arpa.from_arpa(self.reference)
+            else:
+                texts = (as_plain_text(row)["text"] for row in open_corpus(self.reference).train)
+                self._fitted = ngram.fit(texts, order=self.order)
+        return self._fitted
 
     def _note(self, data: Data, draw: Draw, ranking: Ranking | None, lengths_D: np.ndarray) -> None:
         """The table of what was chosen."""

@@ -178,3 +178,11 @@ def test_more_than_there_is_is_refused(tiny: Path, texts, tmp_path: Path):
     bad = tmp_path / "bad.arpa"
     bad.write_text("nothing of that kind")
     refused(overhaul(*how, "--steps", "20", "--reference", bad), "bad.arpa")
+
+
+def test_a_reference_that_is_not_there_is_told_before_anything_is_measured(tiny: Path, texts, tmp_path: Path):
+    how = ("--data", texts["all"], "--steps", "4", "--batch-size", "2", "--seq-len", "32", "--evaluate-seq-len", "32")
+    done = overhaul("extend", "stability-gap", tiny, "-o", tmp_path / "out", *how, "--reference", "gooood")
+
+    refused(done, "neither a name nor an existing path")
+    assert "measuring" not in done.err
