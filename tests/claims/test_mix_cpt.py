@@ -71,5 +71,32 @@ def test_swapping_lets_more_be_learnt_than_plain_self_distillation(runs):
     )  # fmt: skip
 
 
+LONGER: dict[str, Any] = {**HOW, "steps": 120, "batch_size": 4}
+LONGER_SEEDS = (0,)
+
+
+def test_in_a_longer_run_it_does(smol: Path, tmp_path_factory: pytest.TempPathFactory):
+    root, found = tmp_path_factory.mktemp("longer"), {}
+    for name in ("ce-kd", "ce-lssd"):
+        found[name] = [
+            extended(smol, root / f"{name}-{seed}", MixCPT(**LONGER, **ARMS[name][1]), data=DOMAIN, seed=seed,
+                     watch=(GENERAL, DOMAIN), windows=WINDOWS)
+            for seed in LONGER_SEEDS
+        ]  # fmt: skip
+    common: dict[str, Any] = {"settings": {**SETTINGS, **LONGER}, "seeds": LONGER_SEEDS}
+    results.record(
+        _row(id=f"extend-mix-cpt/longer-{kind}-{name}", **common, values=tuple(r.after[t] - r.before[t] for r in runs),
+             what=f"Change of the loss on {what} text in 120 steps of 512 tokens, {ARMS[name][0]}")
+        for name, runs in found.items()
+        for kind, what, t in (("general", "general", GENERAL), ("domain", "domain", DOMAIN))
+    )  # fmt: skip
+    pairs = zip(found["ce-kd"], found["ce-lssd"], strict=True)
+    results.hold(
+        _row(id="extend-mix-cpt/swap-learns-longer", target=Target(">", 0), **common,
+             what="The same in 120 steps of 512 tokens: domain loss with plain self-distillation less that with swaps",
+             values=tuple(plain.after[DOMAIN] - swapped.after[DOMAIN] for plain, swapped in pairs))
+    )  # fmt: skip
+
+
 def _row(**fields: Any) -> Row:
     return Row(**{"kind": "claim", "unit": "nats", "seeds": SEEDS, "settings": SETTINGS, **fields})
