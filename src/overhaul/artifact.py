@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from overhaul import disk, packed, pretrained
 from overhaul.errors import UserError
+from overhaul.interop.kinds import Kind, class_of, kind_of, processor_of
 from overhaul.layers import Packed, merge_all, swap
 from overhaul.layers.masked import MaskedLinear, unpack_bits
 from overhaul.lineage import LineageStep, Parent
@@ -67,26 +68,46 @@ class Artifact:
     lineage: tuple[LineageStep, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> Kind:
+        """What the model does."""
+        inner: Any = self.model
+        return kind_of(inner.config)
+
     def changed(self, model: nn.Module, step: LineageStep) -> Artifact:
         """The same artifact with another model and one more step behind it."""
         return replace(self, model=model, lineage=(*self.lineage, step))
 
 
-def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Artifact:
+LANGUAGE = (Kind.CAUSAL_LM,)
+"""The kinds of model that most commands read."""
+
+
+def load(
+    ref: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    kinds: Sequence[Kind] = LANGUAGE,
+) -> Artifact:
     """Reads a named model, a transformers or PEFT directory, or a hub name.
 
     Args:
         ref: `smollm2-135m`, a path, or `owner/name`.
         dtype: of the weights in memory; None keeps that on disk.
         device: where to put the model.
+        kinds: the kinds of model that are asked for.
 
     Raises:
-        UserError: no such model, no config, a damaged file, a format of quantized weights that is not known here,
-            or weights that are not finite.
+        UserError: no such model, no config, one of another kind, a damaged file, a format of quantized weights that is
+            not known here, or weights that are not finite.
     """
     path, base = directories(ref)
     adapter = path if base != path else None
     config = _read_json(base / "config.json")
+    if (kind := kind_of(config)) not in kinds:
+        allowed = " or ".join(one.value for one in kinds)
+        raise UserError(f"{ref} is a model of another kind: {kind.value}", allowed=f"here, a {allowed}")
     packing = config.get("quantization_config")
     if packing is not None:
         packed.check(packing, str(ref))
@@ -95,8 +116,8 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
         _check_adapter(adapter)
     if packing is None:
         packed.refuse_unmarked(base, str(ref))
-    model: Any = packed.read(base, packing, dtype, str(ref)) if packing else _read_model(base, dtype, str(ref))
-    tokenizer = _tokenizer_of(path, base, str(ref))
+    model: Any = packed.read(base, packing, dtype, str(ref)) if packing else _read_model(base, dtype, str(ref), kind)
+    processor = _processor_of(path, base, str(ref), kind)
     stored = _read_json(path / RECORD) if (path / RECORD).is_file() else {}
     model.eval()
     refuse_non_finite(model, str(ref))
@@ -111,7 +132,7 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
         model.eval()
     return Artifact(
         model=model.to(device),
-        processor=tokenizer,
+        processor=processor,
         path=path,
         name=str(ref),
         dtype=dtype_on_disk,
@@ -121,19 +142,18 @@ def load(ref: str | Path, *, dtype: torch.dtype | None = None, device: torch.dev
     )
 
 
-def _read_model(path: Path, dtype: torch.dtype | None, ref: str) -> Any:
+def _read_model(path: Path, dtype: torch.dtype | None, ref: str, kind: Kind) -> Any:
     """The model, every tensor of which is in the files: transformers alone would fill a gap with random numbers."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     how: dict[str, Any] = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     loaded: Any
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **how)
+        loaded = class_of(kind).from_pretrained(path, dtype=dtype or "auto", **how)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
-        raise UserError(f"{ref} cannot be read as a causal language model: {error}") from error
+        raise UserError(f"{ref} cannot be read as a {kind.value}: {error}") from error
     model, found = loaded
     for name, there, wanted in sorted(found["mismatched_keys"]):
         raise UserError(
@@ -170,20 +190,27 @@ def read_config(ref: str | Path) -> Any:
 
 def read_tokenizer(ref: str | Path) -> Any:
     """The tokenizer of a model, without its weights; `UserError` where there is none that can be read."""
-    return _tokenizer_of(*directories(ref), str(ref))
+    return _processor_of(*directories(ref), str(ref), Kind.CAUSAL_LM)
 
 
-def _tokenizer_of(own: Path, base: Path, ref: str) -> Any:
+PROCESSORS = {
+    Kind.CAUSAL_LM: ("tokenizer", "tokenizer_config.json", "tokenizer.json and tokenizer_config.json"),
+    Kind.TEXT_CLASSIFIER: ("tokenizer", "tokenizer_config.json", "tokenizer.json and tokenizer_config.json"),
+    Kind.IMAGE_CLASSIFIER: ("image processor", "preprocessor_config.json", "preprocessor_config.json"),
+}
+"""Of each kind of model what reads its inputs, the file by which it is known, and all of its files."""
+
+
+def _processor_of(own: Path, base: Path, ref: str, kind: Kind) -> Any:
     """That of the adapter's own directory where there is one, else that of its base."""
-    from transformers import AutoTokenizer
-
-    path = own if (own / "tokenizer_config.json").is_file() else base
+    called, file, files = PROCESSORS[kind]
+    path = own if (own / file).is_file() else base
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return processor_of(kind).from_pretrained(path, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(
-            f"{ref} has no tokenizer that can be read: {str(error).strip().splitlines()[0]}",
-            allowed="tokenizer.json and tokenizer_config.json beside the weights",
+            f"{ref} has no {called} that can be read: {str(error).strip().splitlines()[0]}",
+            allowed=f"{files} beside the weights",
         ) from error
 
 
@@ -403,7 +430,7 @@ def write_model(artifact: Artifact, directory: Path) -> None:
     if masks:
         save_file(masks, directory / MASKS, metadata=shapes)
     copy_companions(artifact.path, directory)
-    if not (directory / "tokenizer_config.json").exists():
+    if not (directory / PROCESSORS[artifact.kind][1]).exists():
         artifact.processor.save_pretrained(directory)
 
 

@@ -15,10 +15,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from overhaul.cross_entropy import linear_cross_entropy, logits_cross_entropy
 from overhaul.interop import hf
+from overhaul.interop.classifier import Classified, classified
 from overhaul.interop.fused import fused
+from overhaul.interop.kinds import is_classifier
 from overhaul.stream import IGNORED
 
 Batch = Mapping[str, Tensor]
@@ -43,17 +46,31 @@ class Forward:
         self.model, self.batch = model, batch
         self._keeps_states = False
         self._outputs: hf.Outputs | None = None
+        self._classified: Classified | None = None
         self._references: dict[nn.Module, Forward] = {}
 
     def keep_states(self) -> None:
         """Says, before the pass, that hidden states between the blocks will be looked at."""
         self._keeps_states = True
 
+    def run(self) -> None:
+        """Makes the pass now, of whatever kind the model is."""
+        if is_classifier(self.model):
+            self.classified()
+        else:
+            self.outputs()
+
     def outputs(self) -> hf.Outputs:
         """Last hidden states, or logits where the model's are more than a linear map of these."""
         if self._outputs is None:
             self._outputs = hf.outputs(self.model, self.batch, states=self._keeps_states)
         return self._outputs
+
+    def classified(self) -> Classified:
+        """Of a classifier, logits `(B, C)` and the features `(B, D)` that its head reads."""
+        if self._classified is None:
+            self._classified = classified(self.model, self.batch)
+        return self._classified
 
     def hidden(self) -> Tensor:
         """Last hidden states `(B, T, D)`, before the output embedding."""
@@ -73,7 +90,7 @@ class Forward:
             forward = self._references[reference] = Forward(reference, self.batch)
             forward._keeps_states = self._keeps_states
             with torch.no_grad(), fused(reference):
-                forward.outputs()
+                forward.run()
         return self._references[reference]
 
 
@@ -189,6 +206,36 @@ class CrossEntropy(Term):
         if head is None:
             return logits_cross_entropy(predicting(forward.outputs().logits), labels_N)
         return linear_cross_entropy(predicting(forward.outputs().hidden), head.weight, labels_N, head.bias)
+
+
+class ClassCrossEntropy(Term):
+    """Cross-entropy of a classifier in nats, over examples.
+
+    Args:
+        classes: those that compete, by their place among the logits; None for all. A label that is not among them is
+            an error of the caller.
+    """
+
+    name = "cross_entropy"
+
+    def __init__(self, classes: Tensor | None = None) -> None:
+        self.classes = classes
+
+    def total(self, forward: Forward, batch: Batch) -> Tensor:
+        logits_BC, labels_B = forward.classified().logits, batch["labels"]
+        if self.classes is not None:
+            logits_BC = only(logits_BC, self.classes)
+        return cross_entropy(logits_BC.float(), labels_B, reduction="sum")
+
+    def count(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
+
+def only(logits_BC: Tensor, classes: Tensor) -> Tensor:
+    """The logits with all but those of some classes at minus infinity."""
+    kept_C = torch.zeros(logits_BC.shape[1], dtype=torch.bool, device=logits_BC.device)
+    kept_C[classes.to(logits_BC.device)] = True
+    return logits_BC.masked_fill(~kept_C, -torch.inf)
 
 
 class Anchor(Term):

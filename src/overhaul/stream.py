@@ -330,6 +330,12 @@ def num_tokens(item: Any) -> int:
     return len(item.ids if isinstance(item, Encoded) else item["input_ids"])
 
 
+def num_items(batch: Mapping[str, torch.Tensor]) -> int:
+    """What a micro-batch is counted by: tokens where it has some, else examples."""
+    ids = batch.get("input_ids")
+    return len(next(iter(batch.values()))) if ids is None else ids.numel()
+
+
 class Batch(Stream):
     """`batch_size` items stacked: each tensor gains a leading axis. A last, smaller batch is left out."""
 

@@ -29,7 +29,7 @@ from overhaul.objective import Batch, Forward, Mean, Objective, weighted_mean
 from overhaul.optim import per_layer
 from overhaul.progress import Bar
 from overhaul.schedules import Schedule
-from overhaul.stream import Drawn, Stream
+from overhaul.stream import Drawn, Stream, num_items
 from overhaul.watch import Watcher
 
 FREE_ON_RESUME = ("save_every", "keep", "eval_every")
@@ -265,7 +265,7 @@ class _Run:
         self.plan.optimizer.step(closure)  # pyright: ignore - torch types the closure as returning float
         for watcher in self.plan.watchers:
             watcher.step(self.plan.model, step)
-        self.history.tokens += sum(_num_tokens(batch) for batch in drawn)
+        self.history.tokens += sum(num_items(batch) for batch in drawn)
         means = {name: float(total) / max(counts[name], 1) for name, total in totals.items()}
         weights = {name: weight for name, (weight, _) in self.plan.objective.named().items()}
         self.plan.objective.stepped(means)
@@ -401,11 +401,6 @@ def _told(point: dict[str, Any], history: History) -> str:
 def _plain(asked: dict[str, Any]) -> dict[str, Any]:
     """As it will be read back from JSON, so that tuples and paths compare equal."""
     return json.loads(json.dumps(asked, default=str))
-
-
-def _num_tokens(batch: Batch) -> int:
-    """Positions in a micro-batch: the first two axes of its first tensor, which are rows and tokens."""
-    return next(iter(batch.values())).shape[:2].numel()
 
 
 def _sum_counts(counts: list[dict[str, int]]) -> dict[str, int]:

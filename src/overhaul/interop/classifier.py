@@ -1,0 +1,118 @@
+"""Classifiers of transformers: logits, the features below the head, and a head that grows with the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from overhaul.errors import UserError
+
+INPUTS = ("pixel_values", "input_ids", "attention_mask")
+"""What of a batch a classifier reads; labels and tasks are for objectives."""
+
+
+class Classified(NamedTuple):
+    """What one pass through a classifier gives.
+
+    Attributes:
+        logits: `(B, C)`.
+        features: `(B, D)`, what the head reads of each example.
+    """
+
+    logits: Tensor
+    features: Tensor
+
+
+def classified(model: nn.Module, batch: Mapping[str, Tensor]) -> Classified:
+    """One pass through a classifier.
+
+    Args:
+        model: of transformers, with a linear head.
+        batch: `{"pixel_values": (B, C, H, W)}` or `{"input_ids": (B, T), "attention_mask": (B, T)}`.
+    """
+    read: list[Tensor] = []
+    _, head = head_of(model)
+    hook = head.register_forward_hook(lambda _module, given, _made: read.append(given[0]))
+    try:
+        called: Any = model
+        logits_BC = called(**{name: batch[name] for name in INPUTS if name in batch}).logits
+    finally:
+        hook.remove()
+    features = read[-1]
+    if features.ndim == 3:  # of text classifiers the head reads every token, and the last one of each text counts
+        features = _of_last_tokens(features, batch)
+    return Classified(logits_BC, features)
+
+
+def _of_last_tokens(states_BTD: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    mask_BT = batch.get("attention_mask")
+    if mask_BT is None:
+        return states_BTD[:, -1]
+    places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    last_B = (places_T * mask_BT).argmax(dim=1)
+    return states_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+
+
+def head_of(model: nn.Module) -> tuple[str, nn.Linear]:
+    """The head's dotted name and the head: the last linear layer, with a row for each class.
+
+    Raises:
+        UserError: the model's last linear layer has not as many rows as the model has classes.
+    """
+    inner: Any = model
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    fitting = [(name, module) for name, module in linears if module.out_features == inner.config.num_labels]
+    if not fitting:
+        count = inner.config.num_labels
+        last = f"the last is {linears[-1][0]} with {linears[-1][1].out_features}" if linears else "it has none"
+        raise UserError(
+            f"no linear layer of {type(model).__name__} has a row for each of its {count} classes: {last}",
+            allowed="classifiers that end in one linear layer",
+        )
+    return fitting[-1]
+
+
+def classes_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of the model's classes, in the order of its logits."""
+    inner: Any = model
+    return tuple(inner.config.id2label[number] for number in range(inner.config.num_labels))
+
+
+def grow(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Gives the head a row for each class, in place: those of known classes stay, new ones begin as `nn.Linear` does.
+
+    Args:
+        model: a classifier.
+        names: of all classes, those that the model has now first and in their order.
+
+    Raises:
+        UserError: a class that the model knows is missing, or stands at another place.
+    """
+    inner: Any = model
+    known = classes_of(model)
+    if names[: len(known)] != known:
+        raise UserError(
+            f"the model's classes are {', '.join(known)}, and the first asked for are {', '.join(names[: len(known)])}",
+            allowed="further classes behind those that the model has",
+        )
+    where, head = head_of(model)
+    grown = nn.Linear(head.in_features, len(names), bias=head.bias is not None)
+    grown.to(head.weight.device, head.weight.dtype)
+    with torch.no_grad():
+        grown.weight[: len(known)] = head.weight
+        if head.bias is not None:
+            grown.bias[: len(known)] = head.bias
+    name_classes(model, names)
+    parent, _, child = where.rpartition(".")
+    setattr(model.get_submodule(parent), child, grown)
+    inner.num_labels = len(names)
+
+
+def name_classes(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Writes the names of the classes, and how many there are, into the model's configuration."""
+    inner: Any = model
+    inner.config.id2label = dict(enumerate(names))
+    inner.config.label2id = {name: number for number, name in enumerate(names)}

@@ -1,0 +1,51 @@
+"""Which kind of model a directory holds, by the class that its configuration names; each kind is read by one class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+
+class Kind(Enum):
+    """What a model does: the value is how users are told."""
+
+    CAUSAL_LM = "causal language model"
+    IMAGE_CLASSIFIER = "image classifier"
+    TEXT_CLASSIFIER = "text classifier"
+
+
+_ENDS = {"ForImageClassification": Kind.IMAGE_CLASSIFIER, "ForSequenceClassification": Kind.TEXT_CLASSIFIER}
+
+
+def kind_of(config: Any) -> Kind:
+    """The kind of the model that a configuration describes; one that names no class is a causal language model.
+
+    Args:
+        config: of transformers, or the contents of config.json.
+    """
+    named = config.get("architectures") if isinstance(config, Mapping) else getattr(config, "architectures", None)
+    return next((kind for name in named or () for end, kind in _ENDS.items() if name.endswith(end)), Kind.CAUSAL_LM)
+
+
+def is_classifier(model: Any) -> bool:
+    """Whether a model gives logits of classes, one row an example."""
+    return kind_of(model.config) in (Kind.IMAGE_CLASSIFIER, Kind.TEXT_CLASSIFIER)
+
+
+def class_of(kind: Kind) -> Any:
+    """The class of transformers that reads models of a kind."""
+    import transformers
+
+    return {
+        Kind.CAUSAL_LM: transformers.AutoModelForCausalLM,
+        Kind.IMAGE_CLASSIFIER: transformers.AutoModelForImageClassification,
+        Kind.TEXT_CLASSIFIER: transformers.AutoModelForSequenceClassification,
+    }[kind]
+
+
+def processor_of(kind: Kind) -> Any:
+    """The class of transformers that makes inputs of text or images for a kind of model."""
+    import transformers
+
+    return transformers.AutoImageProcessor if kind is Kind.IMAGE_CLASSIFIER else transformers.AutoTokenizer

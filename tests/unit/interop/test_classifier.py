@@ -1,0 +1,124 @@
+"""Classifiers: which directories hold one, logits and features, a head that grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)  # fmt: skip
+
+from overhaul import artifact
+from overhaul.errors import UserError
+from overhaul.interop.classifier import classes_of, classified, grow, head_of
+from overhaul.interop.kinds import Kind, is_classifier, kind_of
+
+SHAPES = {
+    "resnet": lambda: ResNetForImageClassification(
+        ResNetConfig(
+            num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+        )
+    ),
+    "vit": lambda: ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=8,
+            patch_size=4,
+            num_channels=1,
+            num_labels=3,
+        ),
+    ),
+    "llama": lambda: LlamaForSequenceClassification(
+        LlamaConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=50,
+            num_labels=3,
+            pad_token_id=0,
+        ),
+    ),
+}
+
+
+@pytest.fixture(params=SHAPES)
+def model(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    return SHAPES[request.param]().eval()
+
+
+def batch(model: Any) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(5, 1, 8, 8), "labels": torch.arange(5) % 3}
+    mask_BT = (torch.arange(7) < torch.tensor([7, 4, 6, 5, 2])[:, None]).long()
+    return {"input_ids": torch.randint(1, 50, (5, 7)) * mask_BT, "attention_mask": mask_BT}
+
+
+def test_logits_are_the_models_and_the_head_makes_them_of_the_features(model: Any):
+    found = classified(model, given := batch(model))
+
+    inputs = {name: tensor for name, tensor in given.items() if name != "labels"}
+    assert torch.equal(found.logits, model(**inputs).logits)
+    _, head = head_of(model)
+    assert torch.allclose(head(found.features), found.logits, atol=1e-6)
+    assert found.features.shape == (5, head.in_features)
+
+
+def test_a_head_grows_behind_the_classes_that_are_known(model: Any):
+    before = classified(model, given := batch(model)).logits
+
+    grow(model, (*classes_of(model), "new", "newer"))
+
+    after = classified(model, given).logits
+    assert after.shape == (5, 5)
+    assert torch.allclose(after[:, :3], before, atol=1e-6)
+    assert classes_of(model)[3:] == ("new", "newer")
+    assert model.config.label2id["newer"] == 4
+
+
+def test_a_head_does_not_lose_classes(model: Any):
+    with pytest.raises(UserError, match="the model's classes are LABEL_0, LABEL_1, LABEL_2, and the first asked for"):
+        grow(model, ("LABEL_1", "LABEL_0", "LABEL_2", "new"))
+
+
+def test_a_model_without_a_linear_head_is_refused(model: Any):
+    model.config.id2label = dict(enumerate("abcdefghijk"))
+
+    with pytest.raises(UserError, match="has a row for each of its 11 classes: the last is"):
+        head_of(model)
+
+
+def test_kinds_are_read_from_the_configuration(model: Any, tmp_path: Path):
+    model.save_pretrained(tmp_path)
+
+    assert is_classifier(model)
+    kind = kind_of(type(model.config).from_pretrained(tmp_path))
+    assert kind is (Kind.IMAGE_CLASSIFIER if "pixel_values" in batch(model) else Kind.TEXT_CLASSIFIER)
+    assert kind_of({}) is kind_of({"architectures": ["LlamaForCausalLM"]}) is Kind.CAUSAL_LM
+    with pytest.raises(UserError) as refused:
+        artifact.load(tmp_path)
+    assert refused.value.given.endswith(f"is a model of another kind: {kind.value}")
+
+
+def test_a_head_keeps_its_type_and_place():
+    model = SHAPES["resnet"]().to(torch.bfloat16)
+    grow(model, (*classes_of(model), "new"))
+
+    name, head = head_of(model)
+    assert name == "classifier.1"
+    assert head.weight.dtype == torch.bfloat16
+    assert isinstance(model.get_submodule(name), nn.Linear)
