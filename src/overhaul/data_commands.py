@@ -1,4 +1,4 @@
-"""The commands about text: data list, preview, questions, topics."""
+"""The commands about text and images: data list, preview, questions, topics."""
 
 from __future__ import annotations
 
@@ -34,15 +34,25 @@ def _data_list(arguments: list[str]) -> None:
     class DataList:
         json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
 
-    given = parse(DataList, arguments, prog="overhaul data list", description="The corpora that have a name.")
+    given = parse(
+        DataList, arguments, prog="overhaul data list", description="The corpora and image sets that have a name."
+    )
     from overhaul.corpora import named_corpora
+    from overhaul.image_sets import named_image_sets
 
-    corpora = named_corpora()
+    corpora, image_sets = named_corpora(), named_image_sets()
     if given.json:
-        print_json({"corpora": [dataclasses.asdict(corpus) for corpus in corpora]})
+        print_json({"corpora": [*map(dataclasses.asdict, corpora)], "images": [*map(dataclasses.asdict, image_sets)]})
         return
     for corpus in corpora:
         print(f"{corpus.name:14} {corpus.bytes / 1e6:5.1f} MB  {corpus.what}; {corpus.licence}; {corpus.source}")
+    print("\nimages:")
+    for images in image_sets:
+        height, width, channels = images.size
+        print(
+            f"{images.name:15} {images.images:6,} of {height} x {width} {'RGB ' if channels == 3 else 'grey'} "
+            f"{images.classes:2} classes  {images.what}; {images.licence}; {images.source}"
+        )
 
 
 def _data_preview(arguments: list[str]) -> None:

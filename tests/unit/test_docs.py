@@ -19,6 +19,7 @@ import overhaul as package
 from command import overhaul
 from overhaul import artifact, catalog, recipe, sparsity
 from overhaul.corpora import named_corpora
+from overhaul.image_sets import named_image_sets
 from overhaul.lineage import LineageStep
 from overhaul.method import Measure, Transform
 
@@ -315,10 +316,11 @@ def test_the_architecture_names_every_file_and_no_other():
     ("page", "names"),
     [
         ("corpora", [corpus.name for corpus in named_corpora()]),
+        ("images", [images.name for images in named_image_sets()]),
         ("recipes", recipe.TOP),
         ("directory", LineageStep.__dataclass_fields__),
     ],
-    ids=["corpora", "recipes", "directory"],
+    ids=["corpora", "images", "recipes", "directory"],
 )
 def test_a_reference_page_is_complete(page: str, names: list[str]):
     text = (DOCS / "reference" / f"{page}.md").read_text()
