@@ -59,6 +59,7 @@ class Plan:
         helpers: children of the model that are trained with it and that `finish` takes away, by name.
         probes: numbers about the model by name, taken whenever it is evaluated.
         hands_on: whether its optimizer goes on in the next plan: then a checkpoint behind the last step holds it too.
+        steps: so many, where plans of one method are not equally long; None for those of the settings.
     """
 
     model: nn.Module
@@ -71,6 +72,7 @@ class Plan:
     helpers: tuple[str, ...] = ()
     probes: tuple[Callable[[nn.Module], Mapping[str, float]], ...] = ()
     hands_on: bool = False
+    steps: int | None = None
 
     @property
     def num_trained(self) -> int:
@@ -139,7 +141,7 @@ def train(
     track: str | None = None,
     quiet: bool = False,
 ) -> History:
-    """Runs `settings.steps` optimizer steps of `plan`, in place.
+    """Runs the optimizer steps of `plan`, or of the settings, in place.
 
     Args:
         plan: what to do.
@@ -165,6 +167,7 @@ def train(
     loss, trained = sharding.distribute(accelerator, whole := _Loss(plan.model, plan.objective), plan.optimizer)
     plan = replace(plan, model=trained.model)
     run = _Run(plan, settings, accelerator, loss, dtype)
+    steps = run.steps
     run.history.trainable_parameters = num_trained
     asked = {"seed": seed, **settings.model_dump(), **(asked or {})}
     first = run.load(state_dir, asked) if resume and state_dir else 0
@@ -176,9 +179,9 @@ def train(
         _interruptible() as interrupted,
         fused(plan.model),
         run.updates(),
-        Bar("training", settings.steps, done=first, quiet=quiet or not accelerator.is_main_process) as bar,
+        Bar("training", steps, done=first, quiet=quiet or not accelerator.is_main_process) as bar,
     ):
-        for step in range(first + 1, settings.steps + 1):
+        for step in range(first + 1, steps + 1):
             point = run.step(step)
             run.history.seconds = time.perf_counter() - began
             if settings.eval_every and step % settings.eval_every == 0:
@@ -186,18 +189,18 @@ def train(
             run.history.points.append(point | {"seconds": round(run.history.seconds, 3)})
             accelerator.log(point, step=step)
             bar.step(_told(point, run.history))
-            due = settings.save_every and step % settings.save_every == 0 and step < settings.steps
+            due = settings.save_every and step % settings.save_every == 0 and step < steps
             stop = run.agreed(interrupted)
             if state_dir and (due or stop):
                 run.save(state_dir, step, asked)
             if stop:
-                raise Interrupted(f"stopped after step {step} of {settings.steps}")
+                raise Interrupted(f"stopped after step {step} of {steps}")
     run.set_rates(1.0)  # a later plan with the same optimizer finds its peak rates there
     for watcher in plan.watchers:
         watcher.end(plan.model)
     run.history.optimizer_bytes, run.history.ledger = run.optimizer_bytes(), plan.stream.ledger()
-    if state_dir and goes_on and settings.save_every and first < settings.steps:
-        run.save(state_dir, settings.steps, asked, is_done=True)
+    if state_dir and goes_on and settings.save_every and first < steps:
+        run.save(state_dir, steps, asked, is_done=True)
     sharding.gather(trained, into=whole)
     whole.eval()
     for tracker in accelerator.trackers:
@@ -231,6 +234,7 @@ class _Run:
         self.device = self.trainable[0].device
         self.peak_rates = [group["lr"] for group in plan.optimizer.param_groups]
         self.history = History()
+        self.steps = settings.steps if plan.steps is None else plan.steps
         self.number = 0
         self.take_norm: per_layer.TakeNorm | None = None
 
@@ -250,7 +254,7 @@ class _Run:
         drawn = [next(self.plan.stream) for _ in range(self.settings.accumulate * processes)]
         counts = _sum_counts([self.plan.objective.counts(batch) for batch in drawn])
         own = [{key: value.to(self.device) for key, value in batch.items()} for batch in drawn[rank::processes]]
-        factor = self.plan.schedule((step - 0.5) / self.settings.steps)
+        factor = self.plan.schedule((step - 0.5) / self.steps)
         self.set_rates(factor)
         totals: dict[str, Tensor] = {}
         norm = torch.zeros(())
