@@ -1,0 +1,86 @@
+"""What a model knows of each task: three matrices of accuracies from one pass over the held-out examples.
+
+`class-IL` chooses among all classes that the model has met; `task-IL` is told the task, and chooses among its classes;
+`as learnt` chooses among the classes of the tasks up to the one that the example is of, so that what a task loses
+later is no matter of more classes to choose from (Smith et al., 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from overhaul import machine
+from overhaul.forgetting import AccuracyMatrix
+from overhaul.interop.classifier import classified
+from overhaul.objective import only
+from overhaul.task_data import Examples, TaskData
+
+KINDS = ("class-IL", "task-IL", "as learnt")
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, examples: Examples, *, dtype: torch.dtype) -> Tensor:
+    """`(N, C)` float32 on the CPU, of all examples in their order; the model is left in evaluation mode."""
+    device = next(model.parameters()).device
+    model.eval()
+    found = []
+    for batch in examples.in_order():
+        with machine.autocast(device, dtype):
+            found.append(classified(model, {name: tensor.to(device) for name, tensor in batch.items()}).logits)
+    return torch.cat(found).float().cpu()
+
+
+@dataclass
+class Scores:
+    """Accuracies after every task so far.
+
+    Attributes:
+        data: the tasks.
+        rows: by kind, one row `(T,)` after each task, the first before any; NaN where nothing was measured.
+    """
+
+    data: TaskData
+    rows: dict[str, list[list[float]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+
+    def take(self, model: nn.Module, learnt: int) -> None:
+        """Measures the model after so many tasks; 0 before any: then of all tasks, which tells what they start from.
+
+        Args:
+            model: with a logit for every class of the tasks that are measured.
+            learnt: tasks.
+        """
+        sequence = self.data.sequence
+        measured = len(sequence.tasks) if learnt == 0 else learnt
+        rows = {kind: [float("nan")] * len(sequence.tasks) for kind in KINDS}
+        for number in range(measured):
+            examples = self.data.heldout[number]
+            logits_NC, labels_N = logits_of(model, examples, dtype=self.data.dtype), torch.from_numpy(examples.labels_N)
+            choices = {
+                "class-IL": torch.arange(sequence.num_classes(measured)),
+                "task-IL": torch.tensor(sequence.tasks[number].classes),
+                "as learnt": torch.arange(sequence.num_classes(number + 1)),
+            }
+            for kind, classes in choices.items():
+                right_N = only(logits_NC, classes).argmax(dim=1) == labels_N
+                rows[kind][number] = float(right_N.double().mean())
+        for kind in KINDS:
+            self.rows[kind].append(rows[kind])
+
+    def matrix(self, kind: str) -> AccuracyMatrix:
+        """The accuracies so far; of tasks that are not yet learnt there are none.
+
+        Args:
+            kind: one of `KINDS`.
+        """
+        sequence, rows = self.data.sequence, list(self.rows[kind])
+        missing = [[float("nan")] * len(sequence.tasks)] * (len(sequence.tasks) + 1 - len(rows))
+        return AccuracyMatrix(
+            names=tuple(task.name for task in sequence.tasks),
+            values=np.array([*rows, *missing]),
+            num_classes=tuple(len(task.classes) for task in sequence.tasks),
+            num_examples=tuple(len(task.heldout) for task in sequence.tasks),
+        )
