@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from overhaul import disk, packed, pretrained
 from overhaul.errors import UserError
-from overhaul.interop.kinds import Kind, class_of, kind_of, processor_of
+from overhaul.interop.kinds import Kind, class_of, kind_of, kind_of_model, processor_of
 from overhaul.layers import Packed, merge_all, swap
 from overhaul.layers.masked import MaskedLinear, unpack_bits
 from overhaul.lineage import LineageStep, Parent
@@ -71,8 +71,7 @@ class Artifact:
     @property
     def kind(self) -> Kind:
         """What the model does."""
-        inner: Any = self.model
-        return kind_of(inner.config)
+        return kind_of_model(self.model)
 
     def changed(self, model: nn.Module, step: LineageStep) -> Artifact:
         """The same artifact with another model and one more step behind it."""

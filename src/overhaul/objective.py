@@ -48,6 +48,7 @@ class Forward:
         self._outputs: hf.Outputs | None = None
         self._classified: Classified | None = None
         self._references: dict[nn.Module, Forward] = {}
+        self._beside: dict[str, Forward] = {}
 
     def keep_states(self) -> None:
         """Says, before the pass, that hidden states between the blocks will be looked at."""
@@ -83,6 +84,12 @@ class Forward:
         states = self.outputs().states
         assert states is not None, "keep_states() comes before the pass"
         return states
+
+    def beside(self, name: str, batch: Batch) -> Forward:
+        """Other examples through the same model, with gradients, once however many terms ask for those of that name."""
+        if name not in self._beside:
+            self._beside[name] = Forward(self.model, batch)
+        return self._beside[name]
 
     def of(self, reference: nn.Module) -> Forward:
         """The same micro-batch through a frozen model, without gradients, once however many terms ask for it."""

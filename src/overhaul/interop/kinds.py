@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -25,12 +25,21 @@ def kind_of(config: Any) -> Kind:
         config: of transformers, or the contents of config.json.
     """
     named = config.get("architectures") if isinstance(config, Mapping) else getattr(config, "architectures", None)
-    return next((kind for name in named or () for end, kind in _ENDS.items() if name.endswith(end)), Kind.CAUSAL_LM)
+    return _told_by(named or ())
+
+
+def kind_of_model(model: Any) -> Kind:
+    """The kind of a model in memory, by its class: its configuration names one only if it was read from files."""
+    return _told_by([type(model).__name__])
+
+
+def _told_by(names: Iterable[str]) -> Kind:
+    return next((kind for name in names for end, kind in _ENDS.items() if name.endswith(end)), Kind.CAUSAL_LM)
 
 
 def is_classifier(model: Any) -> bool:
     """Whether a model gives logits of classes, one row an example."""
-    return kind_of(model.config) in (Kind.IMAGE_CLASSIFIER, Kind.TEXT_CLASSIFIER)
+    return kind_of_model(model) is not Kind.CAUSAL_LM
 
 
 def class_of(kind: Kind) -> Any:

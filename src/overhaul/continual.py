@@ -1,0 +1,190 @@
+"""The terms of continual learning: each holds a model to a reference, in the space of outputs or of weights.
+
+| method | term | divergence | reference |
+| ER | `Replayed` | KL(label, network) | labels from the memory |
+| DER | `LogitsKept` | squared distance of logits | logits from the memory, as they were when it was filled |
+| DER++ | both, of two draws | | |
+| FDR | `PredictionsKept` | distance of probabilities | probabilities from the memory |
+| LwF | `OldModel` | KL(old model, network) | the model before the task, on the task's own examples |
+| CPR | `Uniform` | KL(network, uniform) | the uniform distribution |
+| EWC, L2 | `Pulled` | quadratic | weights before the task |
+
+The order of the arguments differs: labels and old predictions come first, before the network; against the uniform
+distribution the network does (Wang et al., 2024, arXiv:2403.13249).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from overhaul.bregman import from_uniform, kl, quadratic, squared
+from overhaul.objective import Batch, Forward, Term
+from overhaul.reservoir import remembered
+
+WIDTH = "width"
+"""In the memory, how many classes an example's logits were of."""
+
+
+class OnMemory(Term):
+    """A term over a draw from memory; without one it is nothing.
+
+    Args:
+        draw: its number, counted from 1.
+    """
+
+    def __init__(self, draw: int = 1) -> None:
+        self.draw = draw
+
+    def total(self, forward: Forward, batch: Batch) -> Tensor:
+        if not self.count(batch):
+            return next(forward.model.parameters()).new_zeros((), dtype=torch.float32)
+        beside = forward.beside(f"draw {self.draw}", remembered(batch, self.draw))
+        return self.of_each(beside.classified().logits.float(), beside.batch).sum()
+
+    def count(self, batch: Batch) -> int:
+        drawn = remembered(batch, self.draw)
+        return len(drawn["labels"]) if drawn else 0
+
+    def of_each(self, logits_BC: Tensor, drawn: Batch) -> Tensor:
+        """`(B,)` of the draw's examples."""
+        raise NotImplementedError
+
+
+class Replayed(OnMemory):
+    """Experience replay (ER): the cross-entropy of remembered examples, `KL(label || network)`."""
+
+    name = "replayed"
+
+    def of_each(self, logits_BC: Tensor, drawn: Batch) -> Tensor:
+        labels_BC = one_hot(drawn["labels"], logits_BC.shape[1]).to(logits_BC.dtype)
+        return kl(labels_BC, logits_BC.log_softmax(dim=-1))
+
+
+class LogitsKept(OnMemory):
+    """Dark experience replay (DER, Buzzega et al., 2020): the mean squared distance to remembered logits.
+
+    The mean is over the classes that there were when the example was remembered, as the authors' code has it; the sum,
+    which is the divergence of the squared norm, is that times their number.
+    """
+
+    name = "logits_kept"
+
+    def of_each(self, logits_BC: Tensor, drawn: Batch) -> Tensor:
+        known_BC, width_B = _known(logits_BC, drawn)
+        kept_BC = drawn["logits"].to(logits_BC.dtype)[:, : logits_BC.shape[1]]
+        return squared(logits_BC * known_BC, kept_BC * known_BC) / width_B
+
+
+class PredictionsKept(OnMemory):
+    """Function distance regularisation (FDR, Benjamin et al., 2019): the distance of probabilities, not squared."""
+
+    name = "predictions_kept"
+
+    def of_each(self, logits_BC: Tensor, drawn: Batch) -> Tensor:
+        known_BC, _ = _known(logits_BC, drawn)
+        now_BC, then_BC = (
+            logits.masked_fill(~known_BC, -torch.inf).softmax(dim=-1)
+            for logits in (logits_BC, drawn["logits"].to(logits_BC.dtype)[:, : logits_BC.shape[1]])
+        )
+        # The root has no gradient at zero, where a prediction is still what it was.
+        return (squared(now_BC, then_BC) + 1e-12).sqrt()
+
+
+def _known(logits_BC: Tensor, drawn: Batch) -> tuple[Tensor, Tensor]:
+    """The classes that there were when each example was remembered, `(B, C)`, and how many, `(B,)`."""
+    width_B = drawn[WIDTH].to(logits_BC.device)
+    return torch.arange(logits_BC.shape[1], device=logits_BC.device) < width_B[:, None], width_B
+
+
+class OldModel(Term):
+    """Learning without forgetting (LwF, Li and Hoiem, 2016): `KL(old || network)` over old classes, of new examples.
+
+    Args:
+        old: the model before the task, frozen.
+        classes: that it had.
+        temperature: that both logits are divided by; the term is multiplied by its square, which keeps the gradient's
+            size.
+    """
+
+    name = "old_model"
+
+    def __init__(self, old: nn.Module, classes: int, temperature: float = 2.0) -> None:
+        self.old, self.classes, self.temperature = old, classes, temperature
+
+    def total(self, forward: Forward, batch: Batch) -> Tensor:
+        theirs_BC, ours_BC = (
+            one.classified().logits[:, : self.classes].float() / self.temperature
+            for one in (forward.of(self.old), forward)
+        )
+        return self.temperature**2 * kl(theirs_BC.softmax(dim=-1), ours_BC.log_softmax(dim=-1)).sum()
+
+    def count(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
+    def held_bytes(self) -> int:
+        return sum(p.nbytes for p in self.old.parameters())
+
+
+class Uniform(Term):
+    """Classifier-projection regularisation (CPR, Cha et al., 2021): `KL(network || uniform)`, which rewards entropy.
+
+    Args:
+        classes: that compete: the first so many.
+    """
+
+    name = "uniform"
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+
+    def total(self, forward: Forward, batch: Batch) -> Tensor:
+        return from_uniform(forward.classified().logits[:, : self.classes].float().log_softmax(dim=-1)).sum()
+
+    def count(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
+
+class Pulled(Term):
+    """`1/2 sum F (theta - theta_old)^2`: EWC (Kirkpatrick et al., 2017) with Fisher information, L2 without.
+
+    Args:
+        anchor: weights to stay near, by name. A parameter that is larger now, as a head that has grown, is held where
+            it was before.
+        curvature: F, by name and in the shapes of `anchor`; None for ones.
+
+    Raises:
+        ValueError: names or shapes of the two differ, or curvature is negative or not finite.
+    """
+
+    name = "pulled"
+
+    def __init__(self, anchor: Mapping[str, Tensor], curvature: Mapping[str, Tensor] | None = None) -> None:
+        for name, tensor in (curvature or {}).items():
+            if name not in anchor or anchor[name].shape != tensor.shape:
+                raise ValueError(f"curvature of {name} fits no weight that is held")
+            if not tensor.isfinite().all() or (tensor < 0).any():
+                raise ValueError(f"curvature of {name} is negative, NaN or infinite")
+        self.anchor, self.curvature = anchor, curvature
+
+    def total(self, forward: Forward, batch: Batch) -> Tensor:
+        own = dict(forward.model.named_parameters())
+        held = self.anchor if self.curvature is None else {name: self.anchor[name] for name in self.curvature}
+        return torch.stack([
+            quadratic(_as_before(own[name], old), old, 1.0 if self.curvature is None else self.curvature[name])
+            for name, old in held.items()
+        ]).sum()  # fmt: skip
+
+    def count(self, batch: Batch) -> int:
+        return 1  # of each micro-batch the same, so that their mean is it
+
+    def held_bytes(self) -> int:
+        return sum(tensor.nbytes for kept in (self.anchor, self.curvature or {}) for tensor in kept.values())
+
+
+def _as_before(parameter: Tensor, old: Tensor) -> Tensor:
+    """The part of a parameter that was there before it grew."""
+    return parameter[tuple(slice(size) for size in old.shape)]
