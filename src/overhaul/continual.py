@@ -22,11 +22,44 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from overhaul.bregman import from_uniform, kl, quadratic, squared
-from overhaul.objective import Batch, Forward, Term
-from overhaul.reservoir import remembered
+from overhaul.objective import Batch, Forward, Objective, Term, Terms
+from overhaul.reservoir import Reservoir, remembered
 
 WIDTH = "width"
 """In the memory, how many classes an example's logits were of."""
+
+
+class Remembering(Objective):
+    """An objective whose batches are offered to a memory after each step, with the logits that the step had for them.
+
+    Logits are those of the very pass that was trained on, not taken again afterwards; inputs are as the batch has them.
+
+    Args:
+        inner: what is minimised.
+        memory: what batches are offered to.
+    """
+
+    def __init__(self, inner: Objective, memory: Reservoir) -> None:
+        self.inner, self.memory = inner, memory
+        self._trained: dict[int, dict[str, Tensor]] = {}
+
+    def parts(self) -> tuple[tuple[float, Term], ...]:
+        return self.inner.parts()
+
+    def __call__(self, forward: Forward, batch: Batch) -> Terms:
+        terms = super().__call__(forward, batch)
+        own = {name: tensor for name, tensor in batch.items() if "/" not in name}
+        logits_BC = forward.classified().logits.detach().float()
+        width_B = torch.full((len(logits_BC),), logits_BC.shape[1])
+        # By the batch: a step that looks at it twice, as refresh learning does, offers it once.
+        self._trained[id(batch["labels"])] = {**own, "logits": logits_BC, WIDTH: width_B}
+        return terms
+
+    def stepped(self, means: Mapping[str, float]) -> None:
+        for examples in self._trained.values():
+            self.memory.insert(examples)
+        self._trained.clear()
+        self.inner.stepped(means)
 
 
 class OnMemory(Term):

@@ -7,19 +7,22 @@ later is no matter of more classes to choose from (Smith et al., 2023).
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from overhaul import machine
-from overhaul.forgetting import AccuracyMatrix
+from overhaul import journal, machine
+from overhaul.forgetting import AccuracyMatrix, summary
 from overhaul.interop.classifier import classified
 from overhaul.objective import only
 from overhaul.task_data import Examples, TaskData
 
 KINDS = ("class-IL", "task-IL", "as learnt")
+MATRICES = "tasks.json"
+"""The file beside the weights with the matrices of accuracies."""
 
 
 @torch.no_grad()
@@ -84,3 +87,15 @@ class Scores:
             num_classes=tuple(len(task.classes) for task in sequence.tasks),
             num_examples=tuple(len(task.heldout) for task in sequence.tasks),
         )
+
+
+def note_scores(scores: Scores) -> None:
+    """Tells the report, and writes, what was measured after each task."""
+    told = {kind: scores.matrix(kind) for kind in KINDS}
+    journal.note_text(MATRICES, json.dumps({kind: matrix.to_json() for kind, matrix in told.items()}, indent=1))
+    found = summary(told["task-IL"], told["class-IL"], told["as learnt"])
+    journal.note_table(
+        f"After {len(scores.data.sequence.tasks)} tasks",
+        ("metric", "value"),
+        [(name, f"{value:.3f}") for name, value in found],
+    )

@@ -35,6 +35,10 @@ def build(
     _refuse_processes(settings)
     parameters = [parameter for parameter in parameters if parameter.numel()]  # optimizers trip over empty ones
     how: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "sgd":
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+        return torch.optim.SGD(parameters, momentum=getattr(settings, "momentum", 0.0), **how)
     if settings.optimizer == "adamw":
         return adamw(parameters, **how)
     if settings.optimizer == "adamw8bit":

@@ -1,0 +1,1 @@
+"""`learn`: task after task, without forgetting the ones before."""

@@ -1,0 +1,77 @@
+"""Learning task after task: what its methods share. A method says what a task is trained with, not how."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+from pydantic import Field
+
+from overhaul.method import BatchSize, Fraction, PeakRate, Training
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from overhaul.task_data import TaskData
+    from overhaul.train import Plan
+
+
+class Learner(Protocol):
+    """What a method keeps from task to task."""
+
+    def plan(self, number: int) -> Plan:
+        """How the model learns a task, counted from 0; its head has a row for every class of the task by then."""
+        ...
+
+    def learnt(self, number: int) -> None:
+        """Takes note of the model as it is after a task: what a later one is held to."""
+        ...
+
+
+class Learning(Training):
+    """A training in tasks: each is a plan of its own, and the model is measured on all of them after each."""
+
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        1.0, description="Passes over each task's examples; none: --steps for each task."
+    )
+    batch_size: BatchSize = 32
+    lr: PeakRate = 0.03
+    warmup: Fraction = Field(0.0, description="Share of a task's steps with a linearly rising rate.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("constant", description="Decay after the warm-up.")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="Update rule; it begins anew with each task.")  # pyright: ignore[reportIncompatibleVariableOverride]
+    momentum: Fraction = Field(0.0, description="Of --optimizer sgd.")
+
+    def in_stages(self) -> bool:
+        return True
+
+    @abstractmethod
+    def learner(self, model: nn.Module, data: TaskData) -> Learner:
+        """What this method keeps of the tasks, which are still before it."""
+
+    def plan(self, model: nn.Module, data: Any) -> Plan:
+        """That of the first task."""
+        return next(self.stages(model, data))
+
+    def stages(self, model: nn.Module, data: Any) -> Iterator[Plan]:
+        """A plan for each task. The head grows before a task with classes that it has not."""
+        from overhaul.interop.classifier import classes_of, grow
+        from overhaul.task_scores import Scores, note_scores
+
+        sequence, scores, learner = data.sequence, Scores(data), self.learner(model, data)
+        if len(classes_of(model)) >= len(sequence.classes):
+            scores.take(model, 0)
+        for number in range(len(sequence.tasks)):
+            wanted = sequence.num_classes(number + 1)
+            if len(classes_of(model)) < wanted:
+                grow(model, sequence.classes[:wanted])
+            yield learner.plan(number)
+            learner.learnt(number)
+            scores.take(model, number + 1)
+        note_scores(scores)
+
+    def steps_of(self, data: TaskData, number: int) -> int:
+        """Optimizer steps of a task."""
+        if self.epochs is None:
+            return self.steps
+        return data.steps(number, passes=self.epochs, batch_size=self.batch_size * self.accumulate)
