@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from overhaul import disk, packed, pretrained
 from overhaul.errors import UserError
-from overhaul.interop.kinds import Kind, class_of, kind_of, kind_of_model, processor_of
+from overhaul.kinds import Kind, class_of, kind_of, kind_of_model, processor_of
 from overhaul.layers import Packed, merge_all, swap
 from overhaul.layers.masked import MaskedLinear, unpack_bits
 from overhaul.lineage import LineageStep, Parent

@@ -36,6 +36,7 @@ VERBS = {
     "adapt": "Train a model, or a small part of it, on text.",
     "distill": "Train a model to predict what another one predicts.",
     "extend": "Go on pre-training: new text, new languages, without losing the old.",
+    "learn": "Learn task after task without forgetting the ones before.",
     "measure": "Numbers with intervals.",
 }
 
@@ -184,6 +185,13 @@ ENTRIES = (
         "extend.syne:Syne",
         "Add a language and a skill: easy text first, topics that suffer more often, and synthetic questions mixed in.",
         12,
+    ),
+    Entry(
+        "learn",
+        "bregman",
+        "learn.bregman:Bregman",
+        "Learn tasks, held to the past by a divergence of outputs and one of weights: EWC, ER, DER++, LwF and others.",
+        4,
     ),
     Entry(
         "measure",

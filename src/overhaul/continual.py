@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, pad
 
 from overhaul.bregman import from_uniform, kl, quadratic, squared
 from overhaul.objective import Batch, Forward, Objective, Term, Terms
@@ -108,7 +108,7 @@ class LogitsKept(OnMemory):
 
     def of_each(self, logits_BC: Tensor, drawn: Batch) -> Tensor:
         known_BC, width_B = _known(logits_BC, drawn)
-        kept_BC = drawn["logits"].to(logits_BC.dtype)[:, : logits_BC.shape[1]]
+        kept_BC = _kept(logits_BC, drawn)
         return squared(logits_BC * known_BC, kept_BC * known_BC) / width_B
 
 
@@ -121,10 +121,16 @@ class PredictionsKept(OnMemory):
         known_BC, _ = _known(logits_BC, drawn)
         now_BC, then_BC = (
             logits.masked_fill(~known_BC, -torch.inf).softmax(dim=-1)
-            for logits in (logits_BC, drawn["logits"].to(logits_BC.dtype)[:, : logits_BC.shape[1]])
+            for logits in (logits_BC, _kept(logits_BC, drawn))
         )
         # The root has no gradient at zero, where a prediction is still what it was.
         return (squared(now_BC, then_BC) + 1e-12).sqrt()
+
+
+def _kept(logits_BC: Tensor, drawn: Batch) -> Tensor:
+    """The remembered logits, as wide as those of now: a head may have grown since, and then there is nothing to hold."""
+    kept_BC = drawn["logits"].to(logits_BC)
+    return pad(kept_BC, (0, logits_BC.shape[1] - kept_BC.shape[1]))
 
 
 def _known(logits_BC: Tensor, drawn: Batch) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,9 @@ from overhaul.corpora import NO_CORPUS, Corpus, CorpusSpec, from_anywhere, open_
 from overhaul.data import Data
 from overhaul.dry_run import say_plan
 from overhaul.errors import Interrupted, UserError
+from overhaul.interop.classifier import channels_of
 from overhaul.judge import Judge
+from overhaul.learning import Learning
 from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
 from overhaul.method import Difference, Measure, Method, Pipeline, Training, Transform
 from overhaul.options import DEFAULT_CORPUS, PASSING_OPTIONS, Options
@@ -35,6 +37,8 @@ from overhaul.report.facts import LOSS, LOSS_ON, PERPLEXITY, Facts
 from overhaul.select import has_adapters
 from overhaul.sharding import num_processes, wait_for_all
 from overhaul.table import Table
+from overhaul.task_data import TaskData
+from overhaul.tasks import TaskSequence
 from overhaul.train import History, train
 from overhaul.workspace import Workspace, finish
 from overhaul.write import write_directory
@@ -76,9 +80,10 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
         artifacts.check_out(out, parent=read, resume=options.resume)
     device = machine.pick_device(options.device)
     dtype = machine.compute_dtype(options.dtype, device)
-    needs_data = not isinstance(method, Transform | Pipeline) or method.reads_data()
+    needs_data = method.reads_data()
     others = _others(method)
-    if isinstance(method, Training) and options.data is None:
+    sequence = _sequence(method, options)
+    if isinstance(method, Training) and needs_data and options.data is None:
         raise UserError(
             f"{step.entry.verb} {step.entry.name} needs --data",
             allowed="a corpus name, a file or a directory",
@@ -86,16 +91,18 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
         )
     corpus = open_data(options) if needs_data or options.data else None
     beside, watched = _further(method, options, corpus)
-    for note in (note for text in (corpus, *beside.values()) if text for note in text.notes):
+    for note in (note for text in (corpus, sequence, *beside.values()) if text for note in text.notes):
         say(f"note: {note}")
-    parent = artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype))
+    parent = artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype), kinds=method.kinds)
     _refuse_packed(method, parent)
     _refuse_adapter_of_adapter(method, parent)
     _refuse_long_windows(method, parent)
     # A pipeline sees what was given even where it reads none of it: private data in the wrong place is worth a word.
     text = (corpus or NO_CORPUS) if isinstance(method, Pipeline) else corpus if needs_data else None
     data = (
-        Data(
+        TaskData(sequence, parent.processor, channels_of(parent.model), options.seed, model=model, dtype=dtype)
+        if sequence
+        else Data(
             text,
             parent.processor,
             options.seed,
@@ -117,15 +124,32 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
         return None
     # What a pipeline has no use for is not read by the back door either: --evaluate can still name it.
     judged = None if isinstance(method, Pipeline) and not needs_data else corpus
+    if sequence:
+        options = options.model_copy(update={"evaluate": "none"})
     judge = Judge.of(options, judged, parent.processor, dtype, (*beside.values(), *watched))
     before = judge.chain(parent)
     changed, notes, history = _change(step, parent, others, data, dtype, out, judge, command)
     if not is_main_process():
         return None
     after = judge.after(changed, before, notes.layers, step.entry.verb, step.entry.name)
+    after = replace(after, metrics=(*after.metrics, *notes.metrics))
     facts = (*before, after)
     facts = write_directory(changed, out, facts=facts, history=history, judge=judge, notes=notes)
     return Outcome(path=out, facts=facts)
+
+
+def _sequence(method: Method, options: Options) -> TaskSequence | None:
+    """The tasks of a method that learns some.
+
+    Raises:
+        UserError: they cannot be read, or a text is named too.
+    """
+    if not isinstance(method, Learning):
+        return None
+    texts = [f"--{name}" for name in ("data", "field", "evaluate", "watch") if getattr(options, name)]
+    if texts:
+        raise UserError(f"{texts[0]} is of methods that read text", hint="--tasks, which names image sets")
+    return method.sequence()
 
 
 def measured_by(step: Step) -> tuple[str, ...]:
@@ -135,7 +159,7 @@ def measured_by(step: Step) -> tuple[str, ...]:
         UserError: one of the corpora cannot be opened.
     """
     method, options = step.method, step.options
-    reads = not isinstance(method, Transform | Pipeline) or method.reads_data()
+    reads = method.reads_data()
     beside, watched = _further(method, options, open_data(options) if reads or options.data else None)
     losses = (f"{LOSS_ON} {text.name}" for text in (*beside.values(), *watched))
     return (*([] if options.evaluate == "none" else [PERPLEXITY, LOSS]), *losses)
@@ -155,7 +179,7 @@ def _change(
     step: Step,
     parent: Artifact,
     others: tuple[Parent, ...],
-    data: Data | None,
+    data: Data | TaskData | None,
     dtype: torch.dtype,
     out: Path,
     judge: Judge,
@@ -163,7 +187,7 @@ def _change(
 ) -> tuple[Artifact, journal.Notes, History | None]:
     """Runs the method; the time and memory it takes are its own, without loading and measuring."""
     options, method = step.options, step.method
-    needs_data = not isinstance(method, Transform | Pipeline) or method.reads_data()
+    needs_data = method.reads_data()
     machine.seed_everything(options.seed)
     machine.reset_peak_rss()
     began = time.perf_counter()
@@ -171,7 +195,7 @@ def _change(
     with journal.recording() as notes:
         if isinstance(method, Transform):
             stream = None
-            if method.needs_data and data is not None:
+            if method.needs_data and isinstance(data, Data):
                 settings: Any = method
                 longest = min(_longest(parent.model), settings.seq_len)
                 stream = data.calibration(samples=settings.samples, seq_len=longest, batch_size=4)
@@ -179,7 +203,7 @@ def _change(
                 model = method.apply(parent.model, stream)
             tokens = stream.tokens() or 0 if stream else 0
         elif isinstance(method, Pipeline):
-            assert data is not None
+            assert isinstance(data, Data)
             work = Workspace(data=data, dtype=dtype, path=parent.path, weights_sha256=parent.weights_sha256)
             model = method.run(parent.model, work)
             tokens = notes.num_tokens
@@ -196,7 +220,7 @@ def _change(
         non_default=tuple(flat_fields(method.model_dump(mode="json", exclude_defaults=True))),
         parents=(Parent(path=_called(parent.name, parent.path), hash=parent.weights_sha256), *others),
         data=_data_used(data.corpus, seen.get(data.corpus.name, 0 if seen else tokens))
-        if data and needs_data
+        if data and (needs_data or isinstance(data, TaskData))
         else None,
         beside=tuple(_data_used(text, seen.get(text.name, 0)) for text in (data.beside.values() if data else ())),
         seed=options.seed,
@@ -218,7 +242,7 @@ def _train(
     method: Training,
     parent: Artifact,
     others: tuple[Parent, ...],
-    data: Data,
+    data: Data | TaskData,
     dtype: torch.dtype,
     out: Path,
     options: Options,
@@ -256,7 +280,7 @@ def _train(
                 goes_on=method.in_stages(),
                 asked=asked,
                 # A part of a model predicts no tokens.
-                evaluate=None if method.in_parts() else judge.probe,
+                evaluate=None if method.in_parts() or isinstance(data, TaskData) else judge.probe,
                 track=options.track,
                 quiet=method.in_parts(),
             )
@@ -372,7 +396,7 @@ def _refuse_track(tracker: str, method: Training) -> None:
         )
 
 
-def _data_used(corpus: Corpus, tokens: int) -> DataUsed:
+def _data_used(corpus: Corpus | TaskSequence, tokens: int) -> DataUsed:
     return DataUsed(name=corpus.name, fingerprint=corpus.fingerprint, tokens=tokens, licence=corpus.licence)
 
 

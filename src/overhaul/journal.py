@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from overhaul.table import Row
+
 
 @dataclass(frozen=True, slots=True)
 class LayerNote:
@@ -102,6 +104,7 @@ class Notes:
     texts: list[TextNote] = field(default_factory=list)
     states: list[StateNote] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    metrics: list[Row] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -163,6 +166,12 @@ def note_state(file: str, state: Mapping[str, Any]) -> None:
     """Adds what a run that goes on needs to the recording in progress; does nothing when there is none."""
     if (notes := _notes.get()) is not None:
         notes.states.append(StateNote(file=file, state=state))
+
+
+def note_metric(row: Row) -> None:
+    """Adds a number about the result, for its tables, to the recording in progress; does nothing when there is none."""
+    if (notes := _notes.get()) is not None:
+        notes.metrics.append(row)
 
 
 def note_tokens(count: int) -> None:

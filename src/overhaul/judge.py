@@ -19,6 +19,7 @@ from overhaul.artifact import Artifact
 from overhaul.corpora import Corpus, CorpusSpec, open_corpus
 from overhaul.data import Data
 from overhaul.journal import LayerNote
+from overhaul.kinds import is_classifier
 from overhaul.layers import Packed
 from overhaul.layers.masked import MaskedLinear
 from overhaul.options import DEFAULT_CORPUS, Options
@@ -261,7 +262,7 @@ def counts(model: nn.Module, errors: Sequence[LayerNote] = ()) -> dict[str, Any]
     nonzero_all = sum(int(p.count_nonzero()) for p in parameters) + sum(module.num_nonzero() for module in packed)
     known = {layer.name: layer.error for layer in errors}
     layers, nonzero_blocks, total_blocks = [], 0, 0
-    for name, weight_OI in block_weights(model):
+    for name, weight_OI in () if is_classifier(model) else block_weights(model):
         nonzero = int(weight_OI.count_nonzero())
         nonzero_blocks += nonzero
         total_blocks += weight_OI.numel()
@@ -284,6 +285,7 @@ def _label(verb: str, method: str, before: Sequence[Facts]) -> str:
         "distill": "won back" if is_lossy else "distilled",
         "adapt": "won back" if is_lossy else "adapted",
         "extend": "extended",
+        "learn": "learnt",
     }
     return f"{done.get(verb, verb)} ({method})"
 

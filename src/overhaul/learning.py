@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
-from overhaul.method import BatchSize, Fraction, PeakRate, Training
+from overhaul.kinds import Kind
+from overhaul.method import BatchSize, Fraction, Natural, PeakRate, Positive, Training
 
 if TYPE_CHECKING:
     from torch import nn
 
     from overhaul.task_data import TaskData
+    from overhaul.tasks import TaskSequence
     from overhaul.train import Plan
 
 
@@ -32,6 +35,17 @@ class Learner(Protocol):
 class Learning(Training):
     """A training in tasks: each is a plan of its own, and the model is measured on all of them after each."""
 
+    kinds: ClassVar[tuple[Kind, ...]] = (Kind.IMAGE_CLASSIFIER,)
+
+    tasks: tuple[str, ...] = Field(
+        (), description="Image sets, names or paths: each a task with classes of its own, or one to split or vary."
+    )
+    split: Positive | None = Field(None, description="Tasks that the classes of one set are divided into.")
+    variants: tuple[str, ...] = Field(
+        (),
+        description="Of one set, a task for each: plain, invert, rotate=DEGREES, permute=SEED, domain=NAME, or domains.",
+    )
+    order: Natural | None = Field(None, description="Seed of the order of classes or tasks; none: as they stand.")
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         1.0, description="Passes over each task's examples; none: --steps for each task."
     )
@@ -44,6 +58,22 @@ class Learning(Training):
 
     def in_stages(self) -> bool:
         return True
+
+    def reads_data(self) -> bool:
+        return False
+
+    def references(self) -> tuple[str, ...]:
+        return tuple(path for path in self.tasks if Path(path).exists())
+
+    def sequence(self) -> TaskSequence:
+        """The tasks, read.
+
+        Raises:
+            UserError: none is named, a set cannot be read, or what is asked for does not fit it.
+        """
+        from overhaul.tasks import open_tasks
+
+        return open_tasks(self.tasks, split=self.split, variants=self.variants, order=self.order)
 
     @abstractmethod
     def learner(self, model: nn.Module, data: TaskData) -> Learner:

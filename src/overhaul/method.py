@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from overhaul.kinds import Kind
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -44,6 +46,8 @@ class Method(Settings, ABC):
     paper: ClassVar[str] = ""
     """Authors, title, year, and where to find it."""
 
+    kinds: ClassVar[tuple[Kind, ...]] = (Kind.CAUSAL_LM,)
+    """The kinds of model that it reads."""
     reads_packed: ClassVar[bool] = False
     """Whether it can begin with a model whose weights are stored as integers."""
     writes_stock: ClassVar[bool] = True
@@ -56,6 +60,10 @@ class Method(Settings, ABC):
     def texts(self) -> tuple[str, ...]:
         """The corpora it reads beside that of --data, as the user named them; the loss on them is watched."""
         return ()
+
+    def reads_data(self) -> bool:
+        """Whether it reads the corpus of --data with these settings."""
+        return True
 
     def references(self) -> tuple[str, ...]:
         """Further corpora and files that it reads and does not train on, as the user named them."""
@@ -89,7 +97,6 @@ class Transform(Method, ABC):
     """Whether `apply` may read calibration data; then the class has fields `samples` and `seq_len`."""
 
     def reads_data(self) -> bool:
-        """Whether it does so with these settings."""
         return self.needs_data
 
     @abstractmethod
@@ -219,10 +226,6 @@ class Training(Method, ABC):
 
 class Pipeline(Method, ABC):
     """A change in several steps, or with several models: candidates, stages, clients."""
-
-    def reads_data(self) -> bool:
-        """Whether it reads a corpus with these settings; otherwise `work.data` holds none."""
-        return True
 
     def outline(self, model: nn.Module) -> tuple[str, ...]:
         """What it would do with this model, one sentence a line, for a dry run."""

@@ -21,7 +21,7 @@ from overhaul.cross_entropy import linear_cross_entropy, logits_cross_entropy
 from overhaul.interop import hf
 from overhaul.interop.classifier import Classified, classified
 from overhaul.interop.fused import fused
-from overhaul.interop.kinds import is_classifier
+from overhaul.kinds import is_classifier
 from overhaul.stream import IGNORED
 
 Batch = Mapping[str, Tensor]

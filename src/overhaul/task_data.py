@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from overhaul.interop.pixels import normalized, sized
+from overhaul.method import Training
 from overhaul.stream import Stream
 from overhaul.tasks import TaskSequence
 
@@ -105,6 +106,20 @@ class TaskData:
     seed: int = 0
     model: str = ""
     dtype: torch.dtype = torch.float32
+
+    @property
+    def corpus(self) -> TaskSequence:
+        """What is read, by name and content: here all tasks."""
+        return self.sequence
+
+    @property
+    def beside(self) -> Mapping[str, Any]:
+        """Further corpora, of which there are none."""
+        return {}
+
+    def steps_for(self, settings: Training, *, processes: int = 1) -> Training:
+        """The settings as they are: each task has steps of its own."""
+        return settings
 
     @cached_property
     def train(self) -> tuple[Examples, ...]:

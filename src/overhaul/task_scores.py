@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from overhaul import journal, machine
-from overhaul.forgetting import AccuracyMatrix, summary
+from overhaul.evaluate import wilson_interval
+from overhaul.forgetting import AccuracyMatrix, average_accuracy, summary
 from overhaul.interop.classifier import classified
 from overhaul.objective import only
+from overhaul.table import Row
 from overhaul.task_data import Examples, TaskData
 
 KINDS = ("class-IL", "task-IL", "as learnt")
@@ -43,10 +45,12 @@ class Scores:
 
     Attributes:
         data: the tasks.
-        rows: by kind, one row `(T,)` after each task, the first before any; NaN where nothing was measured.
+        rows: by kind, one row `(T,)` after each task; NaN where nothing was measured.
+        has_before: whether the first is before any task.
     """
 
     data: TaskData
+    has_before: bool = False
     rows: dict[str, list[list[float]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
 
     def take(self, model: nn.Module, learnt: int) -> None:
@@ -57,6 +61,7 @@ class Scores:
             learnt: tasks.
         """
         sequence = self.data.sequence
+        self.has_before |= learnt == 0
         measured = len(sequence.tasks) if learnt == 0 else learnt
         rows = {kind: [float("nan")] * len(sequence.tasks) for kind in KINDS}
         for number in range(measured):
@@ -79,8 +84,9 @@ class Scores:
         Args:
             kind: one of `KINDS`.
         """
-        sequence, rows = self.data.sequence, list(self.rows[kind])
-        missing = [[float("nan")] * len(sequence.tasks)] * (len(sequence.tasks) + 1 - len(rows))
+        sequence, rows = self.data.sequence, self.rows[kind]
+        wanted = len(sequence.tasks) + (1 if self.has_before else 0)
+        missing = [[float("nan")] * len(sequence.tasks)] * (wanted - len(rows))
         return AccuracyMatrix(
             names=tuple(task.name for task in sequence.tasks),
             values=np.array([*rows, *missing]),
@@ -93,9 +99,27 @@ def note_scores(scores: Scores) -> None:
     """Tells the report, and writes, what was measured after each task."""
     told = {kind: scores.matrix(kind) for kind in KINDS}
     journal.note_text(MATRICES, json.dumps({kind: matrix.to_json() for kind, matrix in told.items()}, indent=1))
+    sequence = scores.data.sequence
+    for kind in ("class-IL", "task-IL"):
+        _note_accuracy(scores, told[kind], kind)
+        names = [f"after {task.name}" for task in sequence.tasks]
+        rows = [(name, *(_shown(told[kind], after, on) for on in range(1, len(names) + 1)))
+                for after, name in enumerate(names, 1)]  # fmt: skip
+        journal.note_table(f"Accuracy, {kind}", ("", *(task.name for task in sequence.tasks)), rows)
     found = summary(told["task-IL"], told["class-IL"], told["as learnt"])
     journal.note_table(
-        f"After {len(scores.data.sequence.tasks)} tasks",
-        ("metric", "value"),
-        [(name, f"{value:.3f}") for name, value in found],
+        "What was kept and what was forgotten", ("metric", "value"), [(name, f"{value:.3f}") for name, value in found]
     )
+
+
+def _note_accuracy(scores: Scores, matrix: AccuracyMatrix, kind: str) -> None:
+    """The mean over tasks at the end, with an interval over examples."""
+    count = sum(matrix.num_examples)
+    value = average_accuracy(matrix, weighted=True)
+    low, high = wilson_interval(round(value * count), count)
+    row = Row(model=scores.data.model, metric=f"accuracy, {kind}", value=value, low=low, high=high, count=count)
+    journal.note_metric(row)
+
+
+def _shown(matrix: AccuracyMatrix, after: int, on: int) -> str:
+    return f"{matrix.accuracy(after, on):.1%}" if matrix.has(after, on) else ""

@@ -104,6 +104,18 @@ def test_logits_of_classes_that_came_later_are_left_free(model: Any, batch: Batc
     same(model, narrow, LogitsKept(), direct)
 
 
+def test_what_was_remembered_before_the_head_grew_holds_the_classes_of_then(model: Any, batch: Batch):
+    narrow = dict(batch) | {"memory/width": torch.full((M,), 2), "memory/logits": batch["memory/logits"][:, :2]}
+
+    def direct() -> Tensor:
+        return F.mse_loss(logits(model, narrow, "memory/")[:, :2], narrow["memory/logits"])
+
+    same(model, narrow, LogitsKept(), direct)
+    now, then = logits(model, narrow, "memory/")[:, :2].softmax(-1), narrow["memory/logits"].softmax(-1)
+    found = PredictionsKept()(Forward(model, narrow), narrow)["predictions_kept"].total
+    torch.testing.assert_close(found, torch.linalg.vector_norm(now - then, dim=-1).sum())
+
+
 def test_fdr_is_not_squared(model: Any, batch: Batch):
     same(
         model, batch, PredictionsKept(),

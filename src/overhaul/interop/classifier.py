@@ -75,6 +75,12 @@ def head_of(model: nn.Module) -> tuple[str, nn.Linear]:
     return fitting[-1]
 
 
+def channels_of(model: nn.Module) -> int:
+    """Of the images that a classifier reads: those of its first convolution, or of its patches."""
+    inner: Any = model
+    return inner.config.num_channels
+
+
 def classes_of(model: nn.Module) -> tuple[str, ...]:
     """The names of the model's classes, in the order of its logits."""
     inner: Any = model

@@ -20,7 +20,7 @@ from transformers import (
 from overhaul import artifact
 from overhaul.errors import UserError
 from overhaul.interop.classifier import classes_of, classified, grow, head_of
-from overhaul.interop.kinds import Kind, is_classifier, kind_of
+from overhaul.kinds import Kind, is_classifier, kind_of
 
 SHAPES = {
     "resnet": lambda: ResNetForImageClassification(
