@@ -15,7 +15,8 @@ distribution the network does (Wang et al., 2024, arXiv:2403.13249).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,34 @@ class Remembering(Objective):
         for examples in self._trained.values():
             self.memory.insert(examples)
         self._trained.clear()
+        self.inner.stepped(means)
+
+
+class Focused(Objective):
+    """An objective of which, inside `alone()`, one term counts and the others do not.
+
+    Args:
+        inner: the whole.
+        name: of the term.
+    """
+
+    def __init__(self, inner: Objective, name: str) -> None:
+        self.inner, self.name, self.is_alone = inner, name, False
+
+    def parts(self) -> tuple[tuple[float, Term], ...]:
+        parts = self.inner.parts()
+        return tuple(part for part in parts if part[1].name == self.name) if self.is_alone else parts
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, the one term is all there is."""
+        self.is_alone = True
+        try:
+            yield
+        finally:
+            self.is_alone = False
+
+    def stepped(self, means: Mapping[str, float]) -> None:
         self.inner.stepped(means)
 
 
@@ -120,15 +149,14 @@ class PredictionsKept(OnMemory):
     def of_each(self, logits_BC: Tensor, drawn: Batch) -> Tensor:
         known_BC, _ = _known(logits_BC, drawn)
         now_BC, then_BC = (
-            logits.masked_fill(~known_BC, -torch.inf).softmax(dim=-1)
-            for logits in (logits_BC, _kept(logits_BC, drawn))
+            logits.masked_fill(~known_BC, -torch.inf).softmax(dim=-1) for logits in (logits_BC, _kept(logits_BC, drawn))
         )
         # The root has no gradient at zero, where a prediction is still what it was.
         return (squared(now_BC, then_BC) + 1e-12).sqrt()
 
 
 def _kept(logits_BC: Tensor, drawn: Batch) -> Tensor:
-    """The remembered logits, as wide as those of now: a head may have grown since, and then there is nothing to hold."""
+    """The remembered logits, as wide as those of now; a head may have grown since."""
     kept_BC = drawn["logits"].to(logits_BC)
     return pad(kept_BC, (0, logits_BC.shape[1] - kept_BC.shape[1]))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 from pydantic import Field
 
 from overhaul.kinds import Kind
-from overhaul.method import BatchSize, Fraction, Natural, PeakRate, Positive, Training
+from overhaul.method import BatchSize, Fraction, Natural, NonNegative, PeakRate, Positive, Rate, Settings, Training
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,6 +18,20 @@ if TYPE_CHECKING:
     from overhaul.task_data import TaskData
     from overhaul.tasks import TaskSequence
     from overhaul.train import Plan
+
+
+class Refreshing(Settings):
+    """Refresh learning over any of the methods: unlearn the current batch a little before it is learnt."""
+
+    every: Natural = Field(0, description="Steps of which one begins with it; 0 leaves it out, the paper has 2.")
+    times: Positive = Field(1, description="Steps up, each time.")
+    form: Literal["paper", "released"] = Field(
+        "released", description="Langevin ascent on the whole objective, or the authors' code: cross-entropy, rescaled."
+    )
+    rate: NonNegative = Field(1e-5, description="Size of a step up.")
+    noise: NonNegative = Field(1e-3, description="Of the noise; 1 in form paper is Langevin dynamics.")
+    damping: Rate = Field(1e-3, description="Of the Fisher information's inverse.")
+    fisher: Literal["diag", "none"] = Field("diag", description="Whether weights that matter are unlearnt less.")
 
 
 class Learner(Protocol):
@@ -43,7 +57,7 @@ class Learning(Training):
     split: Positive | None = Field(None, description="Tasks that the classes of one set are divided into.")
     variants: tuple[str, ...] = Field(
         (),
-        description="Of one set, a task for each: plain, invert, rotate=DEGREES, permute=SEED, domain=NAME, or domains.",
+        description="Of one set, tasks: plain, invert, rotate=DEGREES, permute=SEED, domain=NAME; or domains.",
     )
     order: Natural | None = Field(None, description="Seed of the order of classes or tasks; none: as they stand.")
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
@@ -55,6 +69,10 @@ class Learning(Training):
     schedule: Literal["linear", "cosine", "constant"] = Field("constant", description="Decay after the warm-up.")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="Update rule; it begins anew with each task.")  # pyright: ignore[reportIncompatibleVariableOverride]
     momentum: Fraction = Field(0.0, description="Of --optimizer sgd.")
+    head: Literal["whole", "growing"] = Field(
+        "whole", description="Whether the head has a row for every class at once, or gets those of a task with it."
+    )
+    refresh: Refreshing = Field(Refreshing.model_validate({}), description="Unlearning before learning.")
 
     def in_stages(self) -> bool:
         return True
@@ -89,6 +107,8 @@ class Learning(Training):
         from overhaul.task_scores import Scores, note_scores
 
         sequence, scores, learner = data.sequence, Scores(data), self.learner(model, data)
+        if self.head == "whole" and len(classes_of(model)) < len(sequence.classes):
+            grow(model, sequence.classes)
         if len(classes_of(model)) >= len(sequence.classes):
             scores.take(model, 0)
         for number in range(len(sequence.tasks)):

@@ -10,8 +10,10 @@ from overhaul.learning import Learning
 from overhaul.method import Fraction, NonNegative, Positive, Rate
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
+    from overhaul.continual import Focused
     from overhaul.objective import Objective
     from overhaul.reservoir import Reservoir
     from overhaul.stream import Stream
@@ -73,18 +75,18 @@ class _Learner:
         self.method, self.model, self.data = method, model, data
         self.memory: Reservoir = Reservoir(method.memory, seed=data.seed)
         self.anchor: dict[str, Tensor] | None = None
-        self.curvature: dict[str, Tensor] | None = None
+        self.known: dict[str, Tensor] | None = None
         self.old: nn.Module | None = None
         self.old_classes = 0
 
     def plan(self, number: int) -> Plan:
         """Cross-entropy over all classes so far, with the terms."""
-        from overhaul.continual import Remembering
+        from overhaul.continual import Focused, Remembering
         from overhaul.optim.build import build
         from overhaul.schedules import schedule
         from overhaul.train import Plan
 
-        objective = self._objective(number)
+        objective = focused = Focused(self._objective(number), "cross_entropy")
         if self.method.output_term in OF_MEMORY:
             objective = Remembering(objective, self.memory)
         self.model.requires_grad_(True)
@@ -92,9 +94,36 @@ class _Learner:
             model=self.model,
             objective=objective,
             stream=self._stream(number),
-            optimizer=build(self.method, self.model.parameters(), model=self.model),
+            optimizer=self._refreshed(build(self.method, self.model.parameters(), model=self.model), focused, number),
             schedule=schedule(self.method.schedule, self.method.warmup),
             steps=self.method.steps_of(self.data, number),
+        )
+
+    def _refreshed(self, optimizer: torch.optim.Optimizer, focused: Focused, number: int) -> torch.optim.Optimizer:
+        """The optimizer, with unlearning where that was asked for."""
+        import contextlib
+
+        from overhaul.optim.refresh import Refresh, langevin, released
+
+        asked, by_name = self.method.refresh, dict(self.model.named_parameters())
+        if not asked.every:
+            return optimizer
+        how = asked.model_dump(include={"rate", "noise", "damping"})
+
+        def up(weight: Tensor, gradient: Tensor, fisher: Tensor | float, normal: Tensor) -> Tensor:
+            if asked.form == "paper":
+                return langevin(gradient, fisher, normal=normal, **how)
+            return released(weight, gradient, fisher, normal=normal, **how)
+
+        return Refresh(
+            optimizer,
+            up,
+            every=asked.every,
+            times=asked.times,
+            fisher=lambda: {by_name[name]: tensor for name, tensor in (self.known or {}).items()},
+            buffers=list(self.model.buffers()),
+            focus=contextlib.nullcontext if asked.form == "paper" else focused.alone,
+            seed=self.data.seed * len(self.data.sequence.tasks) + number,
         )
 
     def _stream(self, number: int) -> Stream:
@@ -127,7 +156,7 @@ class _Learner:
             case "lwf" if self.old is not None:
                 objective += method.alpha * OldModel(self.old, self.old_classes, method.temperature)
         if self.anchor is not None:
-            objective += method.beta * Pulled(self.anchor, self.curvature)
+            objective += method.beta * Pulled(self.anchor, self.known if method.weight_term == "ewc" else None)
         return objective
 
     def learnt(self, number: int) -> None:
@@ -145,9 +174,10 @@ class _Learner:
         self.model.requires_grad_(True)  # a finished plan has frozen it
         if method.weight_term != "none":
             self.anchor = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
-        if method.weight_term == "ewc":
+        refreshes = method.refresh.every > 0 and method.refresh.fisher == "diag"
+        if method.weight_term == "ewc" or refreshes:
             found = diagonal(self.model.eval(), self._some(number), labels=method.fisher, seed=self.data.seed)
-            self.curvature = joined(self.curvature, found, keep=method.fisher_decay)
+            self.known = joined(self.known, found, keep=method.fisher_decay)
 
     def _some(self, number: int) -> list[dict[str, Any]]:
         """Batches of as many of a task's examples as the Fisher information is taken from, chosen by the seed."""
