@@ -1,0 +1,209 @@
+"""Tasks one after the other: matrices, identities between methods, resuming, what a directory holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from command import overhaul, refused
+from images import write_bars, write_cnn
+from overhaul import artifact, journal, machine
+from overhaul.forgetting import AccuracyMatrix, average_accuracy, backward_transfer
+from overhaul.interop.classifier import classes_of
+from overhaul.kinds import Kind
+from overhaul.learn.bregman import Bregman
+from overhaul.task_data import TaskData
+from overhaul.task_scores import Scores, logits_of
+from overhaul.tasks import open_tasks
+from overhaul.train import train
+from overhaul.workspace import finish
+
+HOW: dict[str, Any] = {"batch_size": 8, "lr": 0.05, "epochs": 2.0, "memory": 24}
+
+
+@pytest.fixture(scope="module")
+def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bars(tmp_path_factory.mktemp("bars") / "bars.npz")
+
+
+@pytest.fixture(scope="module")
+def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cnn(tmp_path_factory.mktemp("cnn"))
+
+
+def learn(cnn: Path, bars: Path, *, split: int = 2, **settings: Any) -> tuple[Any, dict[str, AccuracyMatrix]]:
+    """The model after all tasks, and its matrices."""
+    made = artifact.load(cnn, kinds=(Kind.IMAGE_CLASSIFIER,))
+    data = TaskData(open_tasks([str(bars)], split=split), made.processor, 1, seed=0)
+    method = Bregman(**{**HOW, **settings})
+    machine.seed_everything(0)
+    with journal.recording() as notes:
+        for plan in method.stages(made.model, data):
+            train(plan, method, quiet=True)
+            finish(plan)
+    (told,) = [text.text for text in notes.texts if text.file == "tasks.json"]
+    return made.model, {kind: AccuracyMatrix.from_json(one) for kind, one in json.loads(told).items()}
+
+
+def weights(model: Any) -> list[Tensor]:
+    return [tensor.clone() for tensor in model.state_dict().values()]
+
+
+def same(one: Any, other: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+
+
+def test_a_memory_keeps_what_is_forgotten_without(cnn: Path, bars: Path):
+    _, alone = learn(cnn, bars, output_term="none", epochs=8.0)
+    _, replayed = learn(cnn, bars, output_term="er", alpha=1.0, epochs=8.0)
+
+    assert backward_transfer(alone["class-IL"]) < -0.5
+    assert average_accuracy(replayed["class-IL"]) > average_accuracy(alone["class-IL"]) + 0.2
+    assert all(average_accuracy(replayed[k]) <= average_accuracy(replayed["task-IL"]) for k in replayed)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"output_term": "lwf", "alpha": 0.0},
+        {"output_term": "cpr", "alpha": 0.0},
+        {"output_term": "none", "weight_term": "l2", "beta": 0.0},
+        {"output_term": "none", "weight_term": "ewc", "beta": 0.0},
+        {"output_term": "none", "refresh": {"every": 1, "rate": 0.0, "noise": 0.0}},
+        {"output_term": "none", "refresh": {"every": 1, "form": "paper", "rate": 0.0, "noise": 1.0}},
+    ],
+)
+def test_with_weight_zero_every_method_is_plain_training(cnn: Path, bars: Path, settings: dict[str, Any]):
+    plain, _ = learn(cnn, bars, output_term="none")
+    held, _ = learn(cnn, bars, **settings)
+
+    assert same(plain, held)
+
+
+def test_ewc_with_information_of_one_everywhere_is_l2(cnn: Path, bars: Path, monkeypatch: pytest.MonkeyPatch):
+    ones = lambda model, *_, **__: {n: torch.ones_like(p) for n, p in model.named_parameters()}  # noqa: E731
+    monkeypatch.setattr("overhaul.fisher.diagonal", ones)
+    plain, _ = learn(cnn, bars, output_term="none", weight_term="l2", beta=0.3)
+    weighed, _ = learn(cnn, bars, output_term="none", weight_term="ewc", beta=0.3)
+
+    assert same(plain, weighed)
+    assert not same(plain, learn(cnn, bars, output_term="none")[0])
+
+
+def test_a_strong_pull_leaves_the_weights_where_they_were(cnn: Path, bars: Path):
+    how: dict[str, Any] = {"output_term": "none", "weight_term": "l2", "lr": 0.02, "epochs": 8.0}
+    loose, tight = (learn(cnn, bars, **how, beta=beta)[1]["class-IL"] for beta in (0.0, 20.0))
+
+    assert backward_transfer(tight) > backward_transfer(loose) + 0.1
+
+
+def test_accuracies_are_those_of_the_model(cnn: Path, bars: Path):
+    model, told = learn(cnn, bars)
+    data = TaskData(open_tasks([str(bars)], split=2), artifact.load(cnn, kinds=(Kind.IMAGE_CLASSIFIER,)).processor, 1)
+    for number, examples in enumerate(data.heldout):
+        logits_NC, labels_N = logits_of(model, examples, dtype=torch.float32), torch.from_numpy(examples.labels_N)
+        own = list(data.sequence.tasks[number].classes)
+        within = torch.tensor(own)[logits_NC[:, own].argmax(1)] == labels_N
+        assert told["class-IL"].accuracy(2, number + 1) == pytest.approx(
+            float((logits_NC.argmax(1) == labels_N).double().mean())
+        )
+        assert told["task-IL"].accuracy(2, number + 1) == pytest.approx(float(within.double().mean()))
+    assert told["class-IL"].accuracy(1, 1) == told["task-IL"].accuracy(1, 1), "one task: nothing else to choose from"
+    assert told["class-IL"].has(0, 2), "a whole head is measured before the first task"
+
+
+def test_a_growing_head_gets_rows_with_their_task_and_keeps_their_names(cnn: Path, bars: Path):
+    model, told = learn(cnn, bars, head="growing", output_term="der++")
+
+    assert classes_of(model) == ("0", "1", "2", "3")
+    assert not told["class-IL"].has(0, 1), "before it there is nothing to measure"
+    assert average_accuracy(told["task-IL"]) > 0.7
+
+
+def test_one_task_is_ordinary_training(cnn: Path, bars: Path):
+    _, told = learn(cnn, bars, split=1, epochs=6.0)
+
+    assert told["class-IL"].num_tasks == 1
+    assert average_accuracy(told["class-IL"]) > 0.9
+
+
+def test_scores_before_all_tasks_are_learnt_have_gaps(cnn: Path, bars: Path):
+    made = artifact.load(write_cnn(cnn.parent / "four", classes=4), kinds=(Kind.IMAGE_CLASSIFIER,))
+    scores = Scores(TaskData(open_tasks([str(bars)], split=2), made.processor, 1))
+    scores.take(made.model, 1)
+
+    matrix = scores.matrix("class-IL")
+    assert matrix.has(1, 1)
+    assert not matrix.has(1, 2)
+    assert not matrix.has(2, 1)
+    assert np.isnan(matrix.values).sum() == 3
+
+
+# The command.
+
+FLAGS = ("--split", "2", "--batch-size", "8", "--memory", "24", "--epochs", "2", "--dtype", "fp32")
+
+
+def test_the_directory_is_one_that_transformers_reads(cnn: Path, bars: Path, tmp_path: Path):
+    done = overhaul("learn", "bregman", cnn, "-o", tmp_path / "out", "--tasks", bars, *FLAGS)
+    assert done.code == 0, done.err
+
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    given = processor([np.zeros((8, 8, 1), np.uint8)], input_data_format="channels_last", return_tensors="pt")
+    assert model(**given).logits.shape == (1, 4)
+    assert model.config.id2label == {0: "0", 1: "1", 2: "2", 3: "3"}
+    assert "accuracy, class-IL" in done.out
+    record = json.loads((tmp_path / "out" / "overhaul.json").read_text())
+    assert record["lineage"][-1]["fields"]["tasks"] == [str(bars)]
+    assert record["lineage"][-1]["data"]["name"] == str(bars)
+    assert [table["title"] for table in record["tables"]][:2] == ["Accuracy, class-IL", "Accuracy, task-IL"]
+
+
+def test_a_run_that_was_stopped_in_the_second_task_goes_on_to_the_same_bits(
+    cnn: Path, bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    how = ("learn", "bregman", cnn, "--tasks", bars, *FLAGS, "--save-every", "3", "--refresh.every", "2")
+    assert overhaul(*how, "-o", tmp_path / "whole").code == 0
+    from overhaul import train as loop
+
+    step, seen = loop._Run.step, []
+
+    def stop(self: Any, number: int) -> Any:
+        seen.append(number)
+        if len(seen) == 17:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Run, "step", stop)
+        assert overhaul(*how, "-o", tmp_path / "cut").code != 0
+    assert (tmp_path / "cut" / ".state" / "stage-002").is_dir()
+    done = overhaul(*how, "-o", tmp_path / "cut", "--resume")
+    assert done.code == 0, done.err
+
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "whole" / "tasks.json").read_text() == (tmp_path / "cut" / "tasks.json").read_text()
+
+
+def test_bad_input_is_one_clear_error(cnn: Path, bars: Path, tiny: Path, tmp_path: Path):
+    out = ("-o", tmp_path / "out")
+    refused(overhaul("learn", "bregman", cnn, *out), "no image set is named")
+    refused(overhaul("learn", "bregman", cnn, *out, "--tasks", bars, "--split", "9"), "split 9 of bars.npz")
+    refused(overhaul("learn", "bregman", cnn, *out, "--tasks", bars, "--data", "sample"), "--data is of methods that")
+    refused(overhaul("learn", "bregman", tiny, *out, "--tasks", bars), "is a model of another kind: causal")
+    refused(overhaul("prune", "magnitude", cnn, *out, "--sparsity", "0.5"), "is a model of another kind: image")
+    refused(
+        overhaul("learn", "bregman", cnn, *out, "--tasks", bars, "--memory", "4"),
+        "a step draws 32 examples from a memory of 4",
+    )
+    assert not (tmp_path / "out").exists()
