@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 SIZE = 8
@@ -21,9 +21,25 @@ def write_cnn(directory: Path, *, classes: int = 2, seed: int = 0) -> Path:
         id2label=names, label2id={name: place for place, name in names.items()},
     )  # fmt: skip
     ResNetForImageClassification(config).save_pretrained(directory)
+    _write_processor(directory)
+    return directory
+
+
+def write_vit(directory: Path, *, classes: int = 2, dtype: str = "float32") -> Path:
+    """A vision transformer of two layers, without batch statistics."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=SIZE, patch_size=2,
+        num_channels=1, num_labels=classes, id2label=dict(enumerate(map(str, range(classes)))),
+    )  # fmt: skip
+    ViTForImageClassification(config).to(getattr(torch, dtype)).save_pretrained(directory)
+    _write_processor(directory)
+    return directory
+
+
+def _write_processor(directory: Path) -> None:
     processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}, image_mean=[0.5], image_std=[0.5])
     processor.save_pretrained(directory)
-    return directory
 
 
 def write_bars(path: Path, *, classes: int = 4, each: int = 30, seed: int = 0) -> Path:

@@ -32,6 +32,7 @@ COMMANDS = {
     "run": "Run the steps of a recipe.",
     "sweep": "Run a recipe under many settings, on a smaller model, and rank them.",
     "compare": "Compare model directories: quality, size, speed, what changed where.",
+    "blank": "An image classifier with random weights, for images of your size.",
     "bundle": "Keep of an adapter's data what moves the adapter to another model later.",
     "show": "Facts and lineage of a model directory.",
     "generate": "Let a model continue a text.",

@@ -179,6 +179,30 @@ def compare_command(arguments: list[str]) -> None:
               f"against {one['base']}{rank}")  # fmt: skip
 
 
+def blank_command(arguments: list[str]) -> None:
+    """`overhaul blank SHAPE -o DIR --images SET`."""
+
+    @dataclass
+    class Blank:
+        shape: Annotated[
+            str, tyro.conf.Positional, tyro.conf.arg(help="cnn, resnet18, resnet50 or vit.", metavar="SHAPE")
+        ]
+        out: Annotated[Path, tyro.conf.arg(aliases=["-o"], help="New directory.")]
+        images: Annotated[str, tyro.conf.arg(help="Image set that it is for: size, channels, classes, brightness.")]
+        seed: Annotated[int, tyro.conf.arg(help="Of the weights.")] = 0
+
+    about = "An image classifier with random weights: what a first training begins with."
+    given = parse(Blank, arguments, prog="overhaul blank", description=about)
+    quiet_libraries()
+    from overhaul import blank
+    from overhaul.images import open_images
+
+    count = blank.write(given.shape, open_images(given.images), given.out, seed=given.seed)
+    out = shlex.quote(str(given.out))
+    print(f"{given.shape}: {count:,} parameters\n\nwritten: {out}")
+    print(f"  overhaul learn bregman {out} -o NEW --tasks {shlex.quote(given.images)}")
+
+
 def bundle_command(arguments: list[str]) -> None:
     """`overhaul bundle ADAPTED -o BUNDLE --data D`, or `--from BUNDLE` for a bundle with another teacher."""
     from overhaul.adapt.bundling import Bundling

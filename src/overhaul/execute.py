@@ -146,7 +146,11 @@ def _sequence(method: Method, options: Options) -> TaskSequence | None:
     """
     if not isinstance(method, Learning):
         return None
-    texts = [f"--{name}" for name in ("data", "field", "evaluate", "watch") if getattr(options, name)]
+    texts = [
+        f"--{name}"
+        for name in ("data", "field", "evaluate", "watch")
+        if getattr(options, name) not in (None, "none", ())
+    ]
     if texts:
         raise UserError(f"{texts[0]} is of methods that read text", hint="--tasks, which names image sets")
     return method.sequence()

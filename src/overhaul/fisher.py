@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from overhaul.interop.classifier import INPUTS
 
@@ -65,7 +66,10 @@ def diagonal(
             with torch.no_grad():
                 probabilities_BC = model(**part).logits.float().softmax(dim=-1)
             for label_B, weight_B in _weighted(labels, given, probabilities_BC, dice):
-                for name, gradient in gradients(trained, part, label_B).items():
+                # The fused kernels of attention know no gradients of single examples.
+                with sdpa_kernel(SDPBackend.MATH):
+                    found_B = gradients(trained, part, label_B)
+                for name, gradient in found_B.items():
                     weighed = weight_B.view(-1, *[1] * (gradient.ndim - 1)) * gradient.float().square()
                     found[name] += weighed.sum(dim=0)
             count += len(given)

@@ -8,6 +8,7 @@ from overhaul import artifact as artifacts
 from overhaul import machine, pretrained
 from overhaul.fetch import cache_directory
 from overhaul.judge import counts, short
+from overhaul.kinds import Kind
 
 
 def describe(ref: str) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def describe(ref: str) -> dict[str, Any]:
         `{"parameters", "nonzero_share", "nonzero_share_blocks", "bytes", "dtype", "verified", "lineage"}`; each
         lineage entry has `verb`, `method`, `fields`, `parent`, `seconds`, `peak_rss_bytes` and more.
     """
-    made = artifacts.load(ref)
+    made = artifacts.load(ref, kinds=tuple(Kind))
     counted = counts(made.model)
     return {
         "parameters": counted["parameters"],

@@ -19,7 +19,7 @@ from overhaul.artifact import Artifact
 from overhaul.corpora import Corpus, CorpusSpec, open_corpus
 from overhaul.data import Data
 from overhaul.journal import LayerNote
-from overhaul.kinds import is_classifier
+from overhaul.kinds import is_classifier, kind_of_model
 from overhaul.layers import Packed
 from overhaul.layers.masked import MaskedLinear
 from overhaul.options import DEFAULT_CORPUS, Options
@@ -200,7 +200,8 @@ class Judge:
                 "generations": tuple((prompt, one.text) for prompt, one in zip(PROMPTS, said, strict=True)),
             }
         watched = self._watched(model, path or label)
-        return Facts(label=label, path=path, metrics=watched, **counts(model, errors), **quality)
+        kind = kind_of_model(model).value if is_classifier(model) else ""
+        return Facts(label=label, path=path, kind=kind, metrics=watched, **counts(model, errors), **quality)
 
     def timed(self, facts: Facts, model: nn.Module) -> Facts:
         """The facts with speeds that are measured now: those of a record may be from another machine or hour."""

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 from pydantic import Field
 
 from overhaul.kinds import Kind
-from overhaul.method import BatchSize, Fraction, Natural, NonNegative, PeakRate, Positive, Rate, Settings, Training
+from overhaul.method import (
+    BatchSize,
+    Fraction,
+    Names,
+    Natural,
+    NonNegative,
+    PeakRate,
+    Positive,
+    Rate,
+    Settings,
+    Steps,
+    Training,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,17 +63,18 @@ class Learning(Training):
 
     kinds: ClassVar[tuple[Kind, ...]] = (Kind.IMAGE_CLASSIFIER,)
 
-    tasks: tuple[str, ...] = Field(
+    tasks: Names = Field(
         (), description="Image sets, names or paths: each a task with classes of its own, or one to split or vary."
     )
     split: Positive | None = Field(None, description="Tasks that the classes of one set are divided into.")
-    variants: tuple[str, ...] = Field(
+    variants: Names = Field(
         (),
         description="Of one set, tasks: plain, invert, rotate=DEGREES, permute=SEED, domain=NAME; or domains.",
     )
     order: Natural | None = Field(None, description="Seed of the order of classes or tasks; none: as they stand.")
+    steps: Steps = Field(200, description="Optimizer steps of each task.")
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        1.0, description="Passes over each task's examples; none: --steps for each task."
+        None, description="Passes over each task's examples; replaces --steps when given."
     )
     batch_size: BatchSize = 32
     lr: PeakRate = 0.03
@@ -69,8 +82,10 @@ class Learning(Training):
     schedule: Literal["linear", "cosine", "constant"] = Field("constant", description="Decay after the warm-up.")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="Update rule; it begins anew with each task.")  # pyright: ignore[reportIncompatibleVariableOverride]
     momentum: Fraction = Field(0.0, description="Of --optimizer sgd.")
-    head: Literal["whole", "growing"] = Field(
-        "whole", description="Whether the head has a row for every class at once, or gets those of a task with it."
+    classifier: Literal["whole", "growing"] = Field(
+        "whole",
+        description="Whether the head has a row for every class of the tasks at once, or gets those of a task with it. "
+        "Classes that the model knows by name keep their rows.",
     )
     refresh: Refreshing = Field(Refreshing.model_validate({}), description="Unlearning before learning.")
 
@@ -103,18 +118,19 @@ class Learning(Training):
 
     def stages(self, model: nn.Module, data: Any) -> Iterator[Plan]:
         """A plan for each task. The head grows before a task with classes that it has not."""
-        from overhaul.interop.classifier import classes_of, grow
+        from overhaul.interop.classifier import classes_of, set_classes
+        from overhaul.progress import say
         from overhaul.task_scores import Scores, note_scores
 
         sequence, scores, learner = data.sequence, Scores(data), self.learner(model, data)
-        if self.head == "whole" and len(classes_of(model)) < len(sequence.classes):
-            grow(model, sequence.classes)
-        if len(classes_of(model)) >= len(sequence.classes):
-            scores.take(model, 0)
         for number in range(len(sequence.tasks)):
-            wanted = sequence.num_classes(number + 1)
-            if len(classes_of(model)) < wanted:
-                grow(model, sequence.classes[:wanted])
+            there = len(sequence.classes) if self.classifier == "whole" else sequence.num_classes(number + 1)
+            if classes_of(model) != (wanted := sequence.classes[:there]):
+                gone = set_classes(model, wanted)
+                if gone:
+                    say(f"note: {len(gone)} classes that no task has are left out of the head, such as {gone[0]}")
+            if number == 0 and there == len(sequence.classes):
+                scores.take(model, 0)
             yield learner.plan(number)
             learner.learnt(number)
             scores.take(model, number + 1)

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from overhaul.kinds import Kind
 
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from overhaul.train import Plan
     from overhaul.workspace import Workspace
 
+
+def _several(given: object) -> object:
+    return (given,) if isinstance(given, str) else given
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_several)]
+"""Names or paths; in a recipe one of them may stand alone."""
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 """A share of a whole, strictly between 0 and 1."""
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]

@@ -73,7 +73,9 @@ def show_outcome(outcome: Any) -> None:
 
     print_before_after(outcome.facts, Console(highlight=False))
     path = shlex.quote(str(outcome.path))
-    print(f"\nwritten: {path}\n  overhaul show {path}\n  overhaul generate {path} --prompt 'The capital of France is'")
+    print(f"\nwritten: {path}\n  overhaul show {path}")
+    if not outcome.facts[-1].kind:
+        print(f"  overhaul generate {path} --prompt 'The capital of France is'")
 
 
 def check_page(html: Path | None) -> None:

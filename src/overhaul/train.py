@@ -60,6 +60,7 @@ class Plan:
         probes: numbers about the model by name, taken whenever it is evaluated.
         hands_on: whether its optimizer goes on in the next plan: then a checkpoint behind the last step holds it too.
         steps: so many, where plans of one method are not equally long; None for those of the settings.
+        unit: of what is counted: tokens, or images.
     """
 
     model: nn.Module
@@ -73,6 +74,7 @@ class Plan:
     probes: tuple[Callable[[nn.Module], Mapping[str, float]], ...] = ()
     hands_on: bool = False
     steps: int | None = None
+    unit: str = "tokens"
 
     @property
     def num_trained(self) -> int:
@@ -188,7 +190,7 @@ def train(
                 point |= run.looked(*([evaluate] if evaluate else []), *plan.probes)
             run.history.points.append(point | {"seconds": round(run.history.seconds, 3)})
             accelerator.log(point, step=step)
-            bar.step(_told(point, run.history))
+            bar.step(_told(point, run.history, plan.unit))
             due = settings.save_every and step % settings.save_every == 0 and step < steps
             stop = run.agreed(interrupted)
             if state_dir and (due or stop):
@@ -396,10 +398,10 @@ class _Run:
         return newest.step
 
 
-def _told(point: dict[str, Any], history: History) -> str:
+def _told(point: dict[str, Any], history: History, unit: str) -> str:
     """What the progress line says of a step."""
     heldout = f"  perplexity {point['perplexity']:.2f}" if "perplexity" in point else ""
-    return f"loss {point['loss']:.3f}{heldout}  {history.tokens / history.seconds:.0f} tokens/s"
+    return f"loss {point['loss']:.3f}{heldout}  {history.tokens / history.seconds:.0f} {unit}/s"
 
 
 def _plain(asked: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from command import Finished, contents, overhaul, python, refused
+from images import write_bars, write_vit
 from overhaul import artifact, catalog, recipe
 from overhaul.catalog import Entry
+from overhaul.learning import Learning
 from overhaul.method import Measure, Pipeline, Training, Transform
 
 Make = Callable[..., Path]
@@ -25,6 +27,8 @@ Run = Callable[..., Path]
 # What a method needs beside the tiny form of its shape, and which parent it is for.
 EXTRA: dict[str, list[str]] = {
     "sltrain": ["--rank", "6"],
+    # Without a memory: what it draws depends on how many are drawn at a time.
+    "bregman": ["--split", "2", "--output-term", "lwf", "--weight-term", "ewc"],
     "minitron": ["--layers", "1", "--hidden", "48", "--ffn", "64", "--kv-groups", "1", "--heads", "2"],
 }
 NEEDS_A_PRUNED_PARENT = {"perp"}
@@ -38,17 +42,34 @@ def of(*shapes: type[Any]) -> list[Any]:
     return [pytest.param(entry, id=f"{entry.verb}-{entry.name}") for entry in entries]
 
 
+def of_text(*shapes: type[Any]) -> list[Any]:
+    """Those of them that read text: the others have tests of their own beside."""
+    return [entry for entry in of(*shapes) if not issubclass(entry.values[0].load(), Learning)]
+
+
 def tiny_form(entry: Entry, **changed: object) -> list[str]:
     """The arguments of a run that takes a fraction of a second."""
     kind = entry.load()
     fields: dict[str, object] = {}
-    if issubclass(kind, Training):
+    if issubclass(kind, Learning):
+        fields = {"tasks": TASKS, "steps": 4, "batch_size": 2, "lr": 1e-2}
+    elif issubclass(kind, Training):
         fields = {"data": "sample", "steps": 4, "batch_size": 2, "seq_len": 32, "lr": 1e-3}
     elif issubclass(kind, Pipeline) or (issubclass(kind, Transform) and kind.needs_data):
         fields = {"samples": 4, "seq_len": 32}
     fields |= changed
     flags = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     return [*flags, *EXTRA.get(entry.name, [])]
+
+
+TASKS = ""
+"""The image set that methods learn which learn tasks."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _images(tmp_path_factory: pytest.TempPathFactory) -> None:
+    global TASKS
+    TASKS = str(write_bars(tmp_path_factory.mktemp("bars") / "bars.npz"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -93,10 +114,16 @@ def pruned(make_tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 @pytest.fixture(scope="session")
-def parent_of(make_tiny: Make, pruned: Make) -> Make:
+def parent_of(make_tiny: Make, pruned: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """`parent_of(entry, dtype=...)` -> a model that the method can be applied to."""
 
+    @cache
+    def classifier(dtype: str) -> Path:
+        return write_vit(tmp_path_factory.mktemp("vit") / dtype, classes=4, dtype=dtype)
+
     def parent(entry: Entry, dtype: str = "float32") -> Path:
+        if issubclass(entry.load(), Learning):
+            return classifier(dtype)
         return (pruned if entry.name in NEEDS_A_PRUNED_PARENT else make_tiny)(dtype=dtype)
 
     return parent
@@ -209,7 +236,8 @@ def _nested(entry: Entry) -> set[str]:
 def test_the_directory_holds_what_belongs_to_a_model(entry: Entry, apply: Run):
     there = {file.name for file in apply(entry, "out").iterdir()}
 
-    assert there >= {"model.safetensors", "config.json", "tokenizer.json", "overhaul.json"}
+    reads = "preprocessor_config.json" if issubclass(entry.load(), Learning) else "tokenizer.json"
+    assert there >= {"model.safetensors", "config.json", reads, "overhaul.json"}
     assert there >= {"recipe.yaml", "README.md", "report.html"}
     assert ("metrics.jsonl" in there) == issubclass(entry.load(), Training)
     assert ".state" not in there
@@ -254,7 +282,7 @@ def _is_packed(name: str, stored: dict[str, torch.Tensor]) -> bool:
     return not stored.get(f"{name.rpartition('.')[0]}.weight", torch.zeros(0)).is_floating_point()
 
 
-@pytest.mark.parametrize("entry", of(*CHANGES))
+@pytest.mark.parametrize("entry", of_text(*CHANGES))
 def test_tied_embeddings_are_stored_once(entry: Entry, apply: Run):
     stored = load_file(apply(entry, "out") / "model.safetensors")
 
@@ -278,7 +306,7 @@ torch.save(logits, sys.argv[1])
 
 
 def test_outputs_load_in_a_fresh_process_that_knows_transformers_only(apply: Run, tmp_path: Path):
-    made = [apply(entry.values[0], entry.id) for entry in of(*CHANGES) if entry.values[0].load().writes_stock]
+    made = [apply(entry.values[0], entry.id) for entry in of_text(*CHANGES) if entry.values[0].load().writes_stock]
     done = python(LOAD, tmp_path / "logits.pt", *made)
     assert done.code == 0, done.err
     theirs = torch.load(tmp_path / "logits.pt")
@@ -365,7 +393,7 @@ def test_a_model_that_is_not_there(entry: Entry, tmp_path: Path):
     refused(_try(entry, tmp_path / "nowhere", tmp_path), "nowhere")
 
 
-@pytest.mark.parametrize("entry", of(object))
+@pytest.mark.parametrize("entry", of_text(object))
 def test_weights_that_are_not_numbers(entry: Entry, tiny: Path, tmp_path: Path):
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -391,4 +419,4 @@ def test_empty_data(entry: Entry, parent_of: Make, tmp_path: Path):
 def _reads_a_corpus(kind: type[Any]) -> bool:
     if issubclass(kind, Transform):
         return kind.needs_data
-    return kind.needs_corpus if issubclass(kind, Measure) else True
+    return kind.needs_corpus if issubclass(kind, Measure) else not issubclass(kind, Learning)

@@ -131,7 +131,7 @@ def test_accuracies_are_those_of_the_model(cnn: Path, bars: Path):
 
 
 def test_a_growing_head_gets_rows_with_their_task_and_keeps_their_names(cnn: Path, bars: Path):
-    model, told = learn(cnn, bars, head="growing", output_term="der++")
+    model, told = learn(cnn, bars, classifier="growing", output_term="der++")
 
     assert classes_of(model) == ("0", "1", "2", "3")
     assert not told["class-IL"].has(0, 1), "before it there is nothing to measure"

@@ -87,34 +87,32 @@ def classes_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(inner.config.id2label[number] for number in range(inner.config.num_labels))
 
 
-def grow(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Gives the head a row for each class, in place: those of known classes stay, new ones begin as `nn.Linear` does.
+def set_classes(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Gives the head a row for each class, in place: those of classes that it knows by name stay, others begin anew.
 
     Args:
         model: a classifier.
-        names: of all classes, those that the model has now first and in their order.
+        names: of the classes, each once, in the order of the logits to come.
 
-    Raises:
-        UserError: a class that the model knows is missing, or stands at another place.
+    Returns:
+        The classes that the model had and has no longer.
     """
-    inner: Any = model
-    known = classes_of(model)
-    if names[: len(known)] != known:
-        raise UserError(
-            f"the model's classes are {', '.join(known)}, and the first asked for are {', '.join(names[: len(known)])}",
-            allowed="further classes behind those that the model has",
-        )
+    known = {name: place for place, name in enumerate(classes_of(model))}
     where, head = head_of(model)
-    grown = nn.Linear(head.in_features, len(names), bias=head.bias is not None)
-    grown.to(head.weight.device, head.weight.dtype)
+    made = nn.Linear(head.in_features, len(names), bias=head.bias is not None)
+    made.to(head.weight.device, head.weight.dtype)
     with torch.no_grad():
-        grown.weight[: len(known)] = head.weight
-        if head.bias is not None:
-            grown.bias[: len(known)] = head.bias
+        for place, name in enumerate(names):
+            if name in known:
+                made.weight[place] = head.weight[known[name]]
+                if head.bias is not None:
+                    made.bias[place] = head.bias[known[name]]
     name_classes(model, names)
     parent, _, child = where.rpartition(".")
-    setattr(model.get_submodule(parent), child, grown)
+    setattr(model.get_submodule(parent), child, made)
+    inner: Any = model
     inner.num_labels = len(names)
+    return tuple(name for name in known if name not in names)
 
 
 def name_classes(model: nn.Module, names: tuple[str, ...]) -> None:

@@ -97,6 +97,7 @@ class _Learner:
             optimizer=self._refreshed(build(self.method, self.model.parameters(), model=self.model), focused, number),
             schedule=schedule(self.method.schedule, self.method.warmup),
             steps=self.method.steps_of(self.data, number),
+            unit="images",
         )
 
     def _refreshed(self, optimizer: torch.optim.Optimizer, focused: Focused, number: int) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from overhaul.kinds import Kind
 from overhaul.report.facts import Report
 from overhaul.report.sentences import limits, step_sentence, verdict
 from overhaul.report.tables import markdown_table
@@ -64,7 +65,7 @@ def model_card(
         verdict=verdict(report.facts),
         sentences=[step_sentence(step) for step in report.lineage],
         table=markdown_table(report.facts),
-        snippet=(use_snippet or transformers_snippet(name)).strip(),
+        snippet=(use_snippet or snippet_of(report.facts[-1].kind, name)).strip(),
         limits=limits(report.facts),
         datasets=datasets,
         report=report,
@@ -90,7 +91,7 @@ def front_matter(
         "base_model_relation": relation,
         "library_name": "transformers",
         "license": license,
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _task(report),
         "tags": ["overhaul", *methods],
     }
     hub_names = [data.hub_name for data in datasets if data.hub_name]
@@ -111,12 +112,35 @@ def _results(report: Report) -> list[dict[str, Any]]:
         corpus = corpus or model.corpus or "held-out text"
         results.append(
             {
-                "task": {"type": "text-generation"},
+                "task": {"type": _task(report)},
                 "dataset": {"name": corpus, "type": corpus},
                 "metrics": [{"type": metric, "value": float(f"{row.value:.6g}")}],
             }
         )
     return results
+
+
+def _task(report: Report) -> str:
+    """What the hub calls what the model does."""
+    return "image-classification" if report.facts[-1].kind == Kind.IMAGE_CLASSIFIER.value else "text-generation"
+
+
+def snippet_of(kind: str, name: str) -> str:
+    """Python that uses a model of this kind with plain transformers."""
+    return image_snippet(name) if kind == Kind.IMAGE_CLASSIFIER.value else transformers_snippet(name)
+
+
+def image_snippet(name: str) -> str:
+    """Python that loads the image classifier `name` with plain transformers and names what a picture shows."""
+    return f"""
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained({name!r})
+processor = AutoImageProcessor.from_pretrained({name!r})
+logits = model(**processor(Image.open("picture.png"), return_tensors="pt")).logits
+print(model.config.id2label[int(logits.argmax())])
+"""
 
 
 def transformers_snippet(name: str) -> str:

@@ -54,6 +54,7 @@ class Facts:
         bytes: weights on disk.
         stored_bytes: what has to be kept beside the reference of a comparison of adaptations.
         dtype: dtype on disk.
+        kind: of model, where it is no language model, as `overhaul.kinds` tells it.
         perplexity: on `corpus`, in windows of `seq_len` tokens.
         metrics: other measurements, one per metric name.
         tokenizer: hash of the tokens that the held-out text became: perplexities compare where it is the same.
@@ -74,6 +75,7 @@ class Facts:
     bytes: int | None = None
     stored_bytes: int | None = None
     dtype: str = ""
+    kind: str = ""
     perplexity: Row | None = None
     corpus: str = ""
     seq_len: int | None = None

@@ -106,10 +106,13 @@ def is_worse(row: Row, reference: Row | None, better: Better | None) -> bool:
 
 def _columns(facts: Sequence[Facts], *, is_comparison: bool) -> list[_Column | _MetricColumn]:
     metrics = dict.fromkeys(row.metric for one in facts for row in one.metrics)
+    is_language = not all(one.kind for one in facts)
+    perplexity = _MetricColumn(title="perplexity", row=lambda one: one.perplexity, better="less", compares=same_tokens)
+    in_blocks = _Column(title="non-zero (blocks)", number=lambda one: one.nonzero_share_blocks, text=as_percent)
     columns: list[_Column | _MetricColumn] = [
-        _MetricColumn(title="perplexity", row=lambda one: one.perplexity, better="less", compares=same_tokens),
+        *([perplexity] if is_language else ()),
         *(_metric_column(metric) for metric in metrics),
-        _Column(title="non-zero (blocks)", number=lambda one: one.nonzero_share_blocks, text=as_percent),
+        *([in_blocks] if is_language else ()),
         _Column(title="non-zero (all)", number=lambda one: one.nonzero_share_all, text=as_percent),
         _Column(
             title="parameters",
@@ -119,6 +122,8 @@ def _columns(facts: Sequence[Facts], *, is_comparison: bool) -> list[_Column | _
             tolerance=0.001,
         ),
         _Column(title="size", number=lambda one: one.bytes, text=as_size, better="less", tolerance=0.001),
+    ]
+    speeds = [
         _Column(
             title="prefill tokens/s",
             number=lambda one: one.tokens_per_second,
@@ -134,6 +139,7 @@ def _columns(facts: Sequence[Facts], *, is_comparison: bool) -> list[_Column | _
             tolerance=SPEED_NOISE,
         ),
     ]
+    columns += speeds if is_language else []
     if is_comparison and all(one.stored_bytes is None for one in facts):
         return columns
     if is_comparison:

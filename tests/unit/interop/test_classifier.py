@@ -19,7 +19,7 @@ from transformers import (
 
 from overhaul import artifact
 from overhaul.errors import UserError
-from overhaul.interop.classifier import classes_of, classified, grow, head_of
+from overhaul.interop.classifier import classes_of, classified, head_of, set_classes
 from overhaul.kinds import Kind, is_classifier, kind_of
 
 SHAPES = {
@@ -81,7 +81,7 @@ def test_logits_are_the_models_and_the_head_makes_them_of_the_features(model: An
 def test_a_head_grows_behind_the_classes_that_are_known(model: Any):
     before = classified(model, given := batch(model)).logits
 
-    grow(model, (*classes_of(model), "new", "newer"))
+    assert set_classes(model, (*classes_of(model), "new", "newer")) == ()
 
     after = classified(model, given).logits
     assert after.shape == (5, 5)
@@ -90,9 +90,14 @@ def test_a_head_grows_behind_the_classes_that_are_known(model: Any):
     assert model.config.label2id["newer"] == 4
 
 
-def test_a_head_does_not_lose_classes(model: Any):
-    with pytest.raises(UserError, match="the model's classes are LABEL_0, LABEL_1, LABEL_2, and the first asked for"):
-        grow(model, ("LABEL_1", "LABEL_0", "LABEL_2", "new"))
+def test_classes_are_known_by_name_wherever_they_stand(model: Any):
+    before = classified(model, given := batch(model)).logits
+
+    assert set_classes(model, ("LABEL_2", "new", "LABEL_0")) == ("LABEL_1",)
+
+    after = classified(model, given).logits
+    assert torch.allclose(after[:, [0, 2]], before[:, [2, 0]], atol=1e-6)
+    assert classes_of(model) == ("LABEL_2", "new", "LABEL_0")
 
 
 def test_a_model_without_a_linear_head_is_refused(model: Any):
@@ -116,7 +121,7 @@ def test_kinds_are_read_from_the_configuration(model: Any, tmp_path: Path):
 
 def test_a_head_keeps_its_type_and_place():
     model = SHAPES["resnet"]().to(torch.bfloat16)
-    grow(model, (*classes_of(model), "new"))
+    set_classes(model, (*classes_of(model), "new"))
 
     name, head = head_of(model)
     assert name == "classifier.1"
