@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from overhaul.method import Pipeline, Training
 from overhaul.optim.build import state_bytes
 from overhaul.progress import say
 from overhaul.recipe import Step
+from overhaul.task_data import TaskData
 from overhaul.train import Plan, train
 
 MASTER_BYTES = 4
 """Of a trained parameter's fp32 weight, and of its gradient."""
 
 
-def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, longest: int, dtype: torch.dtype) -> None:
+def say_plan(
+    step: Step, parent: Artifact, data: Data | TaskData | None, out: Path, *, longest: int, dtype: torch.dtype
+) -> None:
     """Says what would be trained or read, how much memory and time it would take, and which files it would write.
 
     Args:
@@ -41,12 +45,13 @@ def say_plan(step: Step, parent: Artifact, data: Data | None, out: Path, *, long
         plan = next(method.stages(parent.model, data))
         trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
         megabytes = _training_bytes(plan, method) / 1e6
-        tokens = method.steps * method.batch_size * method.accumulate * method.seq_len
+        steps = method.steps if plan.steps is None else plan.steps
+        read = steps * method.batch_size * method.accumulate * (method.seq_len if plan.unit == "tokens" else 1)
         say(f"trains {trained:,} parameters ({trained / parameters:.3%}): {megabytes:.1f} MB of")
         say("  fp32 weights, gradients and optimizer states" + (", at a time" if method.in_stages() else ""))
         each = " in each stage" if method.in_stages() else ""
-        say(f"{method.steps} steps, {tokens:,} tokens{each}\n{plan.stream.describe().tree()}")
-        seconds = _seconds(plan, method, dtype)
+        say(f"{steps} steps, {read:,} {plan.unit}{each}\n{plan.stream.describe().tree()}")
+        seconds = _seconds(plan, method.model_copy(update={"steps": steps}), dtype)
         say(
             f"about {seconds:.0f} s"
             + (" for the first of several" if method.in_stages() else "")
@@ -77,7 +82,7 @@ def _seconds(plan: Plan, method: Training, dtype: torch.dtype) -> float:
     one, times = method.model_copy(update={"steps": 1}), []
     for _ in range(2):
         began = time.perf_counter()
-        train(plan, one, dtype=dtype, quiet=True)
+        train(replace(plan, steps=None), one, dtype=dtype, quiet=True)
         times.append(time.perf_counter() - began)
     first, usual = times
     renewals = math.ceil(method.steps / method.projection.gap) if method.optimizer in ("galore", "fira") else 0

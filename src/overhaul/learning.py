@@ -118,9 +118,14 @@ class Learning(Training):
 
     def stages(self, model: nn.Module, data: Any) -> Iterator[Plan]:
         """A plan for each task. The head grows before a task with classes that it has not."""
+        from overhaul.errors import UserError
         from overhaul.interop.classifier import classes_of, set_classes
         from overhaul.progress import say
+        from overhaul.sharding import num_processes
         from overhaul.task_scores import Scores, note_scores
+
+        if num_processes() > 1:
+            raise UserError("tasks are learnt on one process", hint="without accelerate launch")
 
         sequence, scores, learner = data.sequence, Scores(data), self.learner(model, data)
         for number in range(len(sequence.tasks)):

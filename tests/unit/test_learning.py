@@ -205,6 +205,15 @@ def test_a_run_that_was_stopped_in_the_second_task_goes_on_to_the_same_bits(
     assert (tmp_path / "whole" / "tasks.json").read_text() == (tmp_path / "cut" / "tasks.json").read_text()
 
 
+def test_a_dry_run_counts_images_and_writes_nothing(cnn: Path, bars: Path, tmp_path: Path):
+    done = overhaul("learn", "bregman", cnn, "-o", tmp_path / "out", "--tasks", bars, *FLAGS, "--dry-run")
+
+    assert done.code == 0, done.err
+    assert "12 steps, 96 images in each stage" in done.err
+    assert "memory(24, draws of 8 x 2)" in done.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_input_is_one_clear_error(cnn: Path, bars: Path, tiny: Path, tmp_path: Path):
     out = ("-o", tmp_path / "out")
     refused(overhaul("learn", "bregman", cnn, *out), "no image set is named")

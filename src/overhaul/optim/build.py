@@ -15,6 +15,7 @@ from overhaul.method import Training
 from overhaul.optim import adamw8bit
 from overhaul.optim.adamw import adamw
 from overhaul.optim.low_rank import LowRankAdamW, num_state
+from overhaul.optim.refresh import Refresh
 from overhaul.progress import say
 
 
@@ -58,6 +59,10 @@ def build(
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """What the optimizer's state will take when every parameter has had a gradient."""
     trained = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    if isinstance(optimizer, Refresh):
+        return state_bytes(optimizer.inner)
+    if isinstance(optimizer, torch.optim.SGD):
+        return sum(4 * p.numel() for p, group in trained if group["momentum"])
     if isinstance(optimizer, LowRankAdamW):
         return 4 * sum(num_state(p.shape, group) for p, group in trained)
     if isinstance(optimizer, torch.optim.AdamW):

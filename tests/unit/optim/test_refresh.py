@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from overhaul.optim.build import state_bytes
 from overhaul.optim.refresh import Refresh, langevin, released
 
 
@@ -165,3 +166,20 @@ def test_the_gradient_to_go_up_may_be_of_some_terms_alone():
     trained(lambda inner, model: Refresh(inner, up(0.01), every=1, focus=focus), steps=2)
 
     assert entered == ["in", "out"] * 2
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_state_of_sgd_weighs_what_was_foretold_wrapped_or_not(momentum: float):
+    for wrap in (lambda inner: inner, lambda inner: Refresh(inner, up(0.0), every=1)):
+        model, x, y = problem()
+        optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum))
+        foretold = state_bytes(optimizer)
+
+        def closure() -> Tensor:
+            loss = cross_entropy(model(x), y)  # noqa: B023
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        held = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        assert foretold == sum(v.nbytes for v in held)
