@@ -34,7 +34,7 @@ def _resnet(**shape: Any) -> Callable[[int, tuple[int, int], int], Any]:
     def config(channels: int, size: tuple[int, int], classes: int) -> Any:
         from transformers import ResNetConfig
 
-        return ResNetConfig(num_channels=channels, num_labels=classes, **shape)
+        return _of_classes(ResNetConfig(num_channels=channels, **shape), classes)
 
     return config
 
@@ -42,10 +42,16 @@ def _resnet(**shape: Any) -> Callable[[int, tuple[int, int], int], Any]:
 def _vit(channels: int, size: tuple[int, int], classes: int) -> Any:
     from transformers import ViTConfig
 
-    return ViTConfig(
+    made = ViTConfig(
         hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, image_size=size[0],
-        patch_size=max(1, size[0] // 7), num_channels=channels, num_labels=classes,
+        patch_size=max(1, size[0] // 7), num_channels=channels,
     )  # fmt: skip
+    return _of_classes(made, classes)
+
+
+def _of_classes(config: Any, classes: int) -> Any:
+    config.num_labels = classes
+    return config
 
 
 SHAPES = {

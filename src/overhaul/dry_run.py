@@ -42,7 +42,8 @@ def say_plan(
     say(f"{step.entry.verb} {step.entry.name} on {parent.name}: {parameters:,} parameters, {size / 1e6:.0f} MB")
     if isinstance(method, Training) and data is not None:
         method = data.steps_for(method)
-        plan = next(method.stages(parent.model, data))
+        handed: Any = data
+        plan = next(method.stages(parent.model, handed))
         trained = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
         megabytes = _training_bytes(plan, method) / 1e6
         steps = method.steps if plan.steps is None else plan.steps

@@ -114,7 +114,8 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
         if text
         else None
     )
-    method.check(parent.model, data)
+    handed: Any = data  # each method gets what it reads: text, or tasks
+    method.check(parent.model, handed)
     left = method.left_bytes(parent.model) if isinstance(method, Training) else 0
     artifacts.refuse_full_disk(
         out, left + 2 * sum(p.numel() * parent.dtype.itemsize for p in parent.model.parameters())
@@ -272,7 +273,8 @@ def _train(
         **flat_fields(method.model_dump(mode="json")),
     }
     histories, stored = [], next(parent.model.parameters()).dtype
-    for number, plan in enumerate(method.stages(parent.model, data), 1):
+    handed: Any = data
+    for number, plan in enumerate(method.stages(parent.model, handed), 1):
         try:
             history = train(
                 plan,

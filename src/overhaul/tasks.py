@@ -245,9 +245,10 @@ def _domain(name: str, images: ImageSet) -> Callable[[Labelled], Labelled]:
 
 def _rotated(images_NHWC: NDArray[np.uint8], degrees: float) -> NDArray[np.uint8]:
     """Counterclockwise about the centre, bilinear, black where nothing was."""
+    import numpy as np
     from scipy import ndimage
 
-    return ndimage.rotate(images_NHWC, degrees, axes=(2, 1), reshape=False, order=1)
+    return np.asarray(ndimage.rotate(images_NHWC, degrees, axes=(2, 1), reshape=False, order=1), np.uint8)
 
 
 def _permuted(images_NHWC: NDArray[np.uint8], order_P: NDArray[np.int64]) -> NDArray[np.uint8]:
