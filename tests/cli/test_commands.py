@@ -250,10 +250,13 @@ def test_list():
 
 
 def test_data_list():
-    names = [corpus["name"] for corpus in json_of("data", "list", "--json")["corpora"]]
+    told = json_of("data", "list", "--json")
+    names, images = ([one["name"] for one in told[kind]] for kind in ("corpora", "images"))
 
     assert names[0] == "sample"
-    assert [line.split()[0] for line in overhaul("data", "list").out.splitlines()] == names
+    assert images[0] == "digits"
+    lines = [line.split() for line in overhaul("data", "list").out.splitlines()]
+    assert [words[0] if words else "" for words in lines] == [*names, "", "images:", *images]
     refused(overhaul("data", "lst"), "data list")
 
 
