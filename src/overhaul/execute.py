@@ -286,7 +286,7 @@ def _train(
                 goes_on=method.in_stages(),
                 asked=asked,
                 # A part of a model predicts no tokens.
-                evaluate=None if method.in_parts() or isinstance(data, TaskData) else judge.probe,
+                evaluate=None if method.in_parts() else judge.probe,
                 track=options.track,
                 quiet=method.in_parts(),
             )
