@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,14 +73,19 @@ def _arrays(path: Path) -> dict[str, Any]:
             arrays = {name: file[name] for name in file}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         raise UserError(f"{path} cannot be read as .npz: {error}", allowed=NPZ) from error
-    for name in ("images", "labels"):
-        if name not in arrays:
-            raise UserError(
-                f"{path} has no array {name!r}, but {', '.join(arrays) or 'none at all'}",
-                allowed=NPZ,
-                hint=did_you_mean(name, arrays),
-            )
+    _refuse_missing(("images", "labels"), arrays, f"{path} has no array", allowed=NPZ)
     return arrays
+
+
+def _refuse_missing(wanted: Sequence[str], there: Collection[str], begins: str, *, allowed: str) -> None:
+    """Raises `UserError` for the first name that is wanted and not there."""
+    for name in wanted:
+        if name not in there:
+            raise UserError(
+                f"{begins} {name!r}, but {', '.join(there) or 'none at all'}",
+                allowed=allowed,
+                hint=did_you_mean(name, there),
+            )
 
 
 def _images(images: NDArray[Any], path: Path) -> NDArray[np.uint8]:
@@ -142,13 +147,7 @@ def _batches(file: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _columns(names: Sequence[str], where: str) -> list[str]:
-    for name in ("image", "label"):
-        if name not in names:
-            raise UserError(
-                f"{where} has no column {name!r}, but {', '.join(names)}",
-                allowed=COLUMNS,
-                hint=did_you_mean(name, names),
-            )
+    _refuse_missing(("image", "label"), names, f"{where} has no column", allowed=COLUMNS)
     return [name for name in ("image", "label", "domain") if name in names]
 
 
