@@ -9,7 +9,7 @@ So accumulating four micro-batches, or training on two processes, gives the loss
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -45,6 +45,7 @@ class Forward:
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         self.model, self.batch = model, batch
         self._keeps_states = False
+        self._layers: tuple[str, ...] = ()
         self._outputs: hf.Outputs | None = None
         self._classified: Classified | None = None
         self._references: dict[nn.Module, Forward] = {}
@@ -53,6 +54,10 @@ class Forward:
     def keep_states(self) -> None:
         """Says, before the pass, that hidden states between the blocks will be looked at."""
         self._keeps_states = True
+
+    def keep_features(self, layers: Sequence[str]) -> None:
+        """Says, before the pass through a classifier, whose outputs will be looked at, by the layers' dotted names."""
+        self._layers = tuple(dict.fromkeys((*self._layers, *layers)))
 
     def run(self) -> None:
         """Makes the pass now, of whatever kind the model is."""
@@ -68,10 +73,14 @@ class Forward:
         return self._outputs
 
     def classified(self) -> Classified:
-        """Of a classifier, logits `(B, C)` and the features `(B, D)` that its head reads."""
+        """Of a classifier, logits `(B, C)` and the outputs of the layers that `keep_features` named."""
         if self._classified is None:
-            self._classified = classified(self.model, self.batch)
+            self._classified = classified(self.model, self.batch, self._layers)
         return self._classified
+
+    def features(self, layer: str) -> Tensor:
+        """What a layer of a classifier gives for each example, `(B, ...)`; `keep_features` must have named it."""
+        return self.classified().features[layer]
 
     def hidden(self) -> Tensor:
         """Last hidden states `(B, T, D)`, before the output embedding."""
@@ -95,7 +104,7 @@ class Forward:
         """The same micro-batch through a frozen model, without gradients, once however many terms ask for it."""
         if reference not in self._references:
             forward = self._references[reference] = Forward(reference, self.batch)
-            forward._keeps_states = self._keeps_states
+            forward._keeps_states, forward._layers = self._keeps_states, self._layers
             with torch.no_grad(), fused(reference):
                 forward.run()
         return self._references[reference]
@@ -119,6 +128,7 @@ class Objective(ABC):
         """The terms of one micro-batch, by name."""
         if any(term.reads_states for _, term in self.parts()):
             forward.keep_states()
+        forward.keep_features([layer for _, term in self.parts() for layer in term.reads_features])
         return {
             name: Mean(term.total(forward, batch), term.count(batch), weight)
             for name, (weight, term) in self.named().items()
@@ -186,6 +196,8 @@ class Term(Objective):
     name: str
     reads_states: bool = False
     """Whether it looks at hidden states between the blocks."""
+    reads_features: tuple[str, ...] = ()
+    """Layers of a classifier whose output it looks at."""
 
     def parts(self) -> tuple[tuple[float, Term], ...]:
         return ((1.0, self),)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from overhaul.errors import UserError
 
@@ -14,37 +16,53 @@ INPUTS = ("pixel_values", "input_ids", "attention_mask")
 """What of a batch a classifier reads; labels and tasks are for objectives."""
 
 
+PENULTIMATE = ""
+"""As the name of a layer: what the head reads of each example, `(B, D)`."""
+
+
 class Classified(NamedTuple):
     """What one pass through a classifier gives.
 
     Attributes:
         logits: `(B, C)`.
-        features: `(B, D)`, what the head reads of each example.
+        features: of the layers that were asked for, `(B, ...)` each.
     """
 
     logits: Tensor
-    features: Tensor
+    features: Mapping[str, Tensor]
 
 
-def classified(model: nn.Module, batch: Mapping[str, Tensor]) -> Classified:
+def classified(model: nn.Module, batch: Mapping[str, Tensor], layers: Sequence[str] = ()) -> Classified:
     """One pass through a classifier.
 
     Args:
         model: of transformers, with a linear head.
         batch: `{"pixel_values": (B, C, H, W)}` or `{"input_ids": (B, T), "attention_mask": (B, T)}`.
+        layers: whose output is kept, by their dotted names; `PENULTIMATE` for what the head reads.
     """
-    read: list[Tensor] = []
-    _, head = head_of(model)
-    hook = head.register_forward_hook(lambda _module, given, _made: read.append(given[0]))
-    try:
+    features: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for name in layers:
+            hook = _keep_output(model, name, features) if name else _keep_read(model, batch, features)
+            hooks.callback(hook.remove)
         called: Any = model
         logits_BC = called(**{name: batch[name] for name in INPUTS if name in batch}).logits
-    finally:
-        hook.remove()
-    features = read[-1]
-    if features.ndim == 3:  # of text classifiers the head reads every token, and the last one of each text counts
-        features = _of_last_tokens(features, batch)
     return Classified(logits_BC, features)
+
+
+def _keep_output(model: nn.Module, name: str, into: dict[str, Tensor]) -> RemovableHandle:
+    def keep(_module: nn.Module, _given: Any, made: Any) -> None:
+        into[name] = made if isinstance(made, Tensor) else made[0]
+
+    return model.get_submodule(name).register_forward_hook(keep)
+
+
+def _keep_read(model: nn.Module, batch: Mapping[str, Tensor], into: dict[str, Tensor]) -> RemovableHandle:
+    def keep(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        # The head of a text classifier reads every token, and the last one of each text counts.
+        into[PENULTIMATE] = given[0] if given[0].ndim == 2 else _of_last_tokens(given[0], batch)
+
+    return head_of(model)[1].register_forward_pre_hook(keep)
 
 
 def _of_last_tokens(states_BTD: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

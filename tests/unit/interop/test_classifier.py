@@ -19,7 +19,7 @@ from transformers import (
 
 from overhaul import artifact
 from overhaul.errors import UserError
-from overhaul.interop.classifier import classes_of, classified, head_of, set_classes
+from overhaul.interop.classifier import PENULTIMATE, classes_of, classified, head_of, set_classes
 from overhaul.kinds import Kind, is_classifier, kind_of
 
 SHAPES = {
@@ -69,13 +69,27 @@ def batch(model: Any) -> dict[str, torch.Tensor]:
 
 
 def test_logits_are_the_models_and_the_head_makes_them_of_the_features(model: Any):
-    found = classified(model, given := batch(model))
+    found = classified(model, given := batch(model), (PENULTIMATE,))
 
     inputs = {name: tensor for name, tensor in given.items() if name != "labels"}
     assert torch.equal(found.logits, model(**inputs).logits)
     _, head = head_of(model)
-    assert torch.allclose(head(found.features), found.logits, atol=1e-6)
-    assert found.features.shape == (5, head.in_features)
+    assert torch.allclose(head(found.features[PENULTIMATE]), found.logits, atol=1e-6)
+    assert found.features[PENULTIMATE].shape == (5, head.in_features)
+
+
+def test_the_output_of_a_layer_is_kept_where_it_is_asked_for(model: Any):
+    where = next(
+        name for name, module in model.named_modules() if "norm" in name.lower() and not list(module.children())
+    )
+    seen = []
+    hook = model.get_submodule(where).register_forward_hook(lambda _m, _given, made: seen.append(made))
+    found = classified(model, batch(model), (where,))
+    hook.remove()
+
+    assert torch.equal(found.features[where], seen[0])
+    assert classified(model, batch(model)).features == {}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_head_grows_behind_the_classes_that_are_known(model: Any):
