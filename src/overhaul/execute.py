@@ -26,7 +26,6 @@ from overhaul.dry_run import say_plan
 from overhaul.errors import Interrupted, UserError
 from overhaul.interop.classifier import channels_of
 from overhaul.judge import Judge
-from overhaul.learning import Learning
 from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
 from overhaul.method import Difference, Measure, Method, Pipeline, Training, Transform
 from overhaul.options import DEFAULT_CORPUS, PASSING_OPTIONS, Options
@@ -145,16 +144,15 @@ def _sequence(method: Method, options: Options) -> TaskSequence | None:
     Raises:
         UserError: they cannot be read, or a text is named too.
     """
-    if not isinstance(method, Learning):
-        return None
+    sequence = method.sequence()
     texts = [
         f"--{name}"
         for name in ("data", "field", "evaluate", "watch")
         if getattr(options, name) not in (None, "none", ())
     ]
-    if texts:
+    if sequence and texts:
         raise UserError(f"{texts[0]} is of methods that read text", hint="--tasks, which names image sets")
-    return method.sequence()
+    return sequence
 
 
 def measured_by(step: Step) -> tuple[str, ...]:

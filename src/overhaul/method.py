@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from overhaul.data import Data
     from overhaul.stream import Stream
     from overhaul.table import Table
+    from overhaul.tasks import TaskSequence
     from overhaul.train import Plan
     from overhaul.workspace import Workspace
 
@@ -71,6 +72,10 @@ class Method(Settings, ABC):
     def reads_data(self) -> bool:
         """Whether it reads the corpus of --data with these settings."""
         return True
+
+    def sequence(self) -> TaskSequence | None:
+        """The tasks that it learns one after the other, in place of a corpus; None for a method that reads text."""
+        return None
 
     def references(self) -> tuple[str, ...]:
         """Further corpora and files that it reads and does not train on, as the user named them."""
