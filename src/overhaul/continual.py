@@ -4,7 +4,7 @@
 | ER | `Replayed` | KL(label, network) | labels from the memory |
 | DER | `LogitsKept` | squared distance of logits | logits from the memory, as they were when it was filled |
 | DER++ | both, of two draws | | |
-| FDR | `PredictionsKept` | distance of probabilities | probabilities from the memory |
+| FDR | `PredictionsKept` | distance of probabilities | probabilities at the end of an example's task |
 | LwF | `OldModel` | KL(old model, network) | the model before the task, on the task's own examples |
 | CPR | `Uniform` | KL(network, uniform) | the uniform distribution |
 | EWC, L2 | `Pulled` | quadratic | weights before the task |
@@ -50,10 +50,8 @@ class Remembering(Objective):
     def __call__(self, forward: Forward, batch: Batch) -> Terms:
         terms = super().__call__(forward, batch)
         own = {name: tensor for name, tensor in batch.items() if "/" not in name}
-        logits_BC = forward.classified().logits.detach().float()
-        width_B = torch.full((len(logits_BC),), logits_BC.shape[1])
         # By the batch: a step that looks at it twice, as refresh learning does, offers it once.
-        self._trained[id(batch["labels"])] = {**own, "logits": logits_BC, WIDTH: width_B}
+        self._trained[id(batch["labels"])] = with_logits(own, forward.classified().logits)
         return terms
 
     def stepped(self, means: Mapping[str, float]) -> None:
@@ -61,6 +59,12 @@ class Remembering(Objective):
             self.memory.insert(examples)
         self._trained.clear()
         self.inner.stepped(means)
+
+
+def with_logits(examples: Batch, logits_BC: Tensor) -> dict[str, Tensor]:
+    """Examples as they are remembered: with the logits that a model has for them, and how many classes it had."""
+    width_B = torch.full((len(logits_BC),), logits_BC.shape[1])
+    return {**examples, "logits": logits_BC.detach().float(), WIDTH: width_B}
 
 
 class Focused(Objective):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OutputTerm = Literal["none", "er", "der", "der++", "fdr", "lwf", "cpr"]
 WeightTerm = Literal["none", "l2", "ewc"]
 OF_MEMORY = ("er", "der", "der++", "fdr")
-"""Output terms whose reference is in the memory."""
+"""Output terms whose reference is in the memory, which fdr fills when a task ends and the others as it is learnt."""
 
 
 class Bregman(Learning):
@@ -87,7 +87,7 @@ class _Learner:
         from overhaul.train import Plan
 
         objective = focused = Focused(self._objective(number), "cross_entropy")
-        if self.method.output_term in OF_MEMORY:
+        if self.method.output_term in OF_MEMORY and self.method.output_term != "fdr":
             objective = Remembering(objective, self.memory)
         self.model.requires_grad_(True)
         return Plan(
@@ -169,6 +169,8 @@ class _Learner:
         method, later = self.method, number + 1 < len(self.data.sequence.tasks)
         if not later:
             return
+        if method.output_term == "fdr":
+            self._remember(number)
         if method.output_term == "lwf":
             self.old = copy.deepcopy(self.model).eval().requires_grad_(False)
             self.old_classes = self.data.sequence.num_classes(number + 1)
@@ -179,6 +181,19 @@ class _Learner:
         if method.weight_term == "ewc" or refreshes:
             found = diagonal(self.model.eval(), self._some(number), labels=method.fisher, seed=self.data.seed)
             self.known = joined(self.known, found, keep=method.fisher_decay)
+
+    def _remember(self, number: int) -> None:
+        """Offers the memory a task's examples, with the logits of the model as it is now."""
+        import torch
+
+        from overhaul.continual import with_logits
+        from overhaul.task_data import SCORED_AT_ONCE
+        from overhaul.task_scores import logits_of
+
+        examples = self.data.train[number]
+        logits_NC = logits_of(self.model, examples, dtype=self.data.dtype)
+        for batch, logits_BC in zip(examples.in_order(), torch.split(logits_NC, SCORED_AT_ONCE), strict=True):
+            self.memory.insert(with_logits(batch, logits_BC))
 
     def _some(self, number: int) -> list[dict[str, Any]]:
         """Batches of as many of a task's examples as the Fisher information is taken from, chosen by the seed."""
