@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from overhaul.kinds import Kind
 from overhaul.method import (
@@ -88,6 +88,14 @@ class Learning(Training):
         "Classes that the model knows by name keep their rows.",
     )
     refresh: Refreshing = Field(Refreshing.model_validate({}), description="Unlearning before learning.")
+
+    @model_validator(mode="after")
+    def _has_no_text(self) -> Self:
+        if self.seq_len != type(self).model_fields["seq_len"].default:
+            raise ValueError("seq_len is of text, and tasks are images; leave it out")
+        if self.eval_every:
+            raise ValueError("eval_every: tasks are measured when each is learnt, not between; leave it out")
+        return self
 
     def in_stages(self) -> bool:
         return True

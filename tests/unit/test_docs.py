@@ -102,7 +102,9 @@ def added(words: list[str]) -> Iterator[str]:
     }
     if "bundle" in kind.model_fields:
         wanted["--threshold"] = "0"  # a judge of random weights would let nothing through
-    unread = {"--samples", "--seq-len"} if "--scores" in words else set()
+    unread = (
+        {"--samples", "--seq-len"} if "--scores" in words else {"--seq-len"} if "tasks" in kind.model_fields else set()
+    )
     return iter([word for flag, value in wanted.items() if flag not in {*words, *unread} for word in (flag, value)])
 
 

@@ -17,7 +17,7 @@ from command import overhaul, refused
 from images import write_bars, write_cnn
 from overhaul import artifact, journal, machine
 from overhaul.forgetting import AccuracyMatrix, average_accuracy, backward_transfer
-from overhaul.interop.classifier import classes_of
+from overhaul.interop.classifier import classes_of, set_classes
 from overhaul.kinds import Kind
 from overhaul.learn.bregman import Bregman
 from overhaul.task_data import TaskData
@@ -101,6 +101,22 @@ def test_ewc_with_information_of_one_everywhere_is_l2(cnn: Path, bars: Path, mon
 
     assert same(plain, weighed)
     assert not same(plain, learn(cnn, bars, output_term="none")[0])
+
+
+def test_fdr_remembers_a_task_when_it_ends_with_what_the_model_says_then(cnn: Path, bars: Path):
+    made = artifact.load(cnn, kinds=(Kind.IMAGE_CLASSIFIER,))
+    data = TaskData(open_tasks([str(bars)], split=2), made.processor, 1, seed=0)
+    learner: Any = (method := Bregman(**HOW, output_term="fdr")).learner(made.model, data)
+    set_classes(made.model, data.sequence.classes)
+    train(learner.plan(0), method, quiet=True)
+    assert len(learner.memory) == 0, "nothing of a task is held while it is learnt"
+
+    learner.learnt(0)
+
+    held = learner.memory.draw(24)
+    now = made.model.eval()(pixel_values=held["pixel_values"]).logits
+    assert torch.allclose(held["logits"], now, atol=1e-5)
+    assert set(held["labels"].tolist()) == {0, 1}
 
 
 def test_a_strong_pull_leaves_the_weights_where_they_were(cnn: Path, bars: Path):
@@ -219,6 +235,8 @@ def test_bad_input_is_one_clear_error(cnn: Path, bars: Path, tiny: Path, tmp_pat
     refused(overhaul("learn", "bregman", cnn, *out), "no image set is named")
     refused(overhaul("learn", "bregman", cnn, *out, "--tasks", bars, "--split", "9"), "split 9 of bars.npz")
     refused(overhaul("learn", "bregman", cnn, *out, "--tasks", bars, "--data", "sample"), "--data is of methods that")
+    for flag, text in (("--seq-len", "seq_len is of text"), ("--eval-every", "eval_every: tasks are measured")):
+        refused(overhaul("learn", "bregman", cnn, *out, "--tasks", bars, flag, "9"), text)
     refused(overhaul("learn", "bregman", tiny, *out, "--tasks", bars), "is a model of another kind: causal")
     refused(overhaul("prune", "magnitude", cnn, *out, "--sparsity", "0.5"), "is a model of another kind: image")
     refused(
