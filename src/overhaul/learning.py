@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,11 +15,8 @@ from overhaul.method import (
     Fraction,
     Names,
     Natural,
-    NonNegative,
     PeakRate,
     Positive,
-    Rate,
-    Settings,
     Steps,
     Training,
 )
@@ -27,35 +24,10 @@ from overhaul.method import (
 if TYPE_CHECKING:
     from torch import nn
 
+    from overhaul.learner import Learner
     from overhaul.task_data import TaskData
     from overhaul.tasks import TaskSequence
     from overhaul.train import Plan
-
-
-class Refreshing(Settings):
-    """Refresh learning over any of the methods: unlearn the current batch a little before it is learnt."""
-
-    every: Natural = Field(0, description="Steps of which one begins with it; 0 leaves it out, the paper has 2.")
-    times: Positive = Field(1, description="Steps up, each time.")
-    form: Literal["paper", "released"] = Field(
-        "released", description="Langevin ascent on the whole objective, or the authors' code: cross-entropy, rescaled."
-    )
-    rate: NonNegative = Field(1e-5, description="Size of a step up.")
-    noise: NonNegative = Field(1e-3, description="Of the noise; 1 in form paper is Langevin dynamics.")
-    damping: Rate = Field(1e-3, description="Of the Fisher information's inverse.")
-    fisher: Literal["diag", "none"] = Field("diag", description="Whether weights that matter are unlearnt less.")
-
-
-class Learner(Protocol):
-    """What a method keeps from task to task."""
-
-    def plan(self, number: int) -> Plan:
-        """How the model learns a task, counted from 0; its head has a row for every class of the task by then."""
-        ...
-
-    def learnt(self, number: int) -> None:
-        """Takes note of the model as it is after a task: what a later one is held to."""
-        ...
 
 
 class Learning(Training):
@@ -82,12 +54,6 @@ class Learning(Training):
     schedule: Literal["linear", "cosine", "constant"] = Field("constant", description="Decay after the warm-up.")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="Update rule; it begins anew with each task.")  # pyright: ignore[reportIncompatibleVariableOverride]
     momentum: Fraction = Field(0.0, description="Of --optimizer sgd.")
-    classifier: Literal["whole", "growing"] = Field(
-        "whole",
-        description="Whether the head has a row for every class of the tasks at once, or gets those of a task with it. "
-        "Classes that the model knows by name keep their rows.",
-    )
-    refresh: Refreshing = Field(Refreshing.model_validate({}), description="Unlearning before learning.")
 
     @model_validator(mode="after")
     def _has_no_text(self) -> Self:
@@ -125,28 +91,22 @@ class Learning(Training):
         return next(self.stages(model, data))
 
     def stages(self, model: nn.Module, data: Any) -> Iterator[Plan]:
-        """A plan for each task. The head grows before a task with classes that it has not."""
+        """A plan for each task; what the model knows of all tasks is measured after each."""
         from overhaul.errors import UserError
-        from overhaul.interop.classifier import classes_of, set_classes
-        from overhaul.progress import say
         from overhaul.sharding import num_processes
         from overhaul.task_scores import Scores, note_scores
 
         if num_processes() > 1:
             raise UserError("tasks are learnt on one process", hint="without accelerate launch")
-
-        sequence, scores, learner = data.sequence, Scores(data), self.learner(model, data)
-        for number in range(len(sequence.tasks)):
-            there = len(sequence.classes) if self.classifier == "whole" else sequence.num_classes(number + 1)
-            if classes_of(model) != (wanted := sequence.classes[:there]):
-                gone = set_classes(model, wanted)
-                if gone:
-                    say(f"note: {len(gone)} classes that no task has are left out of the head, such as {gone[0]}")
-            if number == 0 and there == len(sequence.classes):
-                scores.take(model, 0)
+        scores, learner = Scores(data), self.learner(model, data)
+        for number in range(len(data.sequence.tasks)):
+            learner.begin(number)
+            if number == 0 and learner.answers_beforehand:
+                scores.take(learner.answers, 0)
             yield learner.plan(number)
             learner.learnt(number)
-            scores.take(model, number + 1)
+            scores.take(learner.answers, number + 1)
+        learner.end()
         note_scores(scores)
 
     def steps_of(self, data: TaskData, number: int) -> int:
@@ -154,3 +114,13 @@ class Learning(Training):
         if self.epochs is None:
             return self.steps
         return data.steps(number, passes=self.epochs, batch_size=self.batch_size * self.accumulate)
+
+
+class SharedLearning(Learning):
+    """All tasks in one set of weights, with one head."""
+
+    classifier: Literal["whole", "growing"] = Field(
+        "whole",
+        description="Whether the head has a row for every class of the tasks at once, or gets those of a task with it. "
+        "Classes that the model knows by name keep their rows.",
+    )

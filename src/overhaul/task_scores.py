@@ -8,6 +8,7 @@ later is no matter of more classes to choose from (Smith et al., 2023).
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +19,6 @@ from overhaul import journal, machine
 from overhaul.evaluate import wilson_interval
 from overhaul.forgetting import AccuracyMatrix, average_accuracy, summary
 from overhaul.interop.classifier import classified
-from overhaul.objective import only
 from overhaul.table import Row
 from overhaul.task_data import Examples, TaskData
 
@@ -53,11 +53,12 @@ class Scores:
     has_before: bool = False
     rows: dict[str, list[list[float]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
 
-    def take(self, model: nn.Module, learnt: int) -> None:
-        """Measures the model after so many tasks; 0 before any: then of all tasks, which tells what they start from.
+    def take(self, answers: Callable[[int, Sequence[int]], Tensor], learnt: int) -> None:
+        """Measures a model after so many tasks; 0 before any: then of all tasks, which tells what they start from.
 
         Args:
-            model: with a logit for every class of the tasks that are measured.
+            answers: what the model says of a task's held-out examples when it may choose among the classes of some
+                tasks: `(N, C)`, the largest is the answer.
             learnt: tasks.
         """
         sequence = self.data.sequence
@@ -65,15 +66,10 @@ class Scores:
         measured = len(sequence.tasks) if learnt == 0 else learnt
         rows = {kind: [float("nan")] * len(sequence.tasks) for kind in KINDS}
         for number in range(measured):
-            examples = self.data.heldout[number]
-            logits_NC, labels_N = logits_of(model, examples, dtype=self.data.dtype), torch.from_numpy(examples.labels_N)
-            choices = {
-                "class-IL": torch.arange(sequence.num_classes(measured)),
-                "task-IL": torch.tensor(sequence.tasks[number].classes),
-                "as learnt": torch.arange(sequence.num_classes(number + 1)),
-            }
-            for kind, classes in choices.items():
-                right_N = only(logits_NC, classes).argmax(dim=1) == labels_N
+            labels_N = torch.from_numpy(self.data.heldout[number].labels_N)
+            choices = {"class-IL": range(measured), "task-IL": (number,), "as learnt": range(number + 1)}
+            for kind, among in choices.items():
+                right_N = answers(number, among).argmax(dim=1) == labels_N
                 rows[kind][number] = float(right_N.double().mean())
         for kind in KINDS:
             self.rows[kind].append(rows[kind])

@@ -64,6 +64,10 @@ class TaskSequence:
         """Whether all tasks have the same classes: then a task cannot be told by a class."""
         return all(task.classes == self.tasks[0].classes for task in self.tasks)
 
+    def classes_of(self, tasks: Sequence[int]) -> tuple[int, ...]:
+        """The classes of some tasks, counted from 0, by their places, ascending."""
+        return tuple(sorted({place for number in tasks for place in self.tasks[number].classes}))
+
     def num_classes(self, tasks: int) -> int:
         """Classes of the first so many tasks together."""
         return 1 + max(place for task in self.tasks[:tasks] for place in task.classes)

@@ -17,7 +17,7 @@ from command import overhaul, refused
 from images import write_bars, write_cnn
 from overhaul import artifact, journal, machine
 from overhaul.forgetting import AccuracyMatrix, average_accuracy, backward_transfer
-from overhaul.interop.classifier import classes_of, set_classes
+from overhaul.interop.classifier import classes_of
 from overhaul.kinds import Kind
 from overhaul.learn.bregman import Bregman
 from overhaul.task_data import TaskData
@@ -95,7 +95,7 @@ def test_with_weight_zero_every_method_is_plain_training(cnn: Path, bars: Path, 
 
 def test_ewc_with_information_of_one_everywhere_is_l2(cnn: Path, bars: Path, monkeypatch: pytest.MonkeyPatch):
     ones = lambda model, *_, **__: {n: torch.ones_like(p) for n, p in model.named_parameters()}  # noqa: E731
-    monkeypatch.setattr("overhaul.fisher.diagonal", ones)
+    monkeypatch.setattr("overhaul.learn.holding.diagonal", ones)
     plain, _ = learn(cnn, bars, output_term="none", weight_term="l2", beta=0.3)
     weighed, _ = learn(cnn, bars, output_term="none", weight_term="ewc", beta=0.3)
 
@@ -107,7 +107,7 @@ def test_fdr_remembers_a_task_when_it_ends_with_what_the_model_says_then(cnn: Pa
     made = artifact.load(cnn, kinds=(Kind.IMAGE_CLASSIFIER,))
     data = TaskData(open_tasks([str(bars)], split=2), made.processor, 1, seed=0)
     learner: Any = (method := Bregman(**HOW, output_term="fdr")).learner(made.model, data)
-    set_classes(made.model, data.sequence.classes)
+    learner.begin(0)
     train(learner.plan(0), method, quiet=True)
     assert len(learner.memory) == 0, "nothing of a task is held while it is learnt"
 
@@ -164,7 +164,7 @@ def test_one_task_is_ordinary_training(cnn: Path, bars: Path):
 def test_scores_before_all_tasks_are_learnt_have_gaps(cnn: Path, bars: Path):
     made = artifact.load(write_cnn(cnn.parent / "four", classes=4), kinds=(Kind.IMAGE_CLASSIFIER,))
     scores = Scores(TaskData(open_tasks([str(bars)], split=2), made.processor, 1))
-    scores.take(made.model, 1)
+    scores.take(lambda number, tasks: logits_of(made.model, scores.data.heldout[number], dtype=torch.float32), 1)
 
     matrix = scores.matrix("class-IL")
     assert matrix.has(1, 1)

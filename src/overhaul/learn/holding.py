@@ -1,0 +1,149 @@
+"""What learning under one objective keeps from task to task: memory, weights, the model before, Fisher information."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from overhaul.continual import (
+    Focused,
+    LogitsKept,
+    OldModel,
+    PredictionsKept,
+    Pulled,
+    Remembering,
+    Replayed,
+    Uniform,
+    with_logits,
+)
+from overhaul.fisher import diagonal, joined
+from overhaul.learn.bregman import OF_MEMORY, Bregman
+from overhaul.learner import SharedLearner
+from overhaul.objective import ClassCrossEntropy, Objective
+from overhaul.optim.build import build
+from overhaul.optim.refresh import Refresh, langevin, released
+from overhaul.reservoir import Reservoir, WithMemory
+from overhaul.schedules import schedule
+from overhaul.task_data import SCORED_AT_ONCE
+from overhaul.task_scores import logits_of
+from overhaul.train import Plan
+
+if TYPE_CHECKING:
+    from overhaul.stream import Stream
+    from overhaul.task_data import TaskData
+
+
+class Holding(SharedLearner):
+    """The memory, the weights and the model before, and their Fisher information."""
+
+    def __init__(self, method: Bregman, model: nn.Module, data: TaskData) -> None:
+        super().__init__(model, data, whole=method.classifier == "whole")
+        self.method = method
+        self.memory: Reservoir = Reservoir(method.memory, seed=data.seed)
+        self.anchor: dict[str, Tensor] | None = None
+        self.known: dict[str, Tensor] | None = None
+        self.old: nn.Module | None = None
+        self.old_classes = 0
+
+    def training(self, number: int) -> Plan:
+        """Cross-entropy over all classes so far, with the terms."""
+        objective = focused = Focused(self._objective(number), "cross_entropy")
+        if self.method.output_term in OF_MEMORY and self.method.output_term != "fdr":
+            objective = Remembering(objective, self.memory)
+        self.model.requires_grad_(True)
+        return Plan(
+            model=self.model,
+            objective=objective,
+            stream=self._stream(number),
+            optimizer=self._refreshed(build(self.method, self.model.parameters(), model=self.model), focused, number),
+            schedule=schedule(self.method.schedule, self.method.warmup),
+            steps=self.method.steps_of(self.data, number),
+            unit="images",
+        )
+
+    def _refreshed(self, optimizer: torch.optim.Optimizer, focused: Focused, number: int) -> torch.optim.Optimizer:
+        """The optimizer, with unlearning where that was asked for."""
+        asked, by_name = self.method.refresh, dict(self.model.named_parameters())
+        if not asked.every:
+            return optimizer
+        how = asked.model_dump(include={"rate", "noise", "damping"})
+
+        def up(weight: Tensor, gradient: Tensor, fisher: Tensor | float, normal: Tensor) -> Tensor:
+            if asked.form == "paper":
+                return langevin(gradient, fisher, normal=normal, **how)
+            return released(weight, gradient, fisher, normal=normal, **how)
+
+        return Refresh(
+            optimizer,
+            up,
+            every=asked.every,
+            times=asked.times,
+            fisher=lambda: {by_name[name]: tensor for name, tensor in (self.known or {}).items()},
+            buffers=list(self.model.buffers()),
+            focus=contextlib.nullcontext if asked.form == "paper" else focused.alone,
+            seed=self.data.seed * len(self.data.sequence.tasks) + number,
+        )
+
+    def _stream(self, number: int) -> Stream:
+        method = self.method
+        batches = self.data.batches(number, batch_size=method.batch_size)
+        if method.output_term not in OF_MEMORY:
+            return batches
+        draws = 2 if method.output_term == "der++" else 1
+        return WithMemory(batches, self.memory, count=method.memory_batch or method.batch_size, draws=draws)
+
+    def _objective(self, number: int) -> Objective:
+        method = self.method
+        objective: Objective = ClassCrossEntropy()
+        match method.output_term:
+            case "er":
+                objective += method.alpha * Replayed()
+            case "der":
+                objective += method.alpha * LogitsKept()
+            case "der++":
+                objective = objective + method.alpha * LogitsKept(1) + method.label_weight * Replayed(2)
+            case "fdr":
+                objective += method.alpha * PredictionsKept()
+            case "cpr":
+                objective += method.alpha * Uniform(self.data.sequence.num_classes(number + 1))
+            case "lwf" if self.old is not None:
+                objective += method.alpha * OldModel(self.old, self.old_classes, method.temperature)
+        if self.anchor is not None:
+            objective += method.beta * Pulled(self.anchor, self.known if method.weight_term == "ewc" else None)
+        return objective
+
+    def learnt(self, number: int) -> None:
+        """Keeps the weights, their Fisher information and the model, where a later task is held to them."""
+        method, later = self.method, number + 1 < len(self.data.sequence.tasks)
+        if not later:
+            return
+        if method.output_term == "fdr":
+            self._remember(number)
+        if method.output_term == "lwf":
+            self.old = copy.deepcopy(self.model).eval().requires_grad_(False)
+            self.old_classes = self.data.sequence.num_classes(number + 1)
+        self.model.requires_grad_(True)  # a finished plan has frozen it
+        if method.weight_term != "none":
+            self.anchor = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        refreshes = method.refresh.every > 0 and method.refresh.fisher == "diag"
+        if method.weight_term == "ewc" or refreshes:
+            found = diagonal(self.model.eval(), self._some(number), labels=method.fisher, seed=self.data.seed)
+            self.known = joined(self.known, found, keep=method.fisher_decay)
+
+    def _remember(self, number: int) -> None:
+        """Offers the memory a task's examples, with the logits of the model as it is now."""
+        examples = self.data.train[number]
+        logits_NC = logits_of(self.model, examples, dtype=self.data.dtype)
+        for batch, logits_BC in zip(examples.in_order(), torch.split(logits_NC, SCORED_AT_ONCE), strict=True):
+            self.memory.insert(with_logits(batch, logits_BC))
+
+    def _some(self, number: int) -> list[dict[str, Any]]:
+        """Batches of as many of a task's examples as the Fisher information is taken from, chosen by the seed."""
+        examples, wanted = self.data.train[number], self.method.fisher_examples
+        places = np.random.default_rng((self.data.seed, number)).permutation(len(examples))[:wanted]
+        return [examples.batch(places[at : at + 256]) for at in range(0, len(places), 256)]
