@@ -24,7 +24,7 @@ from overhaul.method import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from overhaul.learner import Learner
+    from overhaul.learners.learner import Learner
     from overhaul.task_data import TaskData
     from overhaul.tasks import TaskSequence
     from overhaul.train import Plan

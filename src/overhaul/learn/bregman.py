@@ -12,7 +12,7 @@ from overhaul.method import Fraction, Natural, NonNegative, Positive, Rate, Sett
 if TYPE_CHECKING:
     from torch import nn
 
-    from overhaul.learner import Learner
+    from overhaul.learners.learner import Learner
     from overhaul.task_data import TaskData
 
 OutputTerm = Literal["none", "er", "der", "der++", "fdr", "lwf", "cpr"]
@@ -66,13 +66,18 @@ class Bregman(SharedLearning):
     @model_validator(mode="after")
     def _draws_fit(self) -> Bregman:
         wanted = self.memory_batch or self.batch_size
-        if self.output_term in OF_MEMORY and wanted > self.memory:
+        if self.remembers and wanted > self.memory:
             raise ValueError(
                 f"a step draws {wanted} examples from a memory of {self.memory}; use memory_batch {self.memory}"
             )
         return self
 
-    def learner(self, model: nn.Module, data: TaskData) -> Learner:
-        from overhaul.learn.holding import Holding
+    @property
+    def remembers(self) -> bool:
+        """Whether it keeps examples."""
+        return self.output_term in OF_MEMORY
 
-        return Holding(self, model, data)
+    def learner(self, model: nn.Module, data: TaskData) -> Learner:
+        from overhaul.learners.bregman import BregmanLearner
+
+        return BregmanLearner(self, model, data)

@@ -22,8 +22,7 @@ from overhaul.continual import (
     with_logits,
 )
 from overhaul.fisher import diagonal, joined
-from overhaul.learn.bregman import OF_MEMORY, Bregman
-from overhaul.learner import SharedLearner
+from overhaul.learners.learner import SharedLearner
 from overhaul.objective import ClassCrossEntropy, Objective
 from overhaul.optim.build import build
 from overhaul.optim.refresh import Refresh, langevin, released
@@ -34,11 +33,12 @@ from overhaul.task_scores import logits_of
 from overhaul.train import Plan
 
 if TYPE_CHECKING:
+    from overhaul.learn.bregman import Bregman
     from overhaul.stream import Stream
     from overhaul.task_data import TaskData
 
 
-class Holding(SharedLearner):
+class BregmanLearner(SharedLearner):
     """The memory, the weights and the model before, and their Fisher information."""
 
     def __init__(self, method: Bregman, model: nn.Module, data: TaskData) -> None:
@@ -53,7 +53,7 @@ class Holding(SharedLearner):
     def training(self, number: int) -> Plan:
         """Cross-entropy over all classes so far, with the terms."""
         objective = focused = Focused(self._objective(number), "cross_entropy")
-        if self.method.output_term in OF_MEMORY and self.method.output_term != "fdr":
+        if self.method.remembers and self.method.output_term != "fdr":
             objective = Remembering(objective, self.memory)
         self.model.requires_grad_(True)
         return Plan(
@@ -92,7 +92,7 @@ class Holding(SharedLearner):
     def _stream(self, number: int) -> Stream:
         method = self.method
         batches = self.data.batches(number, batch_size=method.batch_size)
-        if method.output_term not in OF_MEMORY:
+        if not method.remembers:
             return batches
         draws = 2 if method.output_term == "der++" else 1
         return WithMemory(batches, self.memory, count=method.memory_batch or method.batch_size, draws=draws)
