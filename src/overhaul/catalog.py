@@ -194,6 +194,13 @@ ENTRIES = (
         4,
     ),
     Entry(
+        "learn",
+        "clr",
+        "learn.clr:Clr",
+        "Learn each task with small kernels behind a frozen network's convolutions and normalisations of its own.",
+        10,
+    ),
+    Entry(
         "measure",
         "perplexity",
         "measure.perplexity:MeasurePerplexity",

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from overhaul import artifact as artifacts
-from overhaul import journal, machine, pretrained
+from overhaul import banks, journal, machine, pretrained
 from overhaul.artifact import Artifact
 from overhaul.corpora import NO_CORPUS, Corpus, CorpusSpec, from_anywhere, open_corpus, open_several
 from overhaul.data import Data
@@ -93,9 +93,8 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     for note in (note for text in (corpus, sequence, *beside.values()) if text for note in text.notes):
         say(f"note: {note}")
     parent = artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype), kinds=method.kinds)
-    _refuse_packed(method, parent)
-    _refuse_adapter_of_adapter(method, parent)
-    _refuse_long_windows(method, parent)
+    for refuse in (_refuse_packed, _refuse_banks, _refuse_adapter_of_adapter, _refuse_long_windows):
+        refuse(method, parent)
     # A pipeline sees what was given even where it reads none of it: private data in the wrong place is worth a word.
     text = (corpus or NO_CORPUS) if isinstance(method, Pipeline) else corpus if needs_data else None
     data = (
@@ -371,6 +370,17 @@ def _refuse_packed(method: Method, parent: Artifact) -> None:
             f"{parent.name} is quantized ({how}): packed weights cannot be pruned, cut or trained as a whole",
             allowed="adapt lora trains adapters on top of int8 layers; measure, generate and compare read it",
             hint="the model it was quantized from",
+        )
+
+
+def _refuse_banks(method: Method, parent: Artifact) -> None:
+    """Raises `UserError` where weights would change under banks that were learnt on them."""
+    names = [] if method.keeps_banks else banks.tasks_of(parent.path)
+    if names:
+        raise UserError(
+            f"{parent.name} has banks of {len(names)} tasks, such as {names[0]}, which fit no other weights than these",
+            allowed="the method that they were learnt with, which adds tasks",
+            hint="change the model first, and learn the tasks on what comes out",
         )
 
 

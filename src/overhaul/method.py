@@ -58,6 +58,8 @@ class Method(Settings, ABC):
     """The kinds of model that it reads."""
     reads_packed: ClassVar[bool] = False
     """Whether it can begin with a model whose weights are stored as integers."""
+    keeps_banks: ClassVar[bool] = False
+    """Whether the banks of a directory are still good beside what it writes."""
     writes_stock: ClassVar[bool] = True
     """Whether plain transformers loads what it writes, with no other package."""
 

@@ -276,6 +276,25 @@ class Anchor(Term):
         return sum(start.nbytes for start in self.start.values())
 
 
+class ParameterNorms(Term):
+    """The sum of tensors' L2 norms, which are not squared.
+
+    Args:
+        parameters: of which each has a norm of its own.
+    """
+
+    name = "norms"
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+
+    def total(self, forward: Forward, batch: Batch) -> Tensor:
+        return torch.stack([torch.linalg.vector_norm(parameter) for parameter in self.parameters]).sum()
+
+    def count(self, batch: Batch) -> int:
+        return 1  # of each micro-batch the same, so that their mean is it
+
+
 def predicting(values_BTX: Tensor | None) -> Tensor:
     """`(N, X)` values at the places that predict a token, as `batch["labels"][:, 1:]` has them in order."""
     assert values_BTX is not None

@@ -77,9 +77,11 @@ def _inverse_sqrt(share: float) -> float:
 
 
 def schedule(
-    name: Literal["linear", "cosine", "constant"], warmup: float, floor: float = 0.0, *, start: float = 0.0
+    name: Literal["linear", "cosine", "constant", "thirds"], warmup: float, floor: float = 0.0, *, start: float = 0.0
 ) -> Schedule:
     """A linear warm-up over the first `warmup` share of the run, then linear or cosine decay to `floor`, or none.
+
+    `thirds` is the one with jumps: in each third of the run a tenth of the rate of the third before.
 
     Args:
         name: what follows the warm-up.
@@ -87,6 +89,9 @@ def schedule(
         floor: factor at the end of a decay.
         start: factor at the beginning of a warm-up.
     """
+    if name == "thirds":
+        rising = schedule("constant", warmup, start=start)
+        return lambda share: rising(share) * 0.1 ** min(int(3 * share), 2)
     after = Piece(1.0, 1.0) if name == "constant" else Piece(1.0, floor, name)
     return chain((Piece(warmup, 1.0), after), start=start if warmup else 1.0)
 

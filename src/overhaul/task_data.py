@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -134,13 +134,23 @@ class TaskData:
     def _seen(self, images_NHWC: NDArray[np.uint8], labels_N: NDArray[np.int64]) -> Examples:
         return Examples(sized(images_NHWC, self.processor, self.channels), labels_N, self.processor)
 
-    def batches(self, number: int, *, batch_size: int) -> ShuffledBatches:
-        """The training batches of a task, counted from 0."""
+    def batches(self, number: int, *, batch_size: int, own_labels: bool = False) -> ShuffledBatches:
+        """The training batches of a task, counted from 0.
+
+        Args:
+            number: of the task.
+            batch_size: examples of a batch.
+            own_labels: whether labels are places among the task's own classes, not among those of the sequence.
+        """
         name = self.sequence.tasks[number].name
         key = hashlib.sha256(f"{self.sequence.fingerprint}\n{number}".encode()).hexdigest()
         # Each task has orders of its own, whatever came before it.
         seed = self.seed * len(self.sequence.tasks) + number
-        return ShuffledBatches(self.train[number], batch_size=batch_size, seed=seed, name=name, fingerprint=key)
+        examples = self.train[number]
+        if own_labels:
+            classes = np.array(self.sequence.tasks[number].classes)
+            examples = replace(examples, labels_N=np.searchsorted(classes, examples.labels_N))
+        return ShuffledBatches(examples, batch_size=batch_size, seed=seed, name=name, fingerprint=key)
 
     def steps(self, number: int, *, passes: float, batch_size: int) -> int:
         """Steps of so many passes over a task's examples, at least one."""

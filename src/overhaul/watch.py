@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,21 @@ class Watcher:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
+
+
+class InEvaluation(Watcher):
+    """Keeps some modules as they are in evaluation: normalisations whose statistics are not to follow the data.
+
+    Args:
+        modules: whose running statistics stay.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = list(modules)
+
+    def start(self, model: nn.Module) -> None:
+        for module in self.modules:
+            module.eval()
 
 
 class Moments(Watcher):

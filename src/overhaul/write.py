@@ -67,6 +67,7 @@ def write_directory(
         if tables := [*notes.tables, *told]:
             extra["tables"] = [asdict(table) for table in tables]
         for beside in notes.tensors:
+            (directory / beside.file).parent.mkdir(exist_ok=True)
             save_file(dict(beside.tensors), directory / beside.file, metadata=dict(beside.metadata))
         for left in notes.states:
             checkpoint.save(left.state, directory / left.file)
