@@ -85,7 +85,10 @@ class Plan:
 
 @dataclass(slots=True)
 class History:
-    """One point per optimizer step, as written to `metrics.jsonl`, and the ledger of what was mixed."""
+    """One point per optimizer step, as written to `metrics.jsonl`, and the ledger of what was mixed.
+
+    `tokens` counts what the plan's `unit` says, which may be images.
+    """
 
     points: list[dict[str, Any]] = field(default_factory=list)
     ledger: tuple[Drawn, ...] = ()
@@ -93,6 +96,7 @@ class History:
     optimizer_bytes: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    unit: str = "tokens"
 
     @classmethod
     def joined(cls, stages: Sequence[History], *, in_parts: bool = False) -> History:
@@ -115,6 +119,7 @@ class History:
             optimizer_bytes=max((stage.optimizer_bytes for stage in stages), default=0),
             tokens=sum(stage.tokens for stage in stages),
             seconds=sum(stage.seconds for stage in stages),
+            unit=stages[0].unit if stages else "tokens",
         )
 
 
@@ -235,7 +240,7 @@ class _Run:
         self.trainable = [p for group in plan.optimizer.param_groups for p in group["params"]]
         self.device = self.trainable[0].device
         self.peak_rates = [group["lr"] for group in plan.optimizer.param_groups]
-        self.history = History()
+        self.history = History(unit=plan.unit)
         self.steps = settings.steps if plan.steps is None else plan.steps
         self.number = 0
         self.take_norm: per_layer.TakeNorm | None = None

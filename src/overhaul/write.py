@@ -125,7 +125,7 @@ def _curves(history: History | None, facts: Sequence[Facts]) -> tuple[Curve, ...
     """What is drawn of a training; nothing without one."""
     if history is None:
         return ()
-    return curves_of_history(history.points, before=losses_before(facts), judged=facts[-1].corpus)
+    return curves_of_history(history.points, before=losses_before(facts), judged=facts[-1].corpus, unit=history.unit)
 
 
 def reconstruction_curves(notes: Notes) -> tuple[Curve, ...]:

@@ -132,7 +132,7 @@ def metric(facts: Facts, name: str) -> float | None:
 
 
 HISTORY_LABELS = {
-    "loss": "loss (nats per token)",
+    "loss": "loss (nats per {one})",
     "perplexity": "held-out perplexity",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
@@ -141,7 +141,11 @@ HISTORY_LABELS = {
 
 
 def curves_of_history(
-    history: Sequence[Mapping[str, float]], *, before: Mapping[str, float] | None = None, judged: str = ""
+    history: Sequence[Mapping[str, float]],
+    *,
+    before: Mapping[str, float] | None = None,
+    judged: str = "",
+    unit: str = "tokens",
 ) -> tuple[Curve, ...]:
     """The curves in a training history: what was held out, loss, its terms if several, rate, gradient norm.
 
@@ -153,25 +157,27 @@ def curves_of_history(
             a key may be absent.
         before: held-out losses before the first step, in nats a token, by corpus.
         judged: the corpus of the perplexity.
+        unit: of what was counted, in the plural: losses are of one.
     """
     names = list(dict.fromkeys(key for point in history for key in point))
     terms = [name for name in names if name.startswith("loss/")]
     wanted = ["loss", *(terms if len(terms) > 1 else ()), "lr", "grad_norm"]
     if watched := _watched_curves(history, before or {}, judged):
-        return (*watched, *_curves(history, wanted, "tokens", TOKENS))
+        return (*watched, *_curves(history, wanted, "tokens", TOKENS, unit))
     wanted.insert(-2, "perplexity")
-    return _curves(history, wanted, "step", "step")
+    return _curves(history, wanted, "step", "step", unit)
 
 
 def _curves(
-    history: Sequence[Mapping[str, float]], names: Sequence[str], x_key: str, x_label: str
+    history: Sequence[Mapping[str, float]], names: Sequence[str], x_key: str, x_label: str, unit: str
 ) -> tuple[Curve, ...]:
     curves = []
     for name in names:
         points = [(point[x_key], point[name]) for point in history if name in point]
         if points:
             x, y = zip(*points, strict=True)
-            curves.append(Curve(name=name, x=x, y=y, x_label=x_label, y_label=HISTORY_LABELS[name.split("/")[0]]))
+            label = HISTORY_LABELS[name.split("/")[0]].format(one=unit.removesuffix("s"))
+            curves.append(Curve(name=name, x=x, y=y, x_label=x_label, y_label=label))
     return tuple(curves)
 
 

@@ -62,6 +62,11 @@ def test_a_history_becomes_one_curve_per_quantity() -> None:
     assert curves[0].x == (1, 2, 3, 4, 5)
 
 
+def test_a_loss_is_of_one_of_what_was_counted() -> None:
+    assert curves_of_history(history(5))[0].y_label == "loss (nats per token)"
+    assert curves_of_history(history(5), unit="images")[0].y_label == "loss (nats per image)"
+
+
 def test_terms_are_drawn_when_there_are_several() -> None:
     points = [{"step": 1, "loss": 3.0, "loss/ce": 2.0, "loss/distill": 1.0}, {"step": 2, "loss": 2.0}]
 
