@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from overhaul.table import Row
+    from overhaul.task_record import TaskRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ class Notes:
     states: list[StateNote] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     metrics: list[Row] = field(default_factory=list)
+    tasks: list[TaskRecord] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -172,6 +174,12 @@ def note_metric(row: Row) -> None:
     """Adds a number about the result, for its tables, to the recording in progress; does nothing when there is none."""
     if (notes := _notes.get()) is not None:
         notes.metrics.append(row)
+
+
+def note_tasks(record: TaskRecord) -> None:
+    """Adds what is known of a run of tasks to the recording in progress; does nothing when there is none."""
+    if (notes := _notes.get()) is not None:
+        notes.tasks.append(record)
 
 
 def note_tokens(count: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
 
     from overhaul.learners.learner import Learner
     from overhaul.task_data import TaskData
+    from overhaul.task_record import TaskCost
     from overhaul.tasks import TaskSequence
-    from overhaul.train import Plan
+    from overhaul.train import History, Plan
 
 
 class Learning(Training):
@@ -99,21 +102,47 @@ class Learning(Training):
         if num_processes() > 1:
             raise UserError("tasks are learnt on one process", hint="without accelerate launch")
         scores, learner = Scores(data), self.learner(model, data)
-        for number in range(len(data.sequence.tasks)):
+        costs: list[TaskCost] = []
+        for number, task in enumerate(data.sequence.tasks):
             learner.begin(number)
             if number == 0 and learner.answers_beforehand:
                 scores.take(learner.answers, 0)
-            yield learner.plan(number)
+            done: list[History] = []
+            yield replace(learner.plan(number), told=done.append)
+            began = time.perf_counter()
             learner.learnt(number)
+            noted = time.perf_counter() - began
+            costs.append(_cost(task.name, done[-1], noted, learner))
             scores.take(learner.answers, number + 1)
         learner.end()
-        note_scores(scores)
+        note_scores(scores, costs)
 
     def steps_of(self, data: TaskData, number: int) -> int:
         """Optimizer steps of a task."""
         if self.epochs is None:
             return self.steps
         return data.steps(number, passes=self.epochs, batch_size=self.batch_size * self.accumulate)
+
+
+def _cost(name: str, done: History, noted: float, learner: Learner) -> TaskCost:
+    """What a task took.
+
+    Args:
+        name: of it.
+        done: its training, the part before a run was stopped and resumed too.
+        noted: seconds that the learner took afterwards.
+        learner: after it.
+    """
+    from overhaul.task_record import TaskCost
+
+    return TaskCost(
+        name=name,
+        steps=len(done.points),
+        images=done.tokens,
+        seconds=round(done.seconds + noted, 3),
+        trained_parameters=done.trainable_parameters,
+        kept_bytes=dict(learner.kept_bytes()),
+    )
 
 
 class SharedLearning(Learning):

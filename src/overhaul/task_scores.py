@@ -7,7 +7,6 @@ later is no matter of more classes to choose from (Smith et al., 2023).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,14 +16,11 @@ from torch import Tensor, nn
 
 from overhaul import journal, machine
 from overhaul.evaluate import wilson_interval
-from overhaul.forgetting import AccuracyMatrix, average_accuracy, summary
+from overhaul.forgetting import AccuracyMatrix, average_accuracy
 from overhaul.interop.classifier import classified
 from overhaul.table import Row
 from overhaul.task_data import Examples, TaskData
-
-KINDS = ("class-IL", "task-IL", "as learnt")
-MATRICES = "tasks.json"
-"""The file beside the weights with the matrices of accuracies."""
+from overhaul.task_record import KINDS, TaskCost, TaskRecord
 
 
 @torch.no_grad()
@@ -91,21 +87,12 @@ class Scores:
         )
 
 
-def note_scores(scores: Scores) -> None:
-    """Tells the report, and writes, what was measured after each task."""
-    told = {kind: scores.matrix(kind) for kind in KINDS}
-    journal.note_text(MATRICES, json.dumps({kind: matrix.to_json() for kind, matrix in told.items()}, indent=1))
-    sequence = scores.data.sequence
+def note_scores(scores: Scores, costs: Sequence[TaskCost]) -> None:
+    """Tells the report, and the directory, what was measured after each task, and what each took."""
+    record = TaskRecord(matrices={kind: scores.matrix(kind) for kind in KINDS}, tasks=tuple(costs))
+    journal.note_tasks(record)
     for kind in ("class-IL", "task-IL"):
-        _note_accuracy(scores, told[kind], kind)
-        names = [f"after {task.name}" for task in sequence.tasks]
-        rows = [(name, *(_shown(told[kind], after, on) for on in range(1, len(names) + 1)))
-                for after, name in enumerate(names, 1)]  # fmt: skip
-        journal.note_table(f"Accuracy, {kind}", ("", *(task.name for task in sequence.tasks)), rows)
-    found = summary(told["task-IL"], told["class-IL"], told["as learnt"])
-    journal.note_table(
-        "What was kept and what was forgotten", ("metric", "value"), [(name, f"{value:.3f}") for name, value in found]
-    )
+        _note_accuracy(scores, record.matrices[kind], kind)
 
 
 def _note_accuracy(scores: Scores, matrix: AccuracyMatrix, kind: str) -> None:
@@ -115,7 +102,3 @@ def _note_accuracy(scores: Scores, matrix: AccuracyMatrix, kind: str) -> None:
     low, high = wilson_interval(round(value * count), count)
     row = Row(model=scores.data.model, metric=f"accuracy, {kind}", value=value, low=low, high=high, count=count)
     journal.note_metric(row)
-
-
-def _shown(matrix: AccuracyMatrix, after: int, on: int) -> str:
-    return f"{matrix.accuracy(after, on):.1%}" if matrix.has(after, on) else ""

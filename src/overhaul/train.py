@@ -61,6 +61,7 @@ class Plan:
         hands_on: whether its optimizer goes on in the next plan: then a checkpoint behind the last step holds it too.
         steps: so many, where plans of one method are not equally long; None for those of the settings.
         unit: of what is counted: tokens, or images.
+        told: hears what was done, when all of it is; also where a run that is resumed finds it done.
     """
 
     model: nn.Module
@@ -75,6 +76,7 @@ class Plan:
     hands_on: bool = False
     steps: int | None = None
     unit: str = "tokens"
+    told: Callable[[History], None] = lambda history: None
 
     @property
     def num_trained(self) -> int:
@@ -212,6 +214,7 @@ def train(
     whole.eval()
     for tracker in accelerator.trackers:
         tracker.finish()
+    plan.told(run.history)
     return run.history
 
 

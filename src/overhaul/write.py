@@ -25,6 +25,7 @@ from overhaul.report.html import html_report
 from overhaul.select import has_adapters
 from overhaul.stability import gaps_note
 from overhaul.table import Curve
+from overhaul.task_record import TASKS
 from overhaul.train import History
 
 
@@ -74,6 +75,8 @@ def write_directory(
         for records in notes.rows:
             lines = (json.dumps(row, ensure_ascii=False) for row in records.rows)
             (directory / records.file).write_text("\n".join(lines) + "\n")
+        for record in notes.tasks:
+            (directory / TASKS).write_text(json.dumps(record.to_json(), indent=1, ensure_ascii=False), "utf-8")
         for written in notes.texts:
             (directory / written.file).write_text(written.text, encoding="utf-8")
         artifacts.write_record(made, directory, extra)

@@ -6,7 +6,6 @@ the accuracy among all ten classes at the end, without the task (class-IL).
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -17,6 +16,7 @@ from bench import results
 from bench.results import Row, Target
 
 from command import overhaul
+from overhaul import task_record
 from overhaul.forgetting import AccuracyMatrix, average_accuracy, forgetting
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * 3600)]
@@ -53,8 +53,7 @@ def blanks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def _learnt(blank: Path, out: Path, seed: int, flags: Sequence[str]) -> Matrices:
     done = overhaul("learn", "bregman", blank, "-o", out, *HOW, "--seed", seed, *flags)
     assert done.code == 0, done.err
-    stored = json.loads((out / "tasks.json").read_text())
-    return {kind: AccuracyMatrix.from_json(one) for kind, one in stored.items()}
+    return dict(task_record.read(out).matrices)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from command import overhaul, refused
 from images import write_bars, write_cnn
-from overhaul import artifact, journal, machine
+from overhaul import artifact, journal, machine, task_record
 from overhaul.forgetting import AccuracyMatrix, average_accuracy, backward_transfer
 from overhaul.interop.classifier import classes_of
 from overhaul.kinds import Kind
@@ -53,8 +53,8 @@ def learn(
             finish(plan)
             if seen is not None:
                 seen.append([p.detach().clone() for p in made.model.parameters()])
-    (told,) = [text.text for text in notes.texts if text.file == "tasks.json"]
-    return made.model, {kind: AccuracyMatrix.from_json(one) for kind, one in json.loads(told).items()}
+    (told,) = notes.tasks
+    return made.model, dict(told.matrices)
 
 
 def weights(model: Any) -> list[Tensor]:
@@ -191,7 +191,12 @@ def test_the_directory_is_one_that_transformers_reads(cnn: Path, bars: Path, tmp
     record = json.loads((tmp_path / "out" / "overhaul.json").read_text())
     assert record["lineage"][-1]["fields"]["tasks"] == [str(bars)]
     assert record["lineage"][-1]["data"]["name"] == str(bars)
-    assert [table["title"] for table in record["tables"]][:2] == ["Accuracy, class-IL", "Accuracy, task-IL"]
+    tasks = task_record.read(tmp_path / "out").tasks
+    assert [(one.name, one.steps, one.images) for one in tasks] == [("0, 1", 12, 96), ("2, 3", 12, 96)]
+    assert {one.trained_parameters for one in tasks} == {sum(p.numel() for p in model.parameters())}
+    assert all(one.seconds > 0 for one in tasks)
+    # Of each: 8 x 8 pixels and 4 logits in fp32, a label and the number of classes in int64.
+    assert [one.kept_bytes for one in tasks] == [{"memory": 24 * (4 * (64 + 4) + 2 * 8)}] * 2
 
 
 def test_a_run_that_was_stopped_in_the_second_task_goes_on_to_the_same_bits(
@@ -218,7 +223,25 @@ def test_a_run_that_was_stopped_in_the_second_task_goes_on_to_the_same_bits(
 
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert (tmp_path / "whole" / "tasks.json").read_text() == (tmp_path / "cut" / "tasks.json").read_text()
+    whole, cut = (json.loads((tmp_path / name / "tasks.json").read_text()) for name in ("whole", "cut"))
+    assert all(task.pop("seconds") > 0 for told in (whole, cut) for task in told["tasks"])
+    assert whole == cut
+
+
+def test_what_is_kept_is_told_by_what_it_is(cnn: Path, bars: Path):
+    made = artifact.load(cnn, kinds=(Kind.IMAGE_CLASSIFIER,))
+    data = TaskData(open_tasks([str(bars)], split=2), made.processor, 1, seed=0)
+    method = Bregman(**{**HOW, "output_term": "lwf", "weight_term": "ewc"})
+
+    with journal.recording() as notes:
+        for plan in method.stages(made.model, data):
+            train(plan, method, quiet=True)
+            finish(plan)
+
+    weights = sum(p.nbytes for p in made.model.parameters())
+    buffers = sum(buffer.nbytes for buffer in made.model.buffers())
+    kept = {"weights before": weights, "Fisher information": weights, "old model": weights + buffers}
+    assert [one.kept_bytes for one in notes.tasks[0].tasks] == [kept, kept]
 
 
 def test_a_dry_run_counts_images_and_writes_nothing(cnn: Path, bars: Path, tmp_path: Path):

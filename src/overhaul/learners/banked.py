@@ -86,6 +86,9 @@ class BankLearner(Learner):
     def learnt(self, number: int) -> None:
         self.banked.keep(self.data.sequence.tasks[number].name)
 
+    def kept_bytes(self) -> dict[str, int]:
+        return {"banks": sum(bank.nbytes for bank in self.banked.banks)}
+
     def answers(self, number: int, tasks: Sequence[int]) -> Tensor:
         """Each example's, by the bank of the task among `tasks` that is the least in doubt about it."""
         logits_NC = self._of_bank(number, tasks[0])

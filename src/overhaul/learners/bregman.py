@@ -135,6 +135,16 @@ class BregmanLearner(SharedLearner):
             found = diagonal(self.model.eval(), self._some(number), labels=method.fisher, seed=self.data.seed)
             self.known = joined(self.known, found, keep=method.fisher_decay)
 
+    def kept_bytes(self) -> dict[str, int]:
+        old = self.old.state_dict().values() if self.old is not None else ()
+        held = {
+            "memory": self.memory.nbytes,
+            "weights before": sum(tensor.nbytes for tensor in (self.anchor or {}).values()),
+            "Fisher information": sum(tensor.nbytes for tensor in (self.known or {}).values()),
+            "old model": sum(tensor.nbytes for tensor in old),
+        }
+        return {name: size for name, size in held.items() if size}
+
     def _remember(self, number: int) -> None:
         """Offers the memory a task's examples, with the logits of the model as it is now."""
         examples = self.data.train[number]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,10 @@ class Learner(ABC):
             `(N, C)` float32 on the CPU, one column for each class of the sequence: the largest is the answer. Classes
             of no such task are at minus infinity.
         """
+
+    def kept_bytes(self) -> Mapping[str, int]:
+        """How much it holds for later tasks beside the model, by what it is, such as `memory`."""
+        return {}
 
     def end(self) -> None:  # noqa: B027 - not every method has to
         """After the last task: what is left in the model is what will be written."""
