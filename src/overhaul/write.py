@@ -25,7 +25,7 @@ from overhaul.report.html import html_report
 from overhaul.select import has_adapters
 from overhaul.stability import gaps_note
 from overhaul.table import Curve
-from overhaul.task_record import TASKS
+from overhaul.task_record import TASKS, TaskRecord
 from overhaul.train import History
 
 
@@ -83,7 +83,9 @@ def write_directory(
         recipe_yaml = replay(made.lineage, out)
         (directory / "recipe.yaml").write_text(recipe_yaml)
         curves = reconstruction_curves(notes) if notes.parts else _curves(history, facts)
-        report = build_report(made.lineage, facts, curves, recipe_yaml, tables=notes.tables, training=told)
+        report = build_report(
+            made.lineage, facts, curves, recipe_yaml, tables=notes.tables, training=told, tasks=notes.tasks
+        )
         (directory / "report.html").write_text(html_report(report))
         if history:
             lines = (json.dumps(point) for point in history.points)
@@ -155,6 +157,7 @@ def build_report(
     *,
     tables: Sequence[TableNote] = (),
     training: Sequence[TableNote] = (),
+    tasks: Sequence[TaskRecord] = (),
 ) -> Report:
     """The report on a chain of steps: see `Report`."""
     last = lineage[-1]
@@ -165,6 +168,7 @@ def build_report(
         curves=curves,
         training=tuple(training),
         tables=tuple(tables),
+        tasks=tasks[-1] if tasks else None,
         recipe_yaml=recipe_yaml,
         commands=tuple(dict.fromkeys(step.command for step in lineage if step.command)),
         environment={**last.versions, "hardware": last.hardware},

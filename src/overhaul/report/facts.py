@@ -10,6 +10,7 @@ from overhaul.journal import TableNote
 from overhaul.lineage import LineageStep
 from overhaul.stability import gap
 from overhaul.table import TOKENS, Curve, Row, Span
+from overhaul.task_record import KINDS, TaskRecord
 
 PERPLEXITY, LOSS = "perplexity", "loss"
 """The metric of every model that is judged, and its logarithm, in nats a token."""
@@ -21,6 +22,8 @@ LOSS_ON = "loss on"
 """How the metrics begin that are the losses on further corpora, in nats a token."""
 SHOWN = 0.0005
 """The least change of a loss, in nats a token, that three decimals show; a smaller one is no gap."""
+ACCURACY_OF = "accuracy, "
+"""How the metrics begin that are accuracies over all tasks, of one kind of matrix."""
 HELDOUT = "held-out"
 """How these are called in a training history, before a slash and the corpus."""
 
@@ -101,6 +104,7 @@ class Report:
     Attributes:
         curves, training: what was seen while the last one was trained, as pictures and as tables.
         tables: what its method compared; in a comparison, the chains.
+        tasks: what became of the tasks that it learnt, if it learnt some.
     """
 
     title: str
@@ -110,6 +114,7 @@ class Report:
     curves: tuple[Curve, ...] = ()
     training: tuple[TableNote, ...] = ()
     tables: tuple[TableNote, ...] = ()
+    tasks: TaskRecord | None = None
     recipe_yaml: str = ""
     commands: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -124,6 +129,12 @@ def same_tokens(one: Facts, other: Facts) -> bool:
 def quality(facts: Facts) -> Row | None:
     """What a model is judged by: task loss or bits per byte where that was taken, else perplexity; less is better."""
     return next((row for row in facts.metrics if row.metric in (TASK_LOSS, BITS_PER_BYTE)), facts.perplexity)
+
+
+def accuracies(facts: Facts) -> dict[str, Row]:
+    """What a model that learnt tasks knows of them at the end, by kind of matrix."""
+    found = {row.metric.removeprefix(ACCURACY_OF): row for row in facts.metrics if row.metric.startswith(ACCURACY_OF)}
+    return {kind: row for kind, row in found.items() if kind in KINDS}
 
 
 def metric(facts: Facts, name: str) -> float | None:

@@ -82,14 +82,16 @@ def line_chart(curves: Sequence[Curve], *, title: str) -> Markup:
         marks.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
         marks.append(text_mark(left - 7, at_y(y) + 4, text, anchor="end"))
     written = as_tokens if curves[0].x_label == TOKENS else as_place
+    whole = all(x == round(x) for x in xs)
     for x in ticks(x_low, x_high):
+        if whole and abs(x - round(x)) > 1e-9:  # there is no step 1.5
+            continue
         marks.append(text_mark(at_x(x), height - bottom + 16, written(x), anchor="middle"))
     marks.append(text_mark((left + width - right) / 2, height - 4, curves[0].x_label, anchor="middle"))
     marks.append(text_mark(0, 12, curves[0].y_label))
     for index, line in enumerate(lines):
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line)
-        dash = f' stroke-dasharray="{DASHES[index % 6]}"' if index % 6 else ""
-        marks.append(f'<polyline class="line s{index % 6}"{dash} points="{path}"/>')
+        marks.append(f'<polyline class="line s{index % 6}"{_dash(index)} points="{path}"/>')
         if len(line) == 1:
             cx, cy = at_x(line[0][0]), at_y(line[0][1])
             marks.append(f'<circle class="dot s{index % 6}" cx="{cx:.1f}" cy="{cy:.1f}" r="3"/>')
@@ -97,6 +99,12 @@ def line_chart(curves: Sequence[Curve], *, title: str) -> Markup:
         for span in curve.spans:
             marks += _span(index, span, at_x, at_y, room=width - right - at_x(span.x))
     return svg_of(width, height, [*marks, *legend], title=title)
+
+
+def _dash(index: int) -> str:
+    """The pattern of a series: the seventh has the first one's colour, and another pattern."""
+    pattern = DASHES[(index + index // 6) % 6]
+    return f' stroke-dasharray="{pattern}"' if pattern else ""
 
 
 def _span(index: int, span: Span, at_x: Scale, at_y: Scale, *, room: float) -> list[str]:
@@ -137,8 +145,9 @@ def _legend(names: Sequence[str], *, taken: float, right_edge: float) -> tuple[l
     for number, row in enumerate(rows):
         x, y = right_edge - sum(widths[index] for index in row), 8 + 16 * number
         for index in row:
-            dash = f' stroke-dasharray="{DASHES[index % 6]}"' if index % 6 else ""
-            marks.append(f'<line class="line s{index % 6}"{dash} x1="{x:.1f}" x2="{x + 18:.1f}" y1="{y}" y2="{y}"/>')
+            marks.append(
+                f'<line class="line s{index % 6}"{_dash(index)} x1="{x:.1f}" x2="{x + 18:.1f}" y1="{y}" y2="{y}"/>'
+            )
             marks.append(text_mark(x + 23, y + 4, names[index]))
             x += widths[index]
     return marks, 26 + 16 * (len(rows) - 1)
@@ -218,6 +227,44 @@ def heat_map(
     marks.append(text_mark(left - 8, bottom + 14, across, anchor="end"))
     marks += _scale(left, bottom + 30, text(0.0), text(highest))
     return svg_of(max(right, left + 200) + 4, bottom + 46, marks, title=title)
+
+
+def grid_map(
+    values_RC: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str], *, title: str, corner: str
+) -> Markup:
+    """A matrix of shares with its numbers in percent; the darker, the higher.
+
+    Args:
+        values_RC: from 0 to 1; None leaves the place empty.
+        rows: what stands left of each.
+        columns: what stands above each; where one does not fit, all are numbered, as rows should be then.
+        title: for screen readers.
+        corner: what stands left of the columns' names.
+    """
+    names = [shortened(row, 26) for row in rows]
+    left, top, side = 12 + 7 * max(map(len, [*names, corner])), 22, 22
+    step = min(56.0, max(30.0, 400 / len(columns)))
+    fit = all(7 * len(column) < step for column in columns)
+    marks = [text_mark(left - 8, 14, corner, anchor="end")]
+    for place, column in enumerate(columns):
+        marks.append(text_mark(left + step * (place + 0.5), 14, column if fit else str(place + 1), anchor="middle"))
+    for number, (row, values) in enumerate(zip(rows, values_RC, strict=True)):
+        y = top + side * number
+        marks.append(text_mark(left - 8, y + 15, names[number], anchor="end"))
+        for place, value in enumerate(values):
+            if value is None:
+                continue
+            x = left + step * place
+            tip = f"<title>{escape(row)}, {escape(columns[place])}: {escape(as_percent(value))}</title>"
+            marks.append(
+                f'<rect class="cell" x="{x:.1f}" y="{y}" width="{step - 1.5:.1f}" height="{side - 1.5}" '
+                f'fill-opacity="{value:.3f}">{tip}</rect>'
+            )
+            marks.append(
+                f'<text class="{"on" if value > 0.55 else "strong"}" x="{x + step / 2:.1f}" y="{y + 15}" '
+                f'text-anchor="middle" pointer-events="none">{100 * value:.0f}</text>'
+            )
+    return svg_of(left + step * len(columns) + 4, top + side * len(rows) + 4, marks, title=title)
 
 
 def _scale(left: float, y: float, lowest: str, highest: str) -> list[str]:

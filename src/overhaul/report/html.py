@@ -21,7 +21,9 @@ from overhaul.report.findings import (
 from overhaul.report.numbers import as_duration, as_interval, as_size
 from overhaul.report.sentences import comparison_sentence, measured_sentence, step_sentence, verdict
 from overhaul.report.tables import before_after
+from overhaul.report.tasks import MEANINGS, costs_note, course_figure, matrix_figure, metrics_note
 from overhaul.table import Row, Table
+from overhaul.task_record import TaskRecord
 
 
 def html_report(report: Report) -> str:
@@ -35,6 +37,7 @@ def html_report(report: Report) -> str:
             title=report.title,
             verdict=comparison_sentence(report.facts) if report.is_comparison else verdict(report.facts),
             table=before_after(report.facts, is_comparison=report.is_comparison),
+            tasks=_tasks(report.tasks) if report.tasks else None,
             trades=trade_figures(report.facts) if report.is_comparison else [],
             recovery=recovery_figure(gap) if gap else None,
             charts=curve_figures(report.curves),
@@ -43,6 +46,15 @@ def html_report(report: Report) -> str:
             sentences=[step_sentence(step) for step in report.lineage],
         )
     )
+
+
+def _tasks(record: TaskRecord) -> dict[str, Any]:
+    """The pictures and tables of a run of tasks."""
+    return {
+        "maps": [matrix_figure(record.matrices[kind], kind) for kind in MEANINGS],
+        "charts": [course_figure(record.matrices[kind], kind) for kind in MEANINGS],
+        "tables": [metrics_note(record), costs_note(record)],
+    }
 
 
 def html_measured(table: Table, *, title: str, command: str, environment: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from overhaul.lineage import LineageStep
-from overhaul.report.facts import FORGETTING, TASK_GAIN, Facts, Recovery, metric, quality, recovery
+from overhaul.report.facts import FORGETTING, TASK_GAIN, Facts, Recovery, accuracies, metric, quality, recovery
 from overhaul.report.numbers import as_count, as_duration, as_interval, as_percent, as_quantity, as_size, as_value
 from overhaul.report.tables import before_after
 from overhaul.table import Row
@@ -31,6 +31,8 @@ def comparison_sentence(facts: Sequence[Facts]) -> str:
     """What is best at half the bytes of the first model, or else what is smallest; of adaptations, what they won."""
     if adapted := [one for one in facts[1:] if metric(one, TASK_GAIN) is not None]:
         return _adaptation_sentence(facts[0], adapted)
+    if all(one.kind for one in facts):
+        return _classifier_sentence(facts)
     reference = facts[0]
     before, size = quality(reference), reference.bytes
     others = [(one, row, one.bytes) for one in facts[1:] if (row := quality(one)) and one.bytes]
@@ -47,6 +49,15 @@ def comparison_sentence(facts: Sequence[Facts]) -> str:
         f"{lead[0].upper()}{lead[1:]}, {row.metric} {as_quantity(row.value)} against {as_quantity(before.value)}, "
         f"with {as_percent(num_bytes / size, digits=2)} of the bytes."
     )
+
+
+def _classifier_sentence(facts: Sequence[Facts]) -> str:
+    """Which classifier knows most of the tasks, where the records say so."""
+    known = [(one, next(iter(found.items()))) for one in facts if (found := accuracies(one))]
+    if not known:
+        return f"{len(facts)} classifiers are shown side by side; no record says what they know of the same tasks."
+    best, (kind, row) = max(known, key=lambda pair: pair[1][1].value)
+    return f"{best.label} knows most of the tasks: {as_percent(row.value)} {kind}."
 
 
 def _adaptation_sentence(reference: Facts, adapted: Sequence[Facts]) -> str:
@@ -133,6 +144,9 @@ def _cost(facts: Facts) -> str:
 
 def _change(facts: Sequence[Facts]) -> str:
     before, after = facts[0], facts[-1]
+    if known := accuracies(after):
+        shares = " and ".join(f"{as_percent(row.value)} {kind}" for kind, row in known.items())
+        return f"after all tasks the accuracy of {after.label} is {shares}"
     if not (before.perplexity and after.perplexity):
         return f"{len(facts)} models are shown side by side, without perplexity on both ends"
     factor = as_quantity(after.perplexity.value / before.perplexity.value, digits=3)

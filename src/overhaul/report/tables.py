@@ -106,7 +106,7 @@ def is_worse(row: Row, reference: Row | None, better: Better | None) -> bool:
 
 def _columns(facts: Sequence[Facts], *, is_comparison: bool) -> list[_Column | _MetricColumn]:
     metrics = dict.fromkeys(row.metric for one in facts for row in one.metrics)
-    is_language = not all(one.kind for one in facts)
+    is_language = _is_language(facts)
     perplexity = _MetricColumn(title="perplexity", row=lambda one: one.perplexity, better="less", compares=same_tokens)
     in_blocks = _Column(title="non-zero (blocks)", number=lambda one: one.nonzero_share_blocks, text=as_percent)
     columns: list[_Column | _MetricColumn] = [
@@ -155,6 +155,11 @@ def _columns(facts: Sequence[Facts], *, is_comparison: bool) -> list[_Column | _
     return columns
 
 
+def _is_language(facts: Sequence[Facts]) -> bool:
+    """Whether one of the models is a language model: classifiers have no perplexity, and generate nothing."""
+    return not all(one.kind for one in facts)
+
+
 def _metric_column(metric: str) -> _MetricColumn:
     return _MetricColumn(
         title=metric,
@@ -175,7 +180,7 @@ def before_after(facts: Sequence[Facts], *, is_comparison: bool = False) -> Befo
     reference, columns = facts[0], _columns(facts, is_comparison=is_comparison)
     rows = [(Cell(text=one.label), *(column.cell(one, reference) for column in columns)) for one in facts]
     titles = ["model", *(column.title for column in columns)]
-    if is_comparison:
+    if is_comparison and _is_language(facts):
         rows = [
             (*row, Cell(text=", ".join(on) or "-", wraps=True)) for row, on in zip(rows, fronts_of(facts), strict=True)
         ]
@@ -190,16 +195,19 @@ def _note(facts: Sequence[Facts], *, is_comparison: bool) -> str:
         corpus = f"of {measured.corpus}" if measured.corpus else "of held-out text"
         windows = f" in windows of {measured.seq_len}" if measured.seq_len else ""
         sentences.append(f"Perplexity over {measured.perplexity.count:,} tokens {corpus}{windows}, 95% interval.")
-    sentences.append("Non-zero share of the blocks' linear layers, and of all parameters.")
-    sentences.append("Prefill: a forward pass over the windows. Decode: greedy, one text at a time.")
+    if is_language := _is_language(facts):
+        sentences.append("Non-zero share of the blocks' linear layers, and of all parameters.")
+        sentences.append("Prefill: a forward pass over the windows. Decode: greedy, one text at a time.")
+    else:
+        sentences.append("Accuracy over the held-out examples of all tasks, 95% interval.")
     if task := next((row for one in facts for row in one.metrics if row.metric == TASK_LOSS), None):
         sentences.append(
             f"Task loss over {task.count:,} tokens; task gain and forgetting are differences from {facts[0].label}, on "
             "the task's text and on that of the perplexity, in nats a token. Costs: of all steps since the reference."
         )
-    if is_comparison:
+    if is_comparison and is_language:
         sentences.append("On the front: no other model is both better and, in the quantity named, cheaper or faster.")
-    else:
+    elif not is_comparison:
         sentences.append("Peak memory and time: of the step that made the model.")
     return " ".join(sentences)
 
