@@ -32,6 +32,7 @@ COMMANDS = {
     "run": "Run the steps of a recipe.",
     "sweep": "Run a recipe under many settings, on a smaller model, and rank them.",
     "compare": "Compare model directories: quality, size, speed, what changed where.",
+    "learn report": "Runs of tasks side by side: accuracies, what was forgotten, what each task took.",
     "blank": "An image classifier with random weights, for images of your size.",
     "bundle": "Keep of an adapter's data what moves the adapter to another model later.",
     "show": "Facts and lineage of a model directory.",
@@ -88,11 +89,13 @@ def _dispatch(arguments: list[str]) -> None:
 
         print(f"overhaul {version('overhaul')}")
         return
-    verb, rest = arguments[0], arguments[1:]
+    length = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    verb, rest = " ".join(arguments[:length]), arguments[length:]
     if verb in COMMANDS:
         from overhaul import commands, data_commands
 
-        getattr(data_commands if verb == "data" else commands, f"{verb}_command")(rest)
+        name = f"{verb.replace(' ', '_')}_command"
+        getattr(data_commands if verb == "data" else commands, name)(rest)
     elif verb in catalog.VERBS:
         if not rest or rest[0] in ("-h", "--help"):
             print(_methods_of(verb))
@@ -119,7 +122,9 @@ def _help() -> str:
 
 def _methods_of(verb: str) -> str:
     lines = [f"usage: overhaul {verb} METHOD ...", "", catalog.VERBS[verb], ""]
-    return "\n".join(lines + [f"  {entry.name:13} {entry.summary}" for entry in catalog.methods(verb)])
+    lines += [f"  {entry.name:13} {entry.summary}" for entry in catalog.methods(verb)]
+    beside = {name.removeprefix(f"{verb} "): what for name, what in COMMANDS.items() if name.startswith(f"{verb} ")}
+    return "\n".join(lines + [f"  {name:13} {what}" for name, what in beside.items()])
 
 
 def _change(entry: catalog.Entry, arguments: list[str]) -> None:

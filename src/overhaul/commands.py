@@ -1,4 +1,4 @@
-"""The commands that are no verbs: run, sweep, compare, bundle, show, generate, list, schema, doctor.
+"""The commands that are no methods: run, sweep, compare, learn report, bundle, show, generate, list, schema, doctor.
 
 Those about text stand in `data_commands`.
 """
@@ -177,6 +177,35 @@ def compare_command(arguments: list[str]) -> None:
         rank = f"; stable rank of the change {one['stable rank']:.3g}" if one["stable rank"] else ""
         print(f"{one['model']}: {one['intruders']:g} intruders ({one['per 1,000']:.3g} per 1,000 vectors) "
               f"against {one['base']}{rank}")  # fmt: skip
+
+
+def learn_report_command(arguments: list[str]) -> None:
+    """`overhaul learn report DIR ... -o FILE`."""
+
+    @dataclass
+    class LearnReport:
+        directories: Annotated[
+            tuple[str, ...],
+            tyro.conf.Positional,
+            tyro.conf.arg(help="That learnt the same tasks; runs of several seeds are joined.", metavar="DIR"),
+        ]
+        out: Annotated[Path, tyro.conf.arg(aliases=["-o"], help="New HTML file.")] = Path("report.html")
+        json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
+
+    about = "Runs of tasks side by side: accuracies, what was forgotten by every definition, what each task took."
+    given = parse(LearnReport, arguments, prog="overhaul learn report", description=about)
+    check_page(given.out, flag="-o")
+    from overhaul import learn_report, machine
+    from overhaul.report.html import html_learnt
+    from overhaul.report.tasks import lines
+
+    methods = learn_report.report(given.directories)
+    given.out.write_text(html_learnt(methods, command=typed(), environment=machine.versions()), "utf-8")
+    if given.json:
+        print_json(learn_report.to_json(methods))
+        return
+    print("\n".join(lines(methods)))
+    print(f"\nwritten: {shlex.quote(str(given.out))}")
 
 
 def blank_command(arguments: list[str]) -> None:

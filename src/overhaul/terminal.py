@@ -78,8 +78,12 @@ def show_outcome(outcome: Any) -> None:
         print(f"  overhaul generate {path} --prompt 'The capital of France is'")
 
 
-def check_page(html: Path | None) -> None:
+def check_page(html: Path | None, *, flag: str = "--html") -> None:
     """Refuses a page that cannot be written, before anything is measured.
+
+    Args:
+        html: where to; None writes none.
+        flag: how it was given.
 
     Raises:
         UserError: the file exists, or there is no directory for it.
@@ -87,9 +91,9 @@ def check_page(html: Path | None) -> None:
     if html is None:
         return
     if html.exists():
-        raise UserError(f"--html {html} exists", hint="another file; nothing is ever overwritten")
+        raise UserError(f"{flag} {html} exists", hint="another file; nothing is ever overwritten")
     if not html.absolute().parent.is_dir():
-        raise UserError(f"--html {html}: there is no directory {html.parent}", hint=f"--html {html.name}")
+        raise UserError(f"{flag} {html}: there is no directory {html.parent}", hint=f"{flag} {html.name}")
 
 
 def quiet_libraries() -> None:

@@ -18,10 +18,25 @@ from overhaul.report.findings import (
     recovery_figure,
     trade_figures,
 )
-from overhaul.report.numbers import as_duration, as_interval, as_size
+from overhaul.report.numbers import MISSING, as_duration, as_interval, as_size
 from overhaul.report.sentences import comparison_sentence, measured_sentence, step_sentence, verdict
 from overhaul.report.tables import before_after
-from overhaul.report.tasks import MEANINGS, costs_note, course_figure, matrix_figure, metrics_note
+from overhaul.report.tasks import (
+    MEANINGS,
+    Learnt,
+    average_figures,
+    called,
+    cost_notes,
+    costs_note,
+    course_figure,
+    kept_note,
+    matrix_figure,
+    metric_rows,
+    metrics_note,
+    points_ends,
+    runs_note,
+    sentence,
+)
 from overhaul.table import Row, Table
 from overhaul.task_record import TaskRecord
 
@@ -55,6 +70,48 @@ def _tasks(record: TaskRecord) -> dict[str, Any]:
         "charts": [course_figure(record.matrices[kind], kind) for kind in MEANINGS],
         "tables": [metrics_note(record), costs_note(record)],
     }
+
+
+def html_learnt(methods: Sequence[Learnt], *, command: str, environment: Mapping[str, str]) -> str:
+    """The page of runs of tasks side by side.
+
+    Args:
+        methods: at least one, all of the same tasks.
+        command: what to type to write it again.
+        environment: versions.
+    """
+    names, rows = [called(one) for one in methods], metric_rows(methods)
+    header = ("metric", *(f"{one.label}{end}" for one in methods for end in ("", " low", " high")))
+    numbers = [
+        (name, *(text for row in found for text in (map(repr, (row.value, row.low, row.high)) if row else ("",) * 3)))
+        for name, found, _ in rows
+    ]
+    what = names[0] if len(names) == 1 else f"{len(names)} methods"
+    return (
+        _environment()
+        .get_template("learnt.html.j2")
+        .render(
+            title=f"{what} on {len(methods[0].runs[0].tasks)} tasks",
+            verdict=sentence(methods),
+            columns=["", *names, "better"],
+            rows=[
+                (
+                    name,
+                    [(f"{row.value:.1%}" if row else MISSING, points_ends(row) if row else "") for row in found],
+                    better,
+                )
+                for name, found, better in rows
+            ],
+            csv_url=csv_url(as_csv(header, numbers)),
+            averages=average_figures(methods),
+            maps=[matrix_figure(one.matrix(kind), kind, one.label) for one in methods for kind in MEANINGS],
+            costs=[*cost_notes(methods), kept_note(methods)],
+            runs=runs_note(methods),
+            has_seeds=any(len(one.runs) > 1 for one in methods),
+            command=command,
+            environment=environment,
+        )
+    )
 
 
 def html_measured(table: Table, *, title: str, command: str, environment: Mapping[str, str]) -> str:

@@ -260,18 +260,22 @@ def print_before_after(facts: Sequence[Facts], console: Console, *, is_compariso
 def plain_table(facts: Sequence[Facts], *, is_comparison: bool = False) -> str:
     """The same as aligned text without colours or wrapping, ending in a newline."""
     rows = _oriented(before_after(facts, is_comparison=is_comparison))
-    texts = [[_marked(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    lines = [
+    lines = aligned([[_marked(cell) for cell in row] for row in rows])
+    if any(cell.worse for row in rows for cell in row):
+        lines.append(f"* worse than {facts[0].label}")
+    return "\n".join(lines) + "\n"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with columns under each other, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
         "  ".join(
             text.rjust(width) if index else text.ljust(width)
             for index, (text, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for row in texts
+        for row in rows
     ]
-    if any(cell.worse for row in rows for cell in row):
-        lines.append(f"* worse than {facts[0].label}")
-    return "\n".join(lines) + "\n"
 
 
 def markdown_table(facts: Sequence[Facts]) -> str:

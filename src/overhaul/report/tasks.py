@@ -14,6 +14,7 @@ from overhaul.journal import TableNote
 from overhaul.report.figures import grid_map
 from overhaul.report.findings import Figure, as_csv, curve_figure
 from overhaul.report.numbers import MISSING, as_count, as_duration, as_percent, as_place, as_size
+from overhaul.report.tables import MOST_SIDE_BY_SIDE, aligned
 from overhaul.table import Curve, Row
 from overhaul.task_record import (
     ACCURACY,
@@ -84,7 +85,7 @@ ADDED = ("steps", "images read", "time")
 
 def matrix_figure(matrix: AccuracyMatrix, kind: str, label: str = "") -> Figure:
     """The heat map of a matrix: a row for each time, a column for each task."""
-    numbered = [f"{number}. {name}" for number, name in enumerate(matrix.names, 1)]
+    numbered = [f"{number}: {name}" for number, name in enumerate(matrix.names, 1)]
     times = [number for number in range(matrix.num_tasks + 1) if any(_measured(matrix, number))]
     values_RC = [
         [matrix.accuracy(after, on) if matrix.has(after, on) else None for on in range(1, matrix.num_tasks + 1)]
@@ -149,7 +150,7 @@ def metrics_note(record: TaskRecord) -> TableNote:
     found = {(metric.name, metric.kind): value for metric, value in measured(record)}
     names = {metric.name: BETTER[metric.better] for metric in METRICS}
     rows = tuple(
-        (name, *(f"{found[name, kind]:.1%}" if (name, kind) in found else "" for kind in KINDS), better)
+        (name, *(as_points(found[name, kind]) if (name, kind) in found else "" for kind in KINDS), better)
         for name, better in names.items()
         if any((name, kind) in found for kind in KINDS)
     )
@@ -198,14 +199,19 @@ def metric_rows(methods: Sequence[Learnt]) -> list[tuple[str, list[Row | None], 
     return [(name, rows, better) for name, rows, better in found if any(rows)]
 
 
-def percent_ends(row: Row) -> str:
+def as_points(value: float) -> str:
+    """`83.0%`, `-12.5%`; what rounds to nothing has no sign."""
+    return f"{value:.1%}".replace("-0.0%", "0.0%")
+
+
+def points_ends(row: Row) -> str:
     """`[78.8%, 86.5%]`, or nothing where there is no interval."""
-    return "" if row.low == row.value == row.high else f"[{row.low:.1%}, {row.high:.1%}]"
+    return "" if row.low == row.value == row.high else f"[{as_points(row.low)}, {as_points(row.high)}]"
 
 
 def as_share(row: Row | None) -> str:
     """`83.0% [78.8%, 86.5%]`."""
-    return MISSING if row is None else f"{row.value:.1%} {percent_ends(row)}".rstrip()
+    return MISSING if row is None else f"{as_points(row.value)} {points_ends(row)}".rstrip()
 
 
 def cost_notes(methods: Sequence[Learnt]) -> list[TableNote]:
@@ -224,20 +230,29 @@ def cost_notes(methods: Sequence[Learnt]) -> list[TableNote]:
     return notes
 
 
+def kept_note(methods: Sequence[Learnt]) -> TableNote:
+    """What each method holds in the end, by what it is; means over seeds."""
+    held = [[run.tasks[-1].kept_bytes for run in one.runs] for one in methods]
+    kinds = list(dict.fromkeys(kind for runs in held for kept in runs for kind in kept))
+    rows = tuple(
+        (one.label, *(as_size(fmean(kept.get(kind, 0) for kept in runs)) for kind in kinds))
+        for one, runs in zip(methods, held, strict=True)
+    )
+    return TableNote(title="Kept after the last task", columns=("method", *kinds), rows=rows)
+
+
 def runs_note(methods: Sequence[Learnt]) -> TableNote:
     """Which directories each method is, and how it was run."""
     rows = tuple(
         (
             one.label,
-            "; ".join(one.paths),
             ", ".join("n/a" if seed is None else str(seed) for seed in one.seeds),
             ", ".join(f"{name} {value}" for name, value in one.settings.items()),
-            _kept(one.runs[0].tasks[-1].kept_bytes) or "nothing",
+            "; ".join(one.paths),
         )
         for one in methods
     )
-    columns = ("method", "directories", "seeds", "settings", "kept at the end")
-    return TableNote(title="How each method was run", columns=columns, rows=rows)
+    return TableNote(title="How each method was run", columns=("method", "seeds", "settings", "directories"), rows=rows)
 
 
 def sentence(methods: Sequence[Learnt]) -> str:
@@ -245,10 +260,32 @@ def sentence(methods: Sequence[Learnt]) -> str:
     name = f"{ACCURACY}, {CLASS_IL}"
     known = sorted(((row, one) for one in methods if (row := one.row(name))), key=lambda pair: -pair[0].value)
     row, best = known[0]
-    lead = f"{best.label} knows {as_share(row)} of all tasks at the end"
+    lead = f"{best.label} knows {as_points(row.value)} of all tasks at the end"
     if len(known) == 1:
-        return f"{lead}, {as_share(best.row(f'{ACCURACY}, {TASK_IL}'))} where the task is told."
+        told = best.row(f"{ACCURACY}, {TASK_IL}")
+        return f"{lead}, {as_points(told.value)} where the task is told." if told else f"{lead}."
     lowest, worst = known[-1]
     if len(known) == 2:
-        return f"{lead}, {worst.label} {as_share(lowest)}."
-    return f"{lead}, most of {len(known)} methods; {worst.label} knows least, {as_share(lowest)}."
+        return f"{lead}, {worst.label} {as_points(lowest.value)}."
+    return f"{lead}, most of {len(known)} methods; {worst.label} knows least, {as_points(lowest.value)}."
+
+
+def lines(methods: Sequence[Learnt]) -> list[str]:
+    """The comparison as aligned text: a row for each metric and cost, a column for each method.
+
+    Beyond four methods a row is a method, and only what is read first has a column.
+    """
+    metrics = [(name, [as_share(row) for row in rows]) for name, rows, _ in metric_rows(methods)]
+    costs = [("time, all tasks", [as_duration(sum(one.per_task(lambda task: task.seconds))) for one in methods])]
+    for name, number, text in COSTS[3:]:
+        costs.append((f"{name}, last task", [text(one.per_task(number)[-1]) for one in methods]))
+    heading = ("", [called(one) for one in methods])
+    if len(methods) <= MOST_SIDE_BY_SIDE:
+        return aligned([[name, *texts] for name, texts in (heading, *metrics, *costs)])
+    first = [(name, texts) for name, texts in metrics if name.startswith((f"{ACCURACY},", "forgetting,"))]
+    return aligned(list(zip(*([name, *texts] for name, texts in (heading, *first, *costs)), strict=True)))
+
+
+def called(one: Learnt) -> str:
+    """The label, with the number of seeds where there are several."""
+    return f"{one.label} ({len(one.runs)} seeds)" if len(one.runs) > 1 else one.label

@@ -11,14 +11,17 @@ import pytest
 
 from overhaul.forgetting import AccuracyMatrix
 from overhaul.report.facts import Facts, Report
-from overhaul.report.html import html_report
+from overhaul.report.html import html_learnt, html_report
 from overhaul.report.sentences import comparison_sentence, verdict
 from overhaul.report.tasks import (
     Learnt,
+    as_points,
     average_figures,
     cost_notes,
     costs_note,
     course_figure,
+    kept_note,
+    lines,
     matrix_figure,
     metric_rows,
     metrics_note,
@@ -57,10 +60,10 @@ def test_a_matrix_is_drawn_entry_for_entry():
     drawn = matrix_figure(matrix(), "class-IL")
 
     assert re.findall(r'fill-opacity="([\d.]+)"', drawn.svg) == ["0.500", "0.500", "1.000", "0.250", "0.750"]
-    assert "<title>after 2. two, zero &amp; one: 25.0%</title>" in drawn.svg
+    assert "<title>after 2: two, zero &amp; one: 25.0%</title>" in drawn.svg
     assert drawn.title == "class-IL: 50.0% at the end, from 25.0% (zero & one) to 75.0% (two)"
-    assert drawn.rows[1] == ("after 1. zero & one", "100%", "")
-    assert drawn.csv.splitlines()[-1] == "after 2. two,0.25,0.75"
+    assert drawn.rows[1] == ("after 1: zero & one", "100%", "")
+    assert drawn.csv.splitlines()[-1] == "after 2: two,0.25,0.75"
 
 
 def test_what_was_before_any_task_has_no_row_where_it_was_not_measured():
@@ -123,9 +126,36 @@ def test_methods_stand_side_by_side():
     assert rows["average accuracy, class-IL"] == [0.5, 0.375]
     assert rows["forgetting, task-IL"] == [0.75, 1.0]
     assert times.rows[-1] == ("all", "2.0 s", "2.0 s")
-    assert sentence([other, one]) == (
-        "er knows 50.0% [40.0%, 60.0%] of all tasks at the end, none 37.5% [27.5%, 47.5%]."
-    )
+    assert sentence([other, one]) == "er knows 50.0% of all tasks at the end, none 37.5%."
+    assert kept_note([one, other]).rows == (("er", "1.00 kB"), ("none", "1.00 kB"))
+
+
+def test_few_methods_have_a_column_in_the_terminal_and_many_a_row():
+    few, many = (lines([learnt(f"m{number}", record()) for number in range(count)]) for count in (4, 5))
+
+    assert few[0].split() == ["m0", "m1", "m2", "m3"]
+    assert few[1].split("  ")[0] == "average accuracy, class-IL"
+    assert few[1].count("50.0% [40.0%, 60.0%]") == 4
+    assert len(few) == 1 + len(measured(record())) + 3
+    assert [line.split()[0] for line in many[1:]] == ["m0", "m1", "m2", "m3", "m4"]
+
+
+def test_the_page_of_several_methods_has_every_number():
+    methods = [learnt("a <b>", record(), record(seconds=2.0)), learnt("none", record([[1.0, np.nan], [0.0, 0.75]]))]
+
+    page = html_learnt(methods, command="overhaul learn report", environment={"torch": "2"})
+
+    assert "<b>" not in page
+    assert page.count("%]</small></td>") == sum(len(one.rows) for one in methods)
+    assert "<td>37.5%<small>[27.5%, 47.5%]</small></td>" in page
+    assert page.count("<figure>") == 2 + 2 * 2
+    assert "a &lt;b&gt; (2 seeds)" in page
+    assert "of several seeds the lowest and the highest" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_what_rounds_to_nothing_has_no_sign():
+    assert [as_points(value) for value in (-1e-9, -0.125, 1.0)] == ["0.0%", "-12.5%", "100.0%"]
 
 
 def test_the_report_of_a_run_has_its_tasks_and_says_what_is_known():
