@@ -146,13 +146,16 @@ def compare_command(arguments: list[str]) -> None:
         html: Annotated[Path | None, tyro.conf.arg(help="Write the report to this file.")] = None
         json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
 
-    given = parse(Compare, arguments, prog="overhaul compare", description="Compare models on one held-out text.")
+    about = "Compare models: on one held-out text, or by the tasks that they learnt."
+    given = parse(Compare, arguments, prog="overhaul compare", description=about)
     check_page(given.html)
     quiet_libraries()
     from overhaul.compare import compare, models_of
+    from overhaul.learn_report import to_json
     from overhaul.options import Options
     from overhaul.report.html import html_report
     from overhaul.report.tables import json_rows, print_before_after
+    from overhaul.report.tasks import lines
 
     options = checked(Options, given, where="compare")
     found = compare(models_of(given.model), options, task=given.task, spectra=given.spectra)
@@ -161,11 +164,14 @@ def compare_command(arguments: list[str]) -> None:
         given.html.write_text(html_report(found.report))
     if given.json:
         told = {"rows": json_rows(facts), "changes": found.changes, "warnings": warnings}
-        print_json(told | ({"spectra": found.spectra} if given.spectra else {}))
+        told |= {"spectra": found.spectra} if given.spectra else {}
+        print_json(told | ({"tasks": to_json(found.learnt)} if found.learnt else {}))
         return
     from rich.console import Console
 
     print_before_after(facts, Console(highlight=False), is_comparison=True)
+    if found.learnt:
+        print("", *lines(found.learnt), sep="\n")
     for warning in warnings:
         print(f"\nnote: {warning}")
     for change in found.changes:

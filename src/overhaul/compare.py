@@ -1,10 +1,13 @@
-"""Several models side by side: found in folders, measured on one held-out text, compared with the first.
+"""Several models side by side: found in folders, compared with the first.
+
+Language models are measured on one held-out text. Of classifiers their records say what they know of tasks.
 
 overhaul compare smollm2-135m runs/            # every model directory below runs/, against the named one
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from overhaul import adaptation, machine, pretrained
@@ -22,12 +26,16 @@ from overhaul.delta import Change
 from overhaul.errors import UserError
 from overhaul.journal import TableNote
 from overhaul.judge import Judge
+from overhaul.kinds import Kind, kind_of
 from overhaul.layers import LinearLike, Packed
+from overhaul.learn_report import alone, learnt_in, tasks_differ
 from overhaul.lineage import LineageStep, Parent
-from overhaul.options import Options
-from overhaul.report.facts import Facts, Report
+from overhaul.options import DEFAULT_CORPUS, Options
+from overhaul.report.facts import ACCURACY_OF, Facts, Report
 from overhaul.report.numbers import as_quantity
+from overhaul.report.tasks import Learnt, accuracy_rows, metrics_table
 from overhaul.stored import base_of
+from overhaul.task_record import TASKS
 
 _MARKS = ("config.json", "adapter_config.json")
 """Either of them makes a directory a model."""
@@ -41,11 +49,13 @@ class Comparison:
         report: facts of every model, the reference first.
         changes: for every model but the reference, which tensors differ from the reference's.
         spectra: if asked for, what tuning did to the singular vectors of every model whose base is there.
+        learnt: of classifiers that learnt the same tasks, what they know of them.
     """
 
     report: Report
     changes: tuple[Mapping[str, Any], ...]
     spectra: tuple[Mapping[str, Any], ...] = ()
+    learnt: tuple[Learnt, ...] = ()
 
 
 def models_of(refs: Sequence[str]) -> list[str]:
@@ -135,7 +145,7 @@ def compare(refs: Sequence[str], options: Options, *, task: str | None = None, s
     """Measures models on one held-out text, and says which tensors differ from the reference's.
 
     Perplexity and texts come from a directory's record where it holds them for the same text; speeds are measured
-    now, for all models alike.
+    now, for all models alike. Classifiers are not measured: what they know of the tasks that they learnt is recorded.
 
     Args:
         refs: as `models_of` returns them, the reference first.
@@ -144,12 +154,18 @@ def compare(refs: Sequence[str], options: Options, *, task: str | None = None, s
         spectra: also look at the singular vectors; a minute for each base, which is kept, and less for each model.
 
     Raises:
-        UserError: one of them cannot be read; said before any is measured. Or with a task, their tokenizers differ.
+        UserError: one of them cannot be read, or they are of several kinds; said before any is measured. Or with a
+            task, their tokenizers differ.
     """
     device = machine.pick_device(options.device)
     dtype = machine.compute_dtype(options.dtype, device)
     for ref in refs:  # not after minutes of measuring the others
         artifacts.check_files(ref)
+    if (kind := _kind_of_all(refs)) is not Kind.CAUSAL_LM:
+        if task is not None or spectra or options.evaluate not in (None, "none", DEFAULT_CORPUS):
+            given = "--task" if task is not None else "--spectra" if spectra else f"--data {options.evaluate}"
+            raise UserError(f"{given} is of language models", hint=f"without it: these are {kind.value}s")
+        return _classifiers(refs, kind, device, dtype)
     facts: list[Facts] = []
     losses: list[Losses] = []
     judges: list[Judge] = []
@@ -189,6 +205,77 @@ def compare(refs: Sequence[str], options: Options, *, task: str | None = None, s
         warnings=warnings,
     )
     return Comparison(report, tuple(changes), found)
+
+
+def _kind_of_all(refs: Sequence[str]) -> Kind:
+    """The kind of all models.
+
+    Raises:
+        UserError: two of them are of different kinds.
+    """
+    kinds = [kind_of(json.loads((artifacts.directories(ref)[1] / "config.json").read_text())) for ref in refs]
+    for ref, kind in zip(refs, kinds, strict=True):
+        if kind is not kinds[0]:
+            raise UserError(
+                f"{refs[0]} and {ref} are models of different kinds: {kinds[0].value} and {kind.value}",
+                allowed="models of one kind: no measure is of both",
+            )
+    return kinds[0]
+
+
+def _classifiers(refs: Sequence[str], kind: Kind, device: torch.device, dtype: torch.dtype) -> Comparison:
+    """Classifiers: sizes, which tensors differ, and what they know of the same tasks, as far as their records say it.
+
+    Raises:
+        UserError: a model cannot be read, or its `tasks.json` is damaged.
+    """
+    labels, judge = labels_of(refs), Judge(None, None, None, dtype)
+    learnt, warnings = _learnt(refs, labels)
+    facts: list[Facts] = []
+    changes: list[dict[str, Any]] = []
+    lineages: list[tuple[LineageStep, ...]] = []
+    reference: dict[str, Tensor] = {}
+    for ref, label in zip(refs, labels, strict=True):
+        made = artifacts.load(ref, device=device, dtype=machine.weights_dtype(dtype), kinds=(kind,))
+        known = judge.of_directory(made)
+        # The record has them without the tasks that they are of, which may be others here.
+        others = tuple(row for row in known.metrics if not row.metric.startswith(ACCURACY_OF))
+        metrics = (*others, *(accuracy_rows(learnt[ref]) if ref in learnt else ()))
+        size = artifacts.size_on_disk(made.path)
+        facts.append(replace(known, label=label, path=ref, bytes=size, metrics=metrics))
+        lineages.append(made.lineage)
+        if reference:
+            changes.append({"model": ref, **difference(reference, made.model)})
+        else:
+            reference = dict(dense_tensors(made.model))
+    found = tuple(learnt.values())
+    report = Report(
+        title=f"{len(facts) - 1} {kind.value}{'s' if len(facts) > 2 else ''} compared with {facts[0].label}",
+        facts=tuple(facts),
+        is_comparison=True,
+        tables=(*_chains(facts, lineages), *([metrics_table(found)] if found else ())),
+        environment={**machine.versions(), "hardware": machine.hardware(device)},
+        warnings=warnings,
+    )
+    return Comparison(report, tuple(changes), learnt=found)
+
+
+def _learnt(refs: Sequence[str], labels: Sequence[str]) -> tuple[dict[str, Learnt], tuple[str, ...]]:
+    """What is known of tasks by the models that learnt some, where all learnt the same; and what is not compared."""
+    paths = {ref: artifacts.directories(ref)[0] for ref in refs}
+    runs = {ref: learnt_in(str(path)) for ref, path in paths.items() if (path / TASKS).is_file()}
+    called = dict(zip(refs, labels, strict=True))
+    if not runs:
+        return {}, (f"No model has a {TASKS}: what they know is not compared.",)
+    first, *others = runs
+    for other in others:
+        if told := tasks_differ(runs[first], runs[other]):
+            return {}, (
+                f"Accuracies are not compared: {called[first]} and {called[other]} learnt different tasks: {told}.",
+            )
+    without = [called[ref] for ref in refs if ref not in runs]
+    warnings = (f"Without a {TASKS}, and so without accuracies: {', '.join(without)}.",) if without else ()
+    return {ref: alone(run, called[ref]) for ref, run in runs.items()}, warnings
 
 
 _SPECTRA = {
@@ -311,9 +398,12 @@ def difference(reference: Mapping[str, Tensor], model: nn.Module) -> dict[str, A
         if before is None or before.shape != tensor.shape:
             continue
         num_common += 1
+        if not before.is_floating_point() and before.ndim == 0:
+            continue  # of batches that were seen: no weight
         change = Change.of(tensor.float() - before.float())
         if change.values.any():
-            sizes[name] = float(change.values.norm() / before.float().norm().clamp_min(1e-30))
+            norm = float(before.float().norm())
+            sizes[name] = float(change.values.norm()) / norm if norm else 0.0
             change_bytes += change.bytes
     most = sorted(sizes, key=lambda name: sizes[name], reverse=True)[:5]
     return {
@@ -321,5 +411,6 @@ def difference(reference: Mapping[str, Tensor], model: nn.Module) -> dict[str, A
         "changed_tensors": len(sizes),
         "other_tensors": len(names | reference.keys()) - num_common,
         "change_bytes": change_bytes,
-        "most_changed": [f"{name} ({sizes[name]:.2g})" for name in most],
+        # What was zero has no relative change, and is named last.
+        "most_changed": [f"{name} ({f'{sizes[name]:.2g}' if sizes[name] else 'zero before'})" for name in most],
     }

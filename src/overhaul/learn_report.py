@@ -182,6 +182,11 @@ def _learnt(label: str, runs: Sequence[Run], settings: Mapping[str, object]) -> 
     )
 
 
+def alone(run: Run, label: str) -> Learnt:
+    """One run as a method of its own, with the settings that were chosen."""
+    return _learnt(label, [run], {name: run.step.fields[name] for name in run.step.non_default})
+
+
 def _rows(label: str, records: Sequence[TaskRecord]) -> list[Row]:
     """Every metric: the mean over runs and their lowest and highest; of one run with an interval over examples."""
     rows = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -13,12 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import overhaul
 from command import overhaul as typed
+from command import refused
+from images import write_bars, write_cnn
 from overhaul import artifact, packed
 from overhaul.compare import Comparison, compare, dense_tensors, difference, models_of
 from overhaul.errors import UserError
+from overhaul.kinds import Kind
 from overhaul.options import Options
 from packed_rows import QUANT_METHOD, write_rows
 
+IMAGES = (Kind.IMAGE_CLASSIFIER,)
 QUICK = Options(evaluate_windows=2, evaluate_seq_len=32)
 
 
@@ -255,3 +260,80 @@ def test_a_model_that_cannot_be_read_is_said_before_any_is_measured(tiny: Path, 
     assert done.code == 2
     assert "broken has no weights" in done.err
     assert "measuring" not in done.err
+
+
+# Classifiers.
+
+TASKS = ("--split", "2", "--batch-size", "8", "--memory", "24", "--epochs", "1", "--dtype", "fp32")
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder: `cnn`, and `er` and `none` that learnt the same tasks from it, `four` others."""
+    root = tmp_path_factory.mktemp("learnt")
+    cnn, bars = write_cnn(root / "cnn", classes=4), write_bars(root / "bars.npz")
+    for name, flags in {"er": (), "none": ("--output-term", "none"), "four": ("--split", "4")}.items():
+        done = typed("learn", "bregman", cnn, "-o", root / name, "--tasks", bars, *TASKS, *flags)
+        assert done.code == 0, done.err
+    return root
+
+
+def test_classifiers_are_compared_by_what_they_know_of_the_same_tasks(learnt: Path):
+    found = measured(learnt / "cnn", learnt / "er", learnt / "none")
+
+    blank, er, _ = found.report.facts
+    recorded = {row["metric"]: row for row in artifact.read_record(learnt / "er")["facts"][-1]["metrics"]}
+    assert blank.metrics == ()
+    for row in er.metrics:
+        assert (row.value, row.low, row.high) == tuple(recorded[row.metric][end] for end in ("value", "low", "high"))
+    assert [row.metric for row in er.metrics] == ["accuracy, class-IL", "accuracy, task-IL"]
+    assert [one.label for one in found.learnt] == ["er", "none"]
+    assert found.report.warnings == ("Without a tasks.json, and so without accuracies: cnn.",)
+    # The counters of its batch normalisations are no weights.
+    names = [
+        name for name in artifact.load(learnt / "er", kinds=IMAGES).model.state_dict() if "num_batches" not in name
+    ]
+    assert found.changes[0]["changed_tensors"] == len(names)
+    assert found.changes[0]["other_tensors"] == 0
+    assert all("num_batches" not in told for told in found.changes[0]["most_changed"])
+
+
+def test_accuracies_on_other_tasks_are_not_put_side_by_side(learnt: Path):
+    found = measured(learnt / "er", learnt / "four")
+
+    assert [one.metrics for one in found.report.facts] == [(), ()]
+    assert found.learnt == ()
+    assert found.report.warnings == (
+        "Accuracies are not compared: er and four learnt different tasks: 2 and 4 tasks.",
+    )  # fmt: skip
+
+
+def test_classifiers_that_learnt_no_tasks_are_compared_by_their_tensors(learnt: Path, tmp_path: Path):
+    found = measured(learnt / "cnn", write_cnn(tmp_path / "other", classes=4, seed=1))
+
+    assert found.report.warnings == ("No model has a tasks.json: what they know is not compared.",)
+    assert found.changes[0]["changed_tensors"] > 0
+
+
+def test_the_command_compares_classifiers_too(learnt: Path, tmp_path: Path):
+    models = (learnt / "er", learnt / "none")
+    told = typed("compare", *models, "--html", tmp_path / "page.html")
+
+    assert told.code == 0, told.err
+    assert "global forgetting, as learnt" in told.out
+    page = (tmp_path / "page.html").read_text()
+    assert "knows most of the tasks" in page
+    assert "Prefill" not in page
+    assert "on the front" not in page
+    rows = json.loads(typed("compare", *models, "--json").out)
+    assert [one["method"] for one in rows["tasks"]["methods"]] == ["er", "none"]
+    assert [row["kind"] for row in rows["rows"]] == ["image classifier"] * 2
+
+
+def test_models_of_several_kinds_and_what_is_of_text_are_refused(learnt: Path, tiny: Path):
+    er, none = learnt / "er", learnt / "none"
+
+    refused(typed("compare", er, tiny), "of different kinds: image classifier and causal language model")
+    refused(typed("compare", er, none, "--task", "sample"), "--task is of language models")
+    refused(typed("compare", er, none, "--spectra"), "--spectra is of language models")
+    refused(typed("compare", er, none, "--data", "austen"), "--data austen is of language models")

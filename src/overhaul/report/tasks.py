@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
 
 from overhaul.forgetting import AccuracyMatrix
 from overhaul.journal import TableNote
+from overhaul.report.facts import ACCURACY_OF
 from overhaul.report.figures import grid_map
 from overhaul.report.findings import Figure, as_csv, curve_figure
 from overhaul.report.numbers import MISSING, as_count, as_duration, as_percent, as_place, as_size
@@ -21,6 +22,7 @@ from overhaul.task_record import (
     CLASS_IL,
     KINDS,
     METRICS,
+    OVER_ALL,
     TASK_IL,
     TaskCost,
     TaskRecord,
@@ -202,6 +204,22 @@ def metric_rows(methods: Sequence[Learnt]) -> list[tuple[str, list[Row | None], 
 def as_points(value: float) -> str:
     """`83.0%`, `-12.5%`; what rounds to nothing has no sign."""
     return f"{value:.1%}".replace("-0.0%", "0.0%")
+
+
+def metrics_table(methods: Sequence[Learnt]) -> TableNote:
+    """Every metric with a column for each method."""
+    rows = tuple(
+        (name, *(as_points(row.value) if row else MISSING for row in found), better)
+        for name, found, better in metric_rows(methods)
+    )
+    columns = ("", *(one.label for one in methods), "better")
+    return TableNote(title="What was kept and what was forgotten", columns=columns, rows=rows)
+
+
+def accuracy_rows(one: Learnt) -> tuple[Row, ...]:
+    """The accuracies over all examples, as the table of a run calls them."""
+    found = {kind: one.row(f"{OVER_ALL}, {kind}") for kind in MEANINGS}
+    return tuple(replace(row, metric=f"{ACCURACY_OF}{kind}") for kind, row in found.items() if row)
 
 
 def points_ends(row: Row) -> str:
