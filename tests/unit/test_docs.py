@@ -18,6 +18,7 @@ from bench import results
 import overhaul as package
 from command import overhaul
 from overhaul import artifact, catalog, recipe, sparsity
+from overhaul.cli import COMMANDS
 from overhaul.corpora import named_corpora
 from overhaul.image_sets import named_image_sets
 from overhaul.lineage import LineageStep
@@ -88,7 +89,7 @@ def tiny_words(command: str, tiny: Path) -> list[str]:
         words[2:2] = [*judged, *(f"steps.{n}.{k}={v}" for n, k, v in shrunk(Path(words[1]), tiny))]
     elif words[0] == "compare":
         words += ["--windows", "2", "--seq-len", "32"]
-    elif words[0] in catalog.VERBS:
+    elif words[0] in catalog.VERBS and " ".join(words[:2]) not in COMMANDS:
         words += added(words)
     return words
 
