@@ -20,7 +20,7 @@ from overhaul.optim.adamw import adamw
 from overhaul.schedules import schedule
 from overhaul.stream import Batch as Batched
 from overhaul.stream import Repeat, Rows
-from overhaul.train import Plan, train
+from overhaul.train import History, Plan, train
 from overhaul.watch import KeepZeros, Watcher
 
 
@@ -153,6 +153,18 @@ def test_what_the_probes_of_a_plan_find_stands_beside_an_evaluation_or_alone():
     assert [point.get("perplexity") for point in beside.points] == [None, 7.0, None]
     assert [point.get("weight") for point in beside.points] == [point.get("weight") for point in alone.points]
     assert ["weight" in point for point in alone.points] == [False, True, False]
+
+
+def test_a_plan_hears_what_was_done_once_and_again_where_a_resumed_run_finds_it_done(tmp_path: Path):
+    told: list[History] = []
+    method = Full(steps=3, save_every=1)
+
+    first = train(descent([1.0], told=told.append), method, state_dir=tmp_path, goes_on=True, quiet=True)
+    train(descent([1.0], told=told.append), method, state_dir=tmp_path, goes_on=True, resume=True, quiet=True)
+
+    once, again = told
+    assert once is first
+    assert (again.points, again.seconds, again.trainable_parameters) == (first.points, first.seconds, 1)
 
 
 def test_nothing_to_train():

@@ -260,8 +260,10 @@ def grid_map(
                 f'<rect class="cell" x="{x:.1f}" y="{y}" width="{step - 1.5:.1f}" height="{side - 1.5}" '
                 f'fill-opacity="{value:.3f}">{tip}</rect>'
             )
+            # Which text can be read on a cell differs between light and dark pages only where the cell is darkest.
+            kind = "on" if value > 0.85 else "middle" if value > 0.5 else "strong"
             marks.append(
-                f'<text class="{"on" if value > 0.55 else "strong"}" x="{x + step / 2:.1f}" y="{y + 15}" '
+                f'<text class="{kind}" x="{x + step / 2:.1f}" y="{y + 15}" '
                 f'text-anchor="middle" pointer-events="none">{100 * value:.0f}</text>'
             )
     return svg_of(left + step * len(columns) + 4, top + side * len(rows) + 4, marks, title=title)

@@ -23,13 +23,14 @@ from overhaul.report.sentences import comparison_sentence, measured_sentence, st
 from overhaul.report.tables import before_after
 from overhaul.report.tasks import (
     MEANINGS,
+    MOST_BESIDE,
     Learnt,
     average_figures,
     called,
     cost_notes,
     costs_note,
     course_figure,
-    kept_note,
+    kept_notes,
     matrix_figure,
     metric_rows,
     metrics_note,
@@ -66,6 +67,7 @@ def html_report(report: Report) -> str:
 def _tasks(record: TaskRecord) -> dict[str, Any]:
     """The pictures and tables of a run of tasks."""
     return {
+        "are_many": len(record.tasks) > MOST_BESIDE,
         "maps": [matrix_figure(record.matrices[kind], kind) for kind in MEANINGS],
         "charts": [course_figure(record.matrices[kind], kind) for kind in MEANINGS],
         "tables": [metrics_note(record), costs_note(record)],
@@ -105,7 +107,8 @@ def html_learnt(methods: Sequence[Learnt], *, command: str, environment: Mapping
             csv_url=csv_url(as_csv(header, numbers)),
             averages=average_figures(methods),
             maps=[matrix_figure(one.matrix(kind), kind, one.label) for one in methods for kind in MEANINGS],
-            costs=[*cost_notes(methods), kept_note(methods)],
+            are_many=len(methods[0].runs[0].tasks) > MOST_BESIDE,
+            costs=[*cost_notes(methods), *kept_notes(methods)],
             runs=runs_note(methods),
             has_seeds=any(len(one.runs) > 1 for one in methods),
             command=command,

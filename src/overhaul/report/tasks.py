@@ -36,6 +36,8 @@ MEANINGS = {
 }
 BETTER = {"more": "higher", "less": "lower"}
 TIMES = "tasks learnt"
+MOST_BESIDE = 10
+"""Heat maps of more tasks are too small beside each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,15 +250,15 @@ def cost_notes(methods: Sequence[Learnt]) -> list[TableNote]:
     return notes
 
 
-def kept_note(methods: Sequence[Learnt]) -> TableNote:
-    """What each method holds in the end, by what it is; means over seeds."""
+def kept_notes(methods: Sequence[Learnt]) -> list[TableNote]:
+    """A table of what each method holds in the end, by what it is, means over seeds; none where all hold nothing."""
     held = [[run.tasks[-1].kept_bytes for run in one.runs] for one in methods]
     kinds = list(dict.fromkeys(kind for runs in held for kept in runs for kind in kept))
     rows = tuple(
         (one.label, *(as_size(fmean(kept.get(kind, 0) for kept in runs)) for kind in kinds))
         for one, runs in zip(methods, held, strict=True)
     )
-    return TableNote(title="Kept after the last task", columns=("method", *kinds), rows=rows)
+    return [TableNote(title="Kept after the last task", columns=("method", *kinds), rows=rows)] if kinds else []
 
 
 def runs_note(methods: Sequence[Learnt]) -> TableNote:

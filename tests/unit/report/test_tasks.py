@@ -20,7 +20,7 @@ from overhaul.report.tasks import (
     cost_notes,
     costs_note,
     course_figure,
-    kept_note,
+    kept_notes,
     lines,
     matrix_figure,
     metric_rows,
@@ -78,6 +78,7 @@ def test_names_that_do_not_fit_above_their_column_are_numbers(count: int):
     svg = matrix_figure(matrix(values, names), "class-IL").svg
 
     assert ">1</text>" in svg
+    assert svg.count('class="strong"') == count * (count + 1) / 2, "dark text on pale cells"
     assert svg.count(">permute=0</text>") == 0
     assert svg.count('class="cell"') == count * (count + 1) / 2
 
@@ -127,7 +128,8 @@ def test_methods_stand_side_by_side():
     assert rows["forgetting, task-IL"] == [0.75, 1.0]
     assert times.rows[-1] == ("all", "2.0 s", "2.0 s")
     assert sentence([other, one]) == "er knows 50.0% of all tasks at the end, none 37.5%."
-    assert kept_note([one, other]).rows == (("er", "1.00 kB"), ("none", "1.00 kB"))
+    (kept,) = kept_notes([one, other])
+    assert kept.rows == (("er", "1.00 kB"), ("none", "1.00 kB"))
 
 
 def test_few_methods_have_a_column_in_the_terminal_and_many_a_row():
