@@ -24,6 +24,10 @@ class Reprogrammed(nn.Module):
         form: one of the three.
     """
 
+    kernel: Tensor
+    scale: Tensor
+    point: Tensor
+
     def __init__(self, convolution: nn.Conv2d, *, kernel: int = 3, form: Form = "behind") -> None:
         super().__init__()
         self.convolution, self.form, self.kernel_size = convolution, form, kernel

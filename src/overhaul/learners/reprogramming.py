@@ -30,7 +30,8 @@ class Reprogramming(Sockets):
     method = "clr"
 
     def __init__(self, *, behind: Behind = "spatial", form: Form = "behind", kernel: int = 3, norms: bool = True):
-        self.behind, self.form, self.kernel, self.norms = behind, form, kernel, norms
+        self.behind, self.kernel, self.norms = behind, kernel, norms
+        self.form: Form = form
 
     def settings(self) -> dict[str, Any]:
         return {"behind": self.behind, "form": self.form, "kernel": self.kernel, "norms": self.norms}
