@@ -195,6 +195,13 @@ ENTRIES = (
     ),
     Entry(
         "learn",
+        "rehearsal-free",
+        "learn.rehearsal_free:RehearsalFree",
+        "Learn classes with no example kept: distillation, a pull to the weights before, or only some of them.",
+        40,
+    ),
+    Entry(
+        "learn",
         "clr",
         "learn.clr:Clr",
         "Learn each task with small kernels behind a frozen network's convolutions and normalisations of its own.",

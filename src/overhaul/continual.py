@@ -6,11 +6,14 @@
 | DER++ | both, of two draws | | |
 | FDR | `PredictionsKept` | distance of probabilities | probabilities at the end of an example's task |
 | LwF | `OldModel` | KL(old model, network) | the model before the task, on the task's own examples |
+| PredKD | `OldSigmoids` | binary KL(old model, network) | as LwF |
+| FeatKD | `FeaturesKept` | squared distance of features | as LwF |
 | CPR | `Uniform` | KL(network, uniform) | the uniform distribution |
 | EWC, L2 | `Pulled` | quadratic | weights before the task |
 
 The order of the arguments differs: labels and old predictions come first, before the network; against the uniform
-distribution the network does (Wang et al., 2024, arXiv:2403.13249).
+distribution the network does (Wang et al., 2024, arXiv:2403.13249; PredKD and FeatKD: Smith et al., 2023,
+arXiv:2203.17269).
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import binary_cross_entropy_with_logits, one_hot, pad
 
 from overhaul.bregman import from_uniform, kl, quadratic, squared
 from overhaul.objective import Batch, Forward, Objective, Term, Terms
@@ -192,6 +195,63 @@ class OldModel(Term):
             for one in (forward.of(self.old), forward)
         )
         return self.temperature**2 * kl(theirs_BC.softmax(dim=-1), ours_BC.log_softmax(dim=-1)).sum()
+
+    def count(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
+    def held_bytes(self) -> int:
+        return sum(p.nbytes for p in self.old.parameters())
+
+
+class OldSigmoids(Term):
+    """Prediction distillation with a head of binary classifiers (PredKD of Smith et al., 2023, after LwF.MC).
+
+    The cross-entropy of the old model's sigmoids and the network's, less the old one's entropy: where they agree it is
+    zero, and so is its gradient. Summed over old classes, of new examples.
+
+    Args:
+        old: the model before the task, frozen.
+        classes: that it had: the first so many.
+    """
+
+    name = "old_model"
+
+    def __init__(self, old: nn.Module, classes: int) -> None:
+        self.old, self.classes = old, classes
+
+    def total(self, forward: Forward, batch: Batch) -> Tensor:
+        theirs_BC, ours_BC = (
+            one.classified().logits[:, : self.classes].float() for one in (forward.of(self.old), forward)
+        )
+        p_BC = theirs_BC.sigmoid()
+        crossed, own = (
+            binary_cross_entropy_with_logits(logits, p_BC, reduction="sum") for logits in (ours_BC, theirs_BC)
+        )
+        return crossed - own
+
+    def count(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
+    def held_bytes(self) -> int:
+        return sum(p.nbytes for p in self.old.parameters())
+
+
+class FeaturesKept(Term):
+    """Feature distillation (FeatKD): the squared distance of a layer's output to the old model's, of new examples.
+
+    Args:
+        old: the model before the task, frozen.
+        layer: the dotted name of a layer, or `PENULTIMATE` for what the head reads.
+    """
+
+    name = "features_kept"
+
+    def __init__(self, old: nn.Module, layer: str) -> None:
+        self.old, self.layer, self.reads_features = old, layer, (layer,)
+
+    def total(self, forward: Forward, batch: Batch) -> Tensor:
+        theirs, ours = (one.features(self.layer).float() for one in (forward.of(self.old), forward))
+        return (ours - theirs).square().sum()
 
     def count(self, batch: Batch) -> int:
         return len(batch["labels"])

@@ -411,7 +411,8 @@ def _refuse_track(tracker: str, method: Training) -> None:
 
 
 def _data_used(corpus: Corpus | TaskSequence, tokens: int) -> DataUsed:
-    return DataUsed(name=corpus.name, fingerprint=corpus.fingerprint, tokens=tokens, licence=corpus.licence)
+    unit = "images" if isinstance(corpus, TaskSequence) else "tokens"
+    return DataUsed(name=corpus.name, fingerprint=corpus.fingerprint, tokens=tokens, licence=corpus.licence, unit=unit)
 
 
 def run_recipe(plan: Recipe, *, command: str = "", told: Callable[[Outcome], None] = lambda _: None) -> Outcome | None:

@@ -113,7 +113,7 @@ class Learning(Training):
             learner.learnt(number)
             noted = time.perf_counter() - began
             costs.append(_cost(task.name, done[-1], noted, learner))
-            scores.take(learner.answers, number + 1)
+            scores.take(learner.answers, number + 1, ahead=learner.answers_beforehand)
         learner.end()
         note_scores(scores, costs)
 
@@ -152,4 +152,9 @@ class SharedLearning(Learning):
         "whole",
         description="Whether the head has a row for every class of the tasks at once, or gets those of a task with it. "
         "Classes that the model knows by name keep their rows.",
+    )
+    train: Names = Field(
+        ("all",),
+        description="Which parameters beside the head: all, qkv (queries, keys and values), or patterns of names "
+        "such as '*.layer.3.*'.",
     )

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from overhaul.cross_entropy import linear_cross_entropy, logits_cross_entropy
 from overhaul.interop import hf
@@ -245,6 +245,30 @@ class ClassCrossEntropy(Term):
         if self.classes is not None:
             logits_BC = only(logits_BC, self.classes)
         return cross_entropy(logits_BC.float(), labels_B, reduction="sum")
+
+    def count(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
+
+class BinaryCrossEntropy(Term):
+    """Binary cross-entropy in nats of some classes, each a classifier of its own, summed over them; over examples.
+
+    Unlike a softmax it says nothing of the other classes: those of older tasks are not pushed down by new examples.
+
+    Args:
+        classes: by their place among the logits; a label is one of them.
+    """
+
+    name = "cross_entropy"
+
+    def __init__(self, classes: Sequence[int]) -> None:
+        self.classes = torch.tensor(classes)
+
+    def total(self, forward: Forward, batch: Batch) -> Tensor:
+        logits_BC = forward.classified().logits
+        classes_K = self.classes.to(logits_BC.device)
+        target_BK = (batch["labels"][:, None] == classes_K).float()
+        return binary_cross_entropy_with_logits(logits_BC[:, classes_K].float(), target_BK, reduction="sum")
 
     def count(self, batch: Batch) -> int:
         return len(batch["labels"])

@@ -49,22 +49,26 @@ class Scores:
     has_before: bool = False
     rows: dict[str, list[list[float]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
 
-    def take(self, answers: Callable[[int, Sequence[int]], Tensor], learnt: int) -> None:
+    def take(self, answers: Callable[[int, Sequence[int]], Tensor], learnt: int, *, ahead: bool = False) -> None:
         """Measures a model after so many tasks; 0 before any: then of all tasks, which tells what they start from.
 
         Args:
             answers: what the model says of a task's held-out examples when it may choose among the classes of some
                 tasks: `(N, C)`, the largest is the answer.
             learnt: tasks.
+            ahead: whether the next task is measured too, as task-IL: what those before have done for it.
         """
         sequence = self.data.sequence
         self.has_before |= learnt == 0
         measured = len(sequence.tasks) if learnt == 0 else learnt
         rows = {kind: [float("nan")] * len(sequence.tasks) for kind in KINDS}
-        for number in range(measured):
+        next_one = learnt if ahead and 0 < learnt < len(sequence.tasks) else None
+        for number in [*range(measured), *([] if next_one is None else [next_one])]:
             labels_N = torch.from_numpy(self.data.heldout[number].labels_N)
             choices = {"class-IL": range(measured), "task-IL": (number,), "as learnt": range(number + 1)}
             for kind, among in choices.items():
+                if number == next_one and kind != "task-IL":
+                    continue
                 right_N = answers(number, among).argmax(dim=1) == labels_N
                 rows[kind][number] = float(right_N.double().mean())
         for kind in KINDS:

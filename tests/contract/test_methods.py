@@ -29,6 +29,7 @@ EXTRA: dict[str, list[str]] = {
     "sltrain": ["--rank", "6"],
     # Without a memory: what it draws depends on how many are drawn at a time.
     "bregman": ["--split", "2", "--output-term", "lwf", "--weight-term", "ewc"],
+    "rehearsal-free": ["--split", "2", "--weight-term", "ewc", "--features", "0.1"],
     "clr": ["--variants", "plain", "invert"],
     "minitron": ["--layers", "1", "--hidden", "48", "--ffn", "64", "--kv-groups", "1", "--heads", "2"],
 }

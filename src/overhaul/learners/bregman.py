@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,13 +23,10 @@ from overhaul.continual import (
 from overhaul.fisher import diagonal, joined
 from overhaul.learners.learner import SharedLearner
 from overhaul.objective import ClassCrossEntropy, Objective
-from overhaul.optim.build import build
 from overhaul.optim.refresh import Refresh, langevin, released
 from overhaul.reservoir import Reservoir, WithMemory
-from overhaul.schedules import schedule
 from overhaul.task_data import SCORED_AT_ONCE
 from overhaul.task_scores import logits_of
-from overhaul.train import Plan
 
 if TYPE_CHECKING:
     from overhaul.learn.bregman import Bregman
@@ -42,7 +38,7 @@ class BregmanLearner(SharedLearner):
     """The memory, the weights and the model before, and their Fisher information."""
 
     def __init__(self, method: Bregman, model: nn.Module, data: TaskData) -> None:
-        super().__init__(model, data, whole=method.classifier == "whole")
+        super().__init__(method, model, data)
         self.method = method
         self.memory: Reservoir = Reservoir(method.memory, seed=data.seed)
         self.anchor: dict[str, Tensor] | None = None
@@ -50,24 +46,17 @@ class BregmanLearner(SharedLearner):
         self.old: nn.Module | None = None
         self.old_classes = 0
 
-    def training(self, number: int) -> Plan:
+    def objective(self, number: int) -> Objective:
         """Cross-entropy over all classes so far, with the terms."""
-        objective = focused = Focused(self._objective(number), "cross_entropy")
-        if self.method.remembers and self.method.output_term != "fdr":
-            objective = Remembering(objective, self.memory)
-        self.model.requires_grad_(True)
-        return Plan(
-            model=self.model,
-            objective=objective,
-            stream=self._stream(number),
-            optimizer=self._refreshed(build(self.method, self.model.parameters(), model=self.model), focused, number),
-            schedule=schedule(self.method.schedule, self.method.warmup),
-            steps=self.method.steps_of(self.data, number),
-            unit="images",
-        )
+        objective = Focused(self._objective(number), "cross_entropy")
+        remembers = self.method.remembers and self.method.output_term != "fdr"
+        return Remembering(objective, self.memory) if remembers else objective
 
-    def _refreshed(self, optimizer: torch.optim.Optimizer, focused: Focused, number: int) -> torch.optim.Optimizer:
-        """The optimizer, with unlearning where that was asked for."""
+    def optimizer(self, number: int, objective: Objective) -> torch.optim.Optimizer:
+        """With unlearning where that was asked for."""
+        optimizer = super().optimizer(number, objective)
+        focused = objective.inner if isinstance(objective, Remembering) else objective
+        assert isinstance(focused, Focused)
         asked, by_name = self.method.refresh, dict(self.model.named_parameters())
         if not asked.every:
             return optimizer
@@ -89,9 +78,8 @@ class BregmanLearner(SharedLearner):
             seed=self.data.seed * len(self.data.sequence.tasks) + number,
         )
 
-    def _stream(self, number: int) -> Stream:
-        method = self.method
-        batches = self.data.batches(number, batch_size=method.batch_size)
+    def stream(self, number: int) -> Stream:
+        method, batches = self.method, super().stream(number)
         if not method.remembers:
             return batches
         draws = 2 if method.output_term == "der++" else 1
@@ -127,12 +115,13 @@ class BregmanLearner(SharedLearner):
         if method.output_term == "lwf":
             self.old = copy.deepcopy(self.model).eval().requires_grad_(False)
             self.old_classes = self.data.sequence.num_classes(number + 1)
-        self.model.requires_grad_(True)  # a finished plan has frozen it
+        self.free()  # a finished plan has frozen what is trained
         if method.weight_term != "none":
             self.anchor = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         refreshes = method.refresh.every > 0 and method.refresh.fisher == "diag"
         if method.weight_term == "ewc" or refreshes:
-            found = diagonal(self.model.eval(), self._some(number), labels=method.fisher, seed=self.data.seed)
+            batches = self.some_examples(number, method.fisher_examples)
+            found = diagonal(self.model.eval(), batches, labels=method.fisher, seed=self.data.seed)
             self.known = joined(self.known, found, keep=method.fisher_decay)
 
     def kept_bytes(self) -> dict[str, int]:
@@ -151,9 +140,3 @@ class BregmanLearner(SharedLearner):
         logits_NC = logits_of(self.model, examples, dtype=self.data.dtype)
         for batch, logits_BC in zip(examples.in_order(), torch.split(logits_NC, SCORED_AT_ONCE), strict=True):
             self.memory.insert(with_logits(batch, logits_BC))
-
-    def _some(self, number: int) -> list[dict[str, Any]]:
-        """Batches of as many of a task's examples as the Fisher information is taken from, chosen by the seed."""
-        examples, wanted = self.data.train[number], self.method.fisher_examples
-        places = np.random.default_rng((self.data.seed, number)).permutation(len(examples))[:wanted]
-        return [examples.batch(places[at : at + 256]) for at in range(0, len(places), 256)]

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from overhaul.interop.classifier import classes_of, set_classes
-from overhaul.objective import only
+from overhaul.errors import UserError
+from overhaul.interop.classifier import classes_of, head_of, set_classes
+from overhaul.objective import Objective, only
+from overhaul.optim.build import build
 from overhaul.progress import say
-from overhaul.task_data import TaskData
+from overhaul.schedules import schedule
+from overhaul.stream import Stream
+from overhaul.task_data import SCORED_AT_ONCE, TaskData
 from overhaul.task_scores import logits_of
 from overhaul.train import Plan
+from overhaul.watch import InEvaluation
+
+if TYPE_CHECKING:
+    from overhaul.learning import SharedLearning
 
 
 class Learner(ABC):
@@ -65,14 +76,15 @@ class Learner(ABC):
 class SharedLearner(Learner):
     """One set of weights and one head for all tasks.
 
-    Args:
-        whole: whether the head has a row for every class of the sequence from the start, or gets those of a task with
-            it.
+    Attributes:
+        trained: names of the parameters that are trained; the head is always among them.
     """
 
-    def __init__(self, model: nn.Module, data: TaskData, *, whole: bool) -> None:
+    def __init__(self, method: SharedLearning, model: nn.Module, data: TaskData) -> None:
         super().__init__(model, data)
-        self.answers_beforehand = whole
+        self.shared = method
+        self.answers_beforehand = method.classifier == "whole"
+        self.trained: frozenset[str] = frozenset()
         self._asked: dict[int, Tensor] = {}
 
     def begin(self, number: int) -> None:
@@ -82,17 +94,97 @@ class SharedLearner(Learner):
         there = len(sequence.classes) if self.answers_beforehand else sequence.num_classes(number + 1)
         if classes_of(self.model) != (wanted := sequence.classes[:there]) and (gone := set_classes(self.model, wanted)):
             say(f"note: {len(gone)} classes that no task has are left out of the head, such as {gone[0]}")
+        self.trained = frozenset({*parameters_like(self.model, self.shared.train), *self.head_parameters()})
+
+    def head_parameters(self) -> tuple[str, ...]:
+        """The names of the head's parameters."""
+        where, head = head_of(self.model)
+        return tuple(f"{where}.{name}" for name, _ in head.named_parameters())
 
     def plan(self, number: int) -> Plan:
-        """That of `training`; what was said before it no longer holds."""
+        """How the model learns a task: `objective`, `stream` and `optimizer` are the method's."""
         self._asked.clear()
-        return self.training(number)
+        self.free()
+        method, objective = self.shared, self.objective(number)
+        return Plan(
+            model=self.model,
+            objective=objective,
+            stream=self.stream(number),
+            optimizer=self.optimizer(number, objective),
+            schedule=schedule(method.schedule, method.warmup),
+            watchers=(InEvaluation(self._still()),),
+            steps=method.steps_of(self.data, number),
+            unit="images",
+        )
+
+    def free(self) -> None:
+        """Marks what is trained, and freezes the rest."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.trained)
+
+    def _still(self) -> list[nn.Module]:
+        """Batch normalisations of which nothing is trained: their statistics stay too."""
+        found = [
+            module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.BatchNorm2d) and not {f"{name}.weight", f"{name}.bias"} & self.trained
+        ]
+        if found:
+            say(f"note: {len(found)} batch normalisations that are not trained keep their running statistics")
+        return found
 
     @abstractmethod
-    def training(self, number: int) -> Plan:
-        """How the model learns a task."""
+    def objective(self, number: int) -> Objective:
+        """What is minimised in a task."""
+
+    def stream(self, number: int) -> Stream:
+        """The batches of a task."""
+        return self.data.batches(number, batch_size=self.shared.batch_size)
+
+    def optimizer(self, number: int, objective: Objective) -> torch.optim.Optimizer:
+        """The update rule of a task, which begins anew."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return build(self.shared, trained, model=self.model)
+
+    def some_examples(self, number: int, count: int) -> list[dict[str, Tensor]]:
+        """Batches of as many of a task's training examples, chosen by the seed."""
+        examples = self.data.train[number]
+        places = np.random.default_rng((self.data.seed, number)).permutation(len(examples))[:count]
+        return [examples.batch(places[at : at + SCORED_AT_ONCE]) for at in range(0, len(places), SCORED_AT_ONCE)]
 
     def answers(self, number: int, tasks: Sequence[int]) -> Tensor:
         if number not in self._asked:
             self._asked[number] = logits_of(self.model, self.data.heldout[number], dtype=self.data.dtype)
         return only(self._asked[number], torch.tensor(self.data.sequence.classes_of(tasks)))
+
+
+ALL, QKV = "all", "qkv"
+_QKV = ("query", "key", "value", "q_proj", "k_proj", "v_proj", "qkv", "query_key_value", "qkv_proj", "c_attn")
+"""What the projections of attention are called, in one or in three."""
+
+
+def parameters_like(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """The names of the parameters that patterns select, in the model's order.
+
+    Args:
+        model: any.
+        patterns: `all`, `qkv` for the projections of attention to queries, keys and values, or shell patterns of names.
+
+    Raises:
+        UserError: one of them selects nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    found: set[str] = set()
+    for pattern in patterns:
+        if pattern == QKV:
+            chosen = [name for name in names if set(name.split(".")[:-1]) & {*_QKV}]
+        else:
+            chosen = names if pattern == ALL else fnmatch.filter(names, pattern)
+        if not chosen:
+            raise UserError(
+                f"no parameter is like {pattern!r}",
+                allowed=f"{ALL}, {QKV}, or a pattern of names such as {names[0]}, {names[len(names) // 2]}",
+                hint="'*weight' selects all weights",
+            )
+        found |= set(chosen)
+    return [name for name in names if name in found]

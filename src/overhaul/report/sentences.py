@@ -109,7 +109,7 @@ def step_sentence(step: LineageStep) -> str:
     settings = ", ".join(f"{name} {step.fields[name]}" for name in step.non_default if name in step.fields)
     parts = [f"{step.verb} {step.method}" + (f" with {settings}" if settings else "")]
     if step.data:
-        parts.append(f"on {step.data.tokens:,} tokens of {step.data.name}")
+        parts.append(f"on {step.data.tokens:,} {step.data.unit} of {step.data.name}")
     if step.seconds is not None:
         parts.append(f"in {as_duration(step.seconds)}")
     return ", ".join(parts) + "."

@@ -1,0 +1,142 @@
+"""What rehearsal-free learning keeps from task to task: the model before, its weights, how far features have moved."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from overhaul import journal, machine
+from overhaul.cka import linear_cka
+from overhaul.continual import FeaturesKept, OldModel, OldSigmoids, Pulled
+from overhaul.fisher import diagonal, joined
+from overhaul.interop.classifier import PENULTIMATE, classified
+from overhaul.learners.learner import SharedLearner
+from overhaul.objective import BinaryCrossEntropy, ClassCrossEntropy, Objective
+from overhaul.task_data import Examples
+
+if TYPE_CHECKING:
+    from overhaul.learn.rehearsal_free import RehearsalFree
+    from overhaul.task_data import TaskData
+
+
+class RehearsalFreeLearner(SharedLearner):
+    """The four regularisers of Smith et al. (2023), each held to the model at the end of the task before."""
+
+    def __init__(self, method: RehearsalFree, model: nn.Module, data: TaskData) -> None:
+        super().__init__(method, model, data)
+        self.settings = method
+        self.old: nn.Module | None = None
+        self.old_classes = 0
+        self.anchor: dict[str, Tensor] = {}
+        self.known: dict[str, Tensor] | None = None
+        self.drift = FeatureDrift(_some(data.heldout[0], method.drift_examples), data.dtype)
+
+    def objective(self, number: int) -> Objective:
+        """The loss of new classes, and the terms; in the first task there is nothing to hold to but given weights."""
+        method, classes = self.settings, self.data.sequence.tasks[number].classes
+        total: Objective = BinaryCrossEntropy(classes) if method.head == "binary" else ClassCrossEntropy()
+        if self.old is not None and method.predictions:
+            binary = method.head == "binary"
+            kept = (
+                OldSigmoids(self.old, self.old_classes)
+                if binary
+                else OldModel(self.old, self.old_classes, method.kd_temperature)
+            )
+            total += method.predictions * kept
+        if self.old is not None and method.features:
+            total += method.features * FeaturesKept(self.old, method.feature_layer or PENULTIMATE)
+        if number == 0 and method.weight_term == "l2" and method.anchor_first:
+            self.anchor = self._weights(with_head=False)
+        if self.anchor:
+            # The paper's penalty has no half, which the divergence has.
+            total += 2 * method.weights * Pulled(self.anchor, self.known)
+        return total
+
+    def _weights(self, *, with_head: bool = True) -> dict[str, Tensor]:
+        """What may move, as it is now. A head that was just made is no place to stay near."""
+        head = {} if with_head else set(self.head_parameters())
+        return {
+            name: parameter.detach().clone()
+            for name, parameter in self.model.named_parameters()
+            if name in self.trained and name not in head
+        }
+
+    def learnt(self, number: int) -> None:
+        method = self.settings
+        self.drift.note(self.model, self.data.sequence.tasks[number].name)
+        if number + 1 == len(self.data.sequence.tasks):
+            return
+        if method.predictions or method.features:
+            self.old = copy.deepcopy(self.model).eval().requires_grad_(False)
+            self.old_classes = self.data.sequence.num_classes(number + 1)
+        if method.weight_term != "none":
+            self.anchor = self._weights()
+        if method.weight_term == "ewc":
+            self.free()  # a finished plan has frozen what is trained
+            batches = self.some_examples(number, method.fisher_examples)
+            found = diagonal(self.model.eval(), batches, labels=method.fisher, seed=self.data.seed)
+            self.known = joined(self.known, found, keep=method.fisher_decay)
+
+    def kept_bytes(self) -> dict[str, int]:
+        old = self.old.state_dict().values() if self.old is not None else ()
+        held = {
+            "old model": sum(tensor.nbytes for tensor in old),
+            "weights before": sum(tensor.nbytes for tensor in self.anchor.values()),
+            "Fisher information": sum(tensor.nbytes for tensor in (self.known or {}).values()),
+        }
+        return {name: size for name, size in held.items() if size}
+
+    def end(self) -> None:
+        self.drift.tell()
+
+
+class FeatureDrift:
+    """How alike a model's features of the same examples are after each task and after the first.
+
+    Args:
+        batch: the examples.
+        dtype: of matrix products.
+    """
+
+    def __init__(self, batch: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self.batch, self.dtype = batch, dtype
+        self.first: dict[str, Tensor] = {}
+        self.rows: list[tuple[str, list[float]]] = []
+
+    @torch.no_grad()
+    def note(self, model: nn.Module, task: str) -> None:
+        """Compares the features now, after a task; those after the first are what others are compared with."""
+        device = next(model.parameters()).device
+        model.eval()
+        with machine.autocast(device, self.dtype):
+            batch = {name: tensor.to(device) for name, tensor in self.batch.items()}
+            found = classified(model, batch, (self.first and list(self.first)) or layers_of(model)).features
+        features = {name: tensor.float().cpu() for name, tensor in found.items()}
+        if not self.first:
+            self.first = features
+        else:
+            self.rows.append((task, [linear_cka(self.first[name], now) for name, now in features.items()]))
+
+    def tell(self) -> None:
+        """The table for the report; nothing of one task."""
+        if self.rows:
+            columns = ("after", *(name or "what the head reads" for name in self.first))
+            rows = [(task, *("same for all" if a != a else f"{a:.3f}" for a in alike)) for task, alike in self.rows]
+            title = "Features of the first task's examples against those after it: linear CKA, 1 is unmoved"
+            journal.note_table(title, columns, rows)
+
+
+def layers_of(model: nn.Module) -> list[str]:
+    """The blocks of a network, which are those of lists of modules inside no other list; and what its head reads."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    blocks = [f"{name}.{number}" for name in outer for number in range(len(model.get_submodule(name)))]  # pyright: ignore[reportArgumentType]
+    return [*blocks, PENULTIMATE]
+
+
+def _some(examples: Examples, count: int) -> dict[str, Tensor]:
+    return examples.batch(slice(0, count))
