@@ -74,7 +74,8 @@ def sweep_command(arguments: list[str]) -> None:
         by: Annotated[
             str,
             tyro.conf.arg(
-                help="What is ranked by: perplexity, loss, 'loss on NAME', or '0.5*loss + 0.5*loss on NAME'."
+                help="What is ranked by: perplexity, loss, 'loss on NAME', '0.5*loss + 0.5*loss on NAME', or of tasks "
+                "'accuracy, class-IL', of which more is better."
             ),
         ] = "perplexity"
         resume: Annotated[Flag[bool], tyro.conf.arg(help="Keep finished settings and go on.")] = False

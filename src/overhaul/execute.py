@@ -155,7 +155,7 @@ def _sequence(method: Method, options: Options) -> TaskSequence | None:
 
 
 def measured_by(step: Step) -> tuple[str, ...]:
-    """The metrics of a step's result: held-out perplexity and loss, and losses on what is read beside or watched.
+    """The metrics of a step's result: the method's own, or held-out perplexity and loss, and losses on other text.
 
     Raises:
         UserError: one of the corpora cannot be opened.
@@ -164,7 +164,8 @@ def measured_by(step: Step) -> tuple[str, ...]:
     reads = method.reads_data()
     beside, watched = _further(method, options, open_data(options) if reads or options.data else None)
     losses = (f"{LOSS_ON} {text.name}" for text in (*beside.values(), *watched))
-    return (*([] if options.evaluate == "none" else [PERPLEXITY, LOSS]), *losses)
+    on_text = [] if options.evaluate == "none" or method.measures() else [PERPLEXITY, LOSS]
+    return (*method.measures(), *on_text, *losses)
 
 
 def _further(method: Method, options: Options, corpus: Corpus | None) -> tuple[dict[str, Corpus], tuple[Corpus, ...]]:

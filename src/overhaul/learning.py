@@ -47,6 +47,14 @@ class Learning(Training):
         description="Of one set, tasks: plain, invert, rotate=DEGREES, permute=SEED, domain=NAME; or domains.",
     )
     order: Natural | None = Field(None, description="Seed of the order of classes or tasks; none: as they stand.")
+    first_tasks: Positive | None = Field(
+        None, description="Tasks of the sequence that are learnt, as to choose settings; none: all."
+    )
+    validation: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Share of each task's training examples that is measured, and not trained on, in place of the "
+        "held-out ones.",
+    )
     steps: Steps = Field(200, description="Optimizer steps of each task.")
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Passes over each task's examples; replaces --steps when given."
@@ -83,7 +91,14 @@ class Learning(Training):
         """
         from overhaul.tasks import open_tasks
 
-        return open_tasks(self.tasks, split=self.split, variants=self.variants, order=self.order)
+        found = open_tasks(self.tasks, split=self.split, variants=self.variants, order=self.order)
+        found = found.first(self.first_tasks) if self.first_tasks else found
+        return found.validating(self.validation) if self.validation else found
+
+    def measures(self) -> tuple[str, ...]:
+        from overhaul.task_record import CLASS_IL, TASK_IL
+
+        return tuple(f"accuracy, {kind}" for kind in (CLASS_IL, TASK_IL))
 
     @abstractmethod
     def learner(self, model: nn.Module, data: TaskData) -> Learner:

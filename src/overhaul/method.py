@@ -83,6 +83,10 @@ class Method(Settings, ABC):
         """Further corpora and files that it reads and does not train on, as the user named them."""
         return ()
 
+    def measures(self) -> tuple[str, ...]:
+        """The metrics of what it makes that it takes itself, beside those on held-out text."""
+        return ()
+
     def at(self, path: Path) -> Self:
         """The method for the model in a directory: what its settings leave to that model is filled in.
 

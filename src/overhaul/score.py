@@ -11,9 +11,12 @@ from overhaul.errors import UserError
 from overhaul.report.facts import LOSS_ON, PERPLEXITY
 from overhaul.table import Row
 
+ACCURACY = "accuracy"
+"""How the metrics begin of which more is better."""
+
 
 class Score(NamedTuple):
-    """What settings are ranked by; less is better.
+    """What settings are ranked by; less is better. Of an accuracy what is missing counts, 1 less it.
 
     Attributes:
         text: as it was asked for.
@@ -54,4 +57,15 @@ class Score(NamedTuple):
         """The score; None where a metric was not measured."""
         if not set(self.metrics) <= metrics.keys():
             return None
-        return sum(weight * metrics[metric].value for weight, metric in self.terms)
+        return sum(weight * _cost(metrics[metric]) for weight, metric in self.terms)
+
+    def shown(self, metrics: Mapping[str, Row]) -> float | None:
+        """What people read: the metric itself where it is alone, which of an accuracy is not what is ranked by."""
+        ((weight, metric), *others) = self.terms
+        if others or weight != 1 or metric not in metrics:
+            return self.value(metrics)
+        return metrics[metric].value
+
+
+def _cost(row: Row) -> float:
+    return 1 - row.value if row.metric.startswith(ACCURACY) else row.value

@@ -425,7 +425,8 @@ def as_table(swept: Swept) -> Table:
     varied = [
         name for name in swept.tried[0].setting.values if len({repr(t.setting.values[name]) for t in swept.tried}) > 1
     ]
-    points = [(one.setting.values[varied[0]], score) for score, one in swept.ranked] if len(varied) == 1 else []
+    shown = [(one.setting.values, swept.by.shown(one.metrics)) for _, one in swept.ranked]
+    points = [(values[varied[0]], score) for values, score in shown if score is not None] if len(varied) == 1 else []
     curves = []
     if len(points) > 1 and all(isinstance(x, int | float) for x, _ in points):
         x, y = zip(*sorted(points), strict=True)
@@ -443,11 +444,12 @@ def lines(swept: Swept) -> list[str]:
     metrics = list(dict.fromkeys(name for _, one in swept.ranked for name in one.metrics if name != swept.by.text))
     content = [["", swept.by.text, *metrics, "seconds"]]
     if swept.before and not swept.notes:
-        start = swept.by.value(swept.before)
+        start = swept.by.shown(swept.before)
         content.append(["before", _number(start), *(_value(swept.before.get(name)) for name in metrics), ""])
-    for score, one in swept.ranked:
+    for _, one in swept.ranked:
         seconds = "" if one.seconds is None else f"{one.seconds:.1f}"
-        content.append([one.setting.label, _number(score), *(_value(one.metrics.get(m)) for m in metrics), seconds])
+        shown = _number(swept.by.shown(one.metrics))
+        content.append([one.setting.label, shown, *(_value(one.metrics.get(m)) for m in metrics), seconds])
     widths = [max(map(len, column)) for column in zip(*content, strict=True)]
     told = [
         "  ".join(

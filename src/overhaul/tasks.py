@@ -64,6 +64,31 @@ class TaskSequence:
         """Whether all tasks have the same classes: then a task cannot be told by a class."""
         return all(task.classes == self.tasks[0].classes for task in self.tasks)
 
+    def first(self, count: int) -> TaskSequence:
+        """The first so many tasks.
+
+        Raises:
+            UserError: there are not as many.
+        """
+        if count > len(self.tasks):
+            raise UserError(f"first_tasks {count} of {self.name}", allowed=f"1 to {len(self.tasks)}")
+        return replace(
+            self,
+            tasks=self.tasks[:count],
+            classes=self.classes[: self.num_classes(count)],
+            fingerprint=_hash([self.fingerprint, "first", count]),
+        )
+
+    def validating(self, share: float) -> TaskSequence:
+        """The same tasks with a share of the training examples, drawn once for all, in place of the held-out ones."""
+        import numpy as np
+
+        tasks = []
+        for number, task in enumerate(self.tasks):
+            back_N = np.random.default_rng(number).permutation(len(task.train)) < share * len(task.train)
+            tasks.append(replace(task, train=_chosen(task.train, ~back_N), heldout=_chosen(task.train, back_N)))
+        return replace(self, tasks=tuple(tasks), fingerprint=_hash([self.fingerprint, "validating", share]))
+
     def classes_of(self, tasks: Sequence[int]) -> tuple[int, ...]:
         """The classes of some tasks, counted from 0, by their places, ascending."""
         return tuple(sorted({place for number in tasks for place in self.tasks[number].classes}))
@@ -296,5 +321,8 @@ def _permutation(count: int, seed: int) -> NDArray[np.int64]:
 
 def _fingerprint(sets: Sequence[ImageSet], tasks: Sequence[Task], classes: tuple[str, ...]) -> str:
     """Of the sets, whose own fingerprints hold every pixel, and of what was made of them."""
-    told = [*(one.fingerprint for one in sets), classes, *((task.name, task.classes) for task in tasks)]
+    return _hash([*(one.fingerprint for one in sets), classes, *((task.name, task.classes) for task in tasks)])
+
+
+def _hash(told: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]

@@ -12,8 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as losses are written
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from overhaul.continual import LogitsKept, OldModel, PredictionsKept, Pulled, Replayed, Uniform
-from overhaul.objective import Batch, ClassCrossEntropy, Forward, Objective, weighted_mean
+from overhaul.continual import (
+    FeaturesKept,
+    LogitsKept,
+    OldModel,
+    OldSigmoids,
+    PredictionsKept,
+    Pulled,
+    Replayed,
+    Uniform,
+)
+from overhaul.interop.classifier import PENULTIMATE
+from overhaul.objective import Batch, BinaryCrossEntropy, ClassCrossEntropy, Forward, Objective, weighted_mean
 
 B, M, C = 4, 3, 5
 
@@ -201,3 +211,64 @@ def test_before_anything_is_remembered_terms_of_memory_are_nothing(model: Any, b
     alone = {name: tensor for name, tensor in batch.items() if "/" not in name}
 
     same(model, alone, ClassCrossEntropy() + term, lambda: F.cross_entropy(logits(model, alone), alone["labels"]))
+
+
+def other(model: Any) -> Any:
+    """The same network with other weights, frozen."""
+    found = copy.deepcopy(model)
+    torch.manual_seed(3)
+    for parameter in found.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return found.requires_grad_(False)
+
+
+def test_a_binary_head_says_nothing_of_old_classes(model: Any, batch: Batch):
+    def direct() -> Tensor:
+        new_BK = logits(model, batch)[:, [3, 4]]
+        target_BK = F.one_hot(batch["labels"] - 3, 2).float()
+        return F.binary_cross_entropy(new_BK.sigmoid(), target_BK, reduction="none").sum(dim=1).mean()
+
+    same(model, batch, BinaryCrossEntropy((3, 4)), direct)
+    found = F.one_hot(batch["labels"], C).float()
+    whole = lambda: F.binary_cross_entropy_with_logits(logits(model, batch), found) * C  # noqa: E731
+    same(model, batch, BinaryCrossEntropy(range(C)), whole)
+
+
+def test_predictions_are_distilled_class_by_class(model: Any, batch: Batch):
+    old = other(model)
+
+    def direct() -> Tensor:
+        p, q = (
+            torch.stack([one.sigmoid(), 1 - one.sigmoid()])
+            for one in (logits(old, batch)[:, :3], logits(model, batch)[:, :3])
+        )
+        return (p * (p / q).log()).sum() / B
+
+    same(model, batch, OldSigmoids(old, 3), direct)
+
+
+def test_features_are_held_where_they_were(model: Any, batch: Batch):
+    old = other(model)
+    stage = "resnet.encoder.stages.0"
+
+    def penultimate() -> Tensor:
+        ours, theirs = (one.resnet(batch["pixel_values"]).pooler_output.flatten(1) for one in (model, old))
+        return (ours - theirs).square().sum() / B
+
+    def inside() -> Tensor:
+        ours, theirs = (
+            one.resnet(batch["pixel_values"], output_hidden_states=True).hidden_states[1] for one in (model, old)
+        )
+        return (ours - theirs).square().sum() / B
+
+    same(model, batch, FeaturesKept(old, PENULTIMATE), penultimate)
+    same(model, batch, FeaturesKept(old, stage), inside)
+
+
+@pytest.mark.parametrize("make", [lambda old: OldSigmoids(old, 3), lambda old: FeaturesKept(old, PENULTIMATE)])
+def test_a_student_that_is_the_teacher_has_no_gradient(model: Any, batch: Batch, make: Callable[[Any], Objective]):
+    objective = make(copy.deepcopy(model).requires_grad_(False))
+    terms = objective(Forward(model, batch), batch)
+
+    for tensor in value_and_gradients(model, weighted_mean(terms, objective.counts(batch))):
+        assert torch.allclose(tensor, torch.zeros_like(tensor), atol=1e-6)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from images import write_bars
 from overhaul.errors import UserError
 from overhaul.tasks import Task, TaskSequence, open_tasks
 
@@ -132,3 +133,27 @@ def test_sets_that_do_not_fit_together_are_refused(tmp_path: Path, five: str):
             open_tasks(paths)
     with pytest.raises(UserError, match="split is of one set, and 2 are named"):
         open_tasks([five, large], split=2)
+
+
+def test_the_first_tasks_have_the_first_classes(tmp_path: Path):
+    whole = open_tasks([str(write_bars(tmp_path / "bars.npz"))], split=4)
+    first = whole.first(2)
+
+    assert [task.name for task in first.tasks] == [task.name for task in whole.tasks[:2]]
+    assert first.classes == whole.classes[:2]
+    assert first.fingerprint not in {whole.fingerprint, whole.first(3).fingerprint}
+    with pytest.raises(UserError, match="first_tasks 5"):
+        whole.first(5)
+
+
+def test_validation_examples_are_training_examples_that_are_not_trained_on(tmp_path: Path):
+    whole = open_tasks([str(write_bars(tmp_path / "bars.npz"))], split=2)
+    held = whole.validating(0.25)
+
+    for task, before in zip(held.tasks, whole.tasks, strict=True):
+        assert len(task.heldout) == pytest.approx(0.25 * len(before.train), abs=1)
+        assert len(task.train) + len(task.heldout) == len(before.train)
+        both = np.concatenate([task.train.images_NHWC, task.heldout.images_NHWC])
+        assert sorted(map(bytes, both)) == sorted(map(bytes, before.train.images_NHWC))
+    assert held.fingerprint != whole.fingerprint
+    assert whole.validating(0.25).fingerprint == held.fingerprint
