@@ -54,9 +54,8 @@ def _wanted(processor: Any) -> tuple[int, int] | None:
 
 
 def _resized(images_NHWC: NDArray[np.uint8], processor: Any) -> NDArray[np.uint8]:
-    made = processor(
-        list(images_NHWC), do_rescale=False, do_normalize=False, input_data_format="channels_last", return_tensors="np"
-    )
+    as_bytes = {"do_rescale": False, "do_normalize": False, "do_convert_rgb": False}  # `sized` sees to the channels
+    made = processor(list(images_NHWC), input_data_format="channels_last", return_tensors="np", **as_bytes)
     return np.asarray(made["pixel_values"]).round().astype(np.uint8).transpose(0, 2, 3, 1)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -45,6 +46,16 @@ def test_grey_images_become_three_equal_channels_where_the_model_has_three():
 
     assert one.shape == (4, 1, 12, 10)
     assert all(np.array_equal(three[:, [channel]], one) for channel in range(3))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_processor_that_makes_pictures_coloured_does_not_do_so_twice(channels: int):
+    processor = BitImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 14, "width": 12})
+
+    found = sized(images(1), processor, channels)
+
+    assert found.shape == (4, channels, 14, 12)
+    assert np.array_equal(found, sized(images(1).repeat(3, axis=-1), processor, 3)[:, :channels])
 
 
 @pytest.mark.parametrize(("there", "wanted", "says"), [(3, 1, "the images have colours"), (4, 3, "have 4 channels")])
