@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from overhaul import models
 
 SIZE = 8
 
@@ -33,6 +36,23 @@ def write_vit(directory: Path, *, classes: int = 2, dtype: str = "float32") -> P
         num_channels=1, num_labels=classes, id2label=dict(enumerate(map(str, range(classes)))),
     )  # fmt: skip
     ViTForImageClassification(config).to(getattr(torch, dtype)).save_pretrained(directory)
+    _write_processor(directory)
+    return directory
+
+
+def write_own(directory: Path, architecture: str, *, classes: int = 2, channels: int = 1) -> Path:
+    """A small classifier of an architecture whose code lies beside its weights."""
+    models.register(architecture)
+    sizes: dict[str, dict[str, Any]] = {
+        "cct": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIZE},
+        "efficientnet_lite": {"stem_channels": 8, "stages": [[1, 3, 1, 1, 8], [2, 3, 2, 2, 12]], "head_channels": 16},
+    }
+    configuration, classifier = models.classes(architecture)
+    names = dict(enumerate(map(str, range(classes))))
+    config = configuration(num_channels=channels, id2label=names, **sizes[architecture])
+    config.label2id = {name: place for place, name in names.items()}
+    torch.manual_seed(0)
+    classifier(config).save_pretrained(directory)
     _write_processor(directory)
     return directory
 

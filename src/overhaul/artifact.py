@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from overhaul import disk, packed, pretrained
+from overhaul import disk, models, packed, pretrained
 from overhaul.errors import UserError
 from overhaul.kinds import Kind, class_of, kind_of, kind_of_model, processor_of
 from overhaul.layers import Packed, merge_all, swap
@@ -41,7 +41,8 @@ WEIGHTS = (
 """Files with weights, in this and in other programs' formats: they are those of the model before."""
 # Files that this project writes anew for every directory; everything else beside the weights is copied.
 _OWN = {RECORD, MASKS, IMPORTANCE, SYNTHETIC, CONTINUATION, "recipe.yaml", "README.md", "report.html", "metrics.jsonl",
-        "curves.png", "config.json", "generation_config.json", "source.json", "adapter_config.json"}  # fmt: skip
+        "curves.png", "config.json", "generation_config.json", "source.json", "adapter_config.json",
+        *models.FILES}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +104,8 @@ def load(
     """
     path, base = directories(ref)
     adapter = path if base != path else None
-    config = _read_json(base / "config.json")
-    if (kind := kind_of(config)) not in kinds:
-        allowed = " or ".join(one.value for one in kinds)
-        raise UserError(f"{ref} is a model of another kind: {kind.value}", allowed=f"here, a {allowed}")
+    config = _known_config(base, str(ref))
+    kind = check_kind(config, str(ref), kinds)
     packing = config.get("quantization_config")
     if packing is not None:
         packed.check(packing, str(ref))
@@ -141,13 +140,39 @@ def load(
     )
 
 
+def check_kind(config: Any, ref: str, kinds: Sequence[Kind] = LANGUAGE) -> Kind:
+    """The kind of model that a configuration describes; `UserError` where it is none of those that are asked for."""
+    if (kind := kind_of(config)) not in kinds:
+        allowed = " or ".join(one.value for one in kinds)
+        raise UserError(f"{ref} is a model of another kind: {kind.value}", allowed=f"here, a {allowed}")
+    return kind
+
+
+# Without a no, transformers asks on the terminal whether it may run code that lies in the directory.
+_WHAT_IS_THERE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def _known_config(base: Path, ref: str) -> dict[str, Any]:
+    """The contents of config.json, of an architecture that transformers or this project has."""
+    from transformers import CONFIG_MAPPING
+
+    config = _read_json(base / "config.json")
+    models.register(architecture := config.get("model_type", ""))
+    if "auto_map" in config and architecture not in CONFIG_MAPPING:
+        raise UserError(
+            f"{ref} needs code of its own, for the architecture {architecture!r}; what lies in directories is not run",
+            allowed=f"architectures of transformers, {', '.join(models.MODEL_TYPES)}",
+        )
+    return config
+
+
 def _read_model(path: Path, dtype: torch.dtype | None, ref: str, kind: Kind) -> Any:
     """The model, every tensor of which is in the files: transformers alone would fill a gap with random numbers."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    how: dict[str, Any] = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    how: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, **_WHAT_IS_THERE}
     loaded: Any
     try:
         loaded = class_of(kind).from_pretrained(path, dtype=dtype or "auto", **how)
@@ -180,9 +205,9 @@ def read_config(ref: str | Path) -> Any:
     from transformers import AutoConfig
 
     _, base = directories(ref)
-    _read_json(base / "config.json")
+    _known_config(base, str(ref))
     try:
-        return AutoConfig.from_pretrained(base, local_files_only=True)
+        return AutoConfig.from_pretrained(base, **_WHAT_IS_THERE)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{ref} has a configuration that cannot be read: {error}") from error
 
@@ -205,7 +230,7 @@ def _processor_of(own: Path, base: Path, ref: str, kind: Kind) -> Any:
     called, file, files = PROCESSORS[kind]
     path = own if (own / file).is_file() else base
     try:
-        return processor_of(kind).from_pretrained(path, local_files_only=True)
+        return processor_of(kind).from_pretrained(path, **_WHAT_IS_THERE)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(
             f"{ref} has no {called} that can be read: {str(error).strip().splitlines()[0]}",

@@ -1,7 +1,7 @@
 """Image classifiers with random weights, as directories: what a first training begins with.
 
-Shapes are those of transformers, so that plain transformers reads them. Pixels are normalised by the images that the
-model is made for.
+Plain transformers reads them; of shapes that it does not have, the code lies beside the weights (see
+`overhaul.models`). Pixels are normalised by the images that the model is made for.
 """
 
 from __future__ import annotations
@@ -49,6 +49,20 @@ def _vit(channels: int, size: tuple[int, int], classes: int) -> Any:
     return _of_classes(made, classes)
 
 
+def _cct(**shape: Any) -> Callable[[int, tuple[int, int], int], Any]:
+    def config(channels: int, size: tuple[int, int], classes: int) -> Any:
+        from overhaul import models
+        from overhaul.models.cct import CctConfig
+
+        models.register(CctConfig.model_type)
+        return _of_classes(CctConfig(num_channels=channels, image_size=list(size), **shape), classes)
+
+    return config
+
+
+_SMALL: dict[str, Any] = {"num_attention_heads": 2, "hidden_size": 128, "mlp_ratio": 1.0, "num_conv_layers": 2}
+
+
 def _of_classes(config: Any, classes: int) -> Any:
     config.num_labels = classes
     return config
@@ -64,6 +78,12 @@ SHAPES = {
     ),
     "resnet50": Shape("ResNet-50", _resnet()),
     "vit": Shape("a vision transformer of four layers, 128 wide, in seven by seven patches", _vit),
+    "cct2": Shape(
+        "CCT-2/3x2, a compact convolutional transformer of two layers, 128 wide", _cct(num_hidden_layers=2, **_SMALL)
+    ),
+    "cct4": Shape("CCT-4/3x2, of four layers, 128 wide", _cct(num_hidden_layers=4, **_SMALL)),
+    "cct6": Shape("CCT-6/3x1, of six layers, 256 wide", _cct(num_hidden_layers=6)),
+    "cct7": Shape("CCT-7/3x1, of seven layers, 256 wide", _cct(num_hidden_layers=7)),
 }
 
 

@@ -15,11 +15,12 @@ from typing import Annotated
 
 import tyro
 
-from overhaul import catalog
+from overhaul import blank, catalog
 from overhaul.errors import UserError
 from overhaul.terminal import check_page, checked, flags, parse, print_json, quiet_libraries, show_outcome, typed
 
 Flag = tyro.conf.FlagCreatePairsOff
+_SHAPES = "; ".join(f"{name}: {shape.what}" for name, shape in blank.SHAPES.items())
 
 
 def run_command(arguments: list[str]) -> None:
@@ -220,9 +221,7 @@ def blank_command(arguments: list[str]) -> None:
 
     @dataclass
     class Blank:
-        shape: Annotated[
-            str, tyro.conf.Positional, tyro.conf.arg(help="cnn, resnet18, resnet50 or vit.", metavar="SHAPE")
-        ]
+        shape: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=f"{_SHAPES}.", metavar="SHAPE")]
         out: Annotated[Path, tyro.conf.arg(aliases=["-o"], help="New directory.")]
         images: Annotated[str, tyro.conf.arg(help="Image set that it is for: size, channels, classes, brightness.")]
         seed: Annotated[int, tyro.conf.arg(help="Of the weights.")] = 0
@@ -230,7 +229,6 @@ def blank_command(arguments: list[str]) -> None:
     about = "An image classifier with random weights: what a first training begins with."
     given = parse(Blank, arguments, prog="overhaul blank", description=about)
     quiet_libraries()
-    from overhaul import blank
     from overhaul.images import open_images
 
     count = blank.write(given.shape, open_images(given.images), given.out, seed=given.seed)

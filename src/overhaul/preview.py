@@ -23,7 +23,7 @@ def preview(
     """The first windows of a split, decoded; text that is not trained on stands in `[[ ]]`."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(pretrained.resolve(model), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.resolve(model), local_files_only=True, trust_remote_code=False)
     opened = open_corpus(CorpusSpec(path=corpus, field=field))
     data = Data(opened, tokenizer)
     packed = data.packed(split, seq_len=seq_len)

@@ -13,12 +13,12 @@ import yaml
 from safetensors.torch import save_file
 
 from overhaul import artifact as artifacts
-from overhaul import catalog, checkpoint, packed, pretrained, recipe
+from overhaul import catalog, checkpoint, models, packed, pretrained, recipe
 from overhaul.artifact import Artifact
 from overhaul.journal import Notes, TableNote
 from overhaul.judge import Judge
 from overhaul.lineage import LineageStep, nested_fields
-from overhaul.report.card import CardData, Relation, model_card, overhaul_snippet
+from overhaul.report.card import CardData, Relation, image_snippet, model_card, overhaul_snippet
 from overhaul.report.facts import HELDOUT, LOSS_ON, Facts, Report, curves_of_history
 from overhaul.report.figures import curves_png
 from overhaul.report.html import html_report
@@ -201,8 +201,15 @@ def card(made: Artifact, report: Report, out: Path, *, adapter: bool) -> str:
         relation=relation,
         datasets=[CardData(name=data.name, license=data.licence or "unknown") for data in used.values()],
         citations=[method.paper for method in methods if method.paper],
-        use_snippet="" if _is_stock(made) else overhaul_snippet(out.name),
+        use_snippet=_snippet(made, out.name),
     )
+
+
+def _snippet(made: Artifact, name: str) -> str:
+    """Python that uses the model where its card's own is not enough."""
+    if not _is_stock(made):
+        return overhaul_snippet(name)
+    return image_snippet(name, own_code=True) if models.is_own(made.model) else ""
 
 
 def _is_stock(made: Artifact) -> bool:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from command import overhaul, refused
 from images import write_bars
-from overhaul import blank
+from overhaul import artifact, blank
 from overhaul.images import open_images
+from overhaul.kinds import Kind
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def bars(tmp_path: Path) -> Path:
     return write_bars(tmp_path / "bars.npz")
 
 
-@pytest.mark.parametrize("shape", ["cnn", "vit"])
+@pytest.mark.parametrize("shape", ["cnn", "vit", "cct2"])
 def test_a_blank_reads_the_images_that_it_was_made_for(shape: str, bars: Path, tmp_path: Path):
     done = overhaul("blank", shape, "-o", tmp_path / "out", "--images", bars)
     assert done.code == 0, done.err
@@ -33,6 +35,19 @@ def test_a_blank_reads_the_images_that_it_was_made_for(shape: str, bars: Path, t
     assert abs(float(given["pixel_values"].mean())) < 0.01
     assert abs(float(given["pixel_values"].std()) - 1) < 0.01
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in done.out
+
+
+def test_a_convolutional_transformer_takes_images_that_are_not_square(tmp_path: Path):
+    dice = np.random.default_rng(0)
+    images = dice.integers(0, 255, (20, 9, 14, 3), dtype=np.uint8)
+    np.savez(tmp_path / "wide.npz", images=images, labels=np.arange(20) % 2)
+
+    done = overhaul("blank", "cct4", "-o", tmp_path / "out", "--images", tmp_path / "wide.npz")
+
+    assert done.code == 0, done.err
+    model = artifact.load(tmp_path / "out", kinds=(Kind.IMAGE_CLASSIFIER,)).model
+    assert model(pixel_values=torch.zeros(2, 3, 9, 14)).logits.shape == (2, 2)
+    assert all(shape in overhaul("blank", "--help").out for shape in blank.SHAPES)
 
 
 def test_the_seed_makes_the_weights(bars: Path, tmp_path: Path):

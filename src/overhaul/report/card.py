@@ -130,13 +130,19 @@ def snippet_of(kind: str, name: str) -> str:
     return image_snippet(name) if kind == Kind.IMAGE_CLASSIFIER.value else transformers_snippet(name)
 
 
-def image_snippet(name: str) -> str:
-    """Python that loads the image classifier `name` with plain transformers and names what a picture shows."""
+def image_snippet(name: str, *, own_code: bool = False) -> str:
+    """Python that loads the image classifier `name` with plain transformers and names what a picture shows.
+
+    Args:
+        name: a directory or a name on the hub.
+        own_code: whether its architecture's code lies beside its weights.
+    """
+    trusted = ", trust_remote_code=True" if own_code else ""
     return f"""
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-model = AutoModelForImageClassification.from_pretrained({name!r})
+model = AutoModelForImageClassification.from_pretrained({name!r}{trusted})
 processor = AutoImageProcessor.from_pretrained({name!r})
 logits = model(**processor(Image.open("picture.png"), return_tensors="pt")).logits
 print(model.config.id2label[int(logits.argmax())])
