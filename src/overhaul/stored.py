@@ -78,8 +78,10 @@ def _empty(ref: str) -> nn.Module:
     """The model without values, which takes no memory."""
     from transformers import AutoModelForCausalLM
 
+    config = artifacts.read_config(ref)
+    artifacts.check_kind(config, ref)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(artifacts.read_config(ref))
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _keys(file: Path) -> list[str]:

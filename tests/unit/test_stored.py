@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from command import overhaul
+from command import overhaul, refused
+from images import write_cnn
 from overhaul import artifact
 from overhaul.errors import UserError
 from overhaul.select import block_linears
@@ -129,3 +130,9 @@ def test_the_base_is_where_the_lineage_began(tiny: Path, tmp_path: Path):
     record["lineage"][0]["parents"][0]["hash"] = "0" * 64  # it was changed since
     (second / "overhaul.json").write_text(json.dumps(record))
     assert base_of(str(second)) == str(first)
+
+
+def test_an_image_classifier_is_refused(tmp_path: Path):
+    cnn = write_cnn(tmp_path / "cnn")
+    for what in ("spectra", "drift"):
+        refused(overhaul("measure", what, cnn, cnn), "is a model of another kind: image classifier")
