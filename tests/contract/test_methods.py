@@ -203,7 +203,7 @@ def _to_yaml(step: recipe.Step) -> str:
 @pytest.mark.parametrize("entry", of(object))
 def test_an_unknown_flag_gets_a_suggestion(entry: Entry, tiny: Path, tmp_path: Path):
     out = [] if issubclass(entry.load(), Measure) else ["-o", tmp_path / "out"]
-    done = overhaul(entry.verb, entry.name, tiny, *out, *EXTRA.get(entry.name, []), "--sead", "1")
+    done = overhaul(entry.verb, entry.name, tiny, *out, *EXTRA.get(entry.name, []), "--seeed", "1")
 
     assert done.code == 2
     assert "Perhaps you meant: --seed" in done.told.replace("-" * 10, "").replace("- ", ""), done.err
