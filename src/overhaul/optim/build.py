@@ -16,6 +16,7 @@ from overhaul.optim import adamw8bit
 from overhaul.optim.adamw import adamw
 from overhaul.optim.low_rank import LowRankAdamW, num_state
 from overhaul.optim.refresh import Refresh
+from overhaul.optim.sgd import SGDW
 from overhaul.progress import say
 
 
@@ -39,7 +40,8 @@ def build(
     if settings.optimizer == "sgd":
         for parameter in parameters:
             parameter.data = parameter.data.float()
-        return torch.optim.SGD(parameters, momentum=getattr(settings, "momentum", 0.0), **how)
+        momentum = getattr(settings, "momentum", 0.0)
+        return SGDW(parameters, lr=settings.lr, momentum=momentum, decay=settings.weight_decay)
     if settings.optimizer == "adamw":
         return adamw(parameters, **how)
     if settings.optimizer == "adamw8bit":
