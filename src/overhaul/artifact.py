@@ -29,6 +29,7 @@ from overhaul.lineage import LineageStep, Parent
 RECORD = "overhaul.json"
 MASKS = "masks.safetensors"
 IMPORTANCE = "importance.safetensors"
+POSTERIOR = "posterior.safetensors"
 SYNTHETIC = "synthetic.jsonl"
 CONTINUATION = "continuation.pt"
 STATE = ".state"
@@ -40,8 +41,8 @@ WEIGHTS = (
 )
 """Files with weights, in this and in other programs' formats: they are those of the model before."""
 # Files that this project writes anew for every directory; everything else beside the weights is copied.
-_OWN = {RECORD, MASKS, IMPORTANCE, SYNTHETIC, CONTINUATION, "recipe.yaml", "README.md", "report.html", "metrics.jsonl",
-        "curves.png", "config.json", "generation_config.json", "source.json", "adapter_config.json",
+_OWN = {RECORD, MASKS, IMPORTANCE, POSTERIOR, SYNTHETIC, CONTINUATION, "recipe.yaml", "README.md", "report.html",
+        "metrics.jsonl", "curves.png", "config.json", "generation_config.json", "source.json", "adapter_config.json",
         *models.FILES}  # fmt: skip
 
 
@@ -254,7 +255,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def weight_files(path: Path) -> list[Path]:
     """The files that hold the weights, in order; masks and the like are not among them."""
-    stored = (file for file in path.glob("*.safetensors") if file.name not in (MASKS, IMPORTANCE))
+    stored = (file for file in path.glob("*.safetensors") if file.name not in (MASKS, IMPORTANCE, POSTERIOR))
     return sorted(stored) or sorted(path.glob("pytorch_model*.bin"))
 
 

@@ -10,6 +10,7 @@
 | FeatKD | `FeaturesKept` | squared distance of features | as LwF |
 | CPR | `Uniform` | KL(network, uniform) | the uniform distribution |
 | EWC, L2 | `Pulled` | quadratic | weights before the task |
+| VCL | `Believed` | KL(network, before) of weights | their distributions before the task |
 
 The order of the arguments differs: labels and old predictions come first, before the network; against the uniform
 distribution the network does (Wang et al., 2024, arXiv:2403.13249; PredKD and FeatKD: Smith et al., 2023,
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot, pad
 
-from overhaul.bregman import from_uniform, kl, quadratic, squared
+from overhaul.bregman import from_uniform, gaussians, kl, quadratic, squared
+from overhaul.layers.variational import Distribution, distributions
 from overhaul.objective import Batch, Forward, Objective, Term, Terms
 from overhaul.reservoir import Reservoir, remembered
 
@@ -314,6 +316,31 @@ class Pulled(Term):
 
     def held_bytes(self) -> int:
         return sum(tensor.nbytes for kept in (self.anchor, self.curvature or {}) for tensor in kept.values())
+
+
+class Believed(Term):
+    """Variational continual learning (VCL, Nguyen et al., 2018, eq. 4): `KL(q || q_old)`, in nats over all weights.
+
+    With the mean cross-entropy of N examples, the paper's bound is that and 1 / N of this.
+
+    Args:
+        before: q_old of each weight with a distribution, by its name and in its shape.
+    """
+
+    name = "believed"
+
+    def __init__(self, before: Mapping[str, Distribution]) -> None:
+        self.before = before
+
+    def total(self, forward: Forward, batch: Batch) -> Tensor:
+        own = distributions(forward.model)
+        return torch.stack([gaussians(*own[name], *old) for name, old in self.before.items()]).sum()
+
+    def count(self, batch: Batch) -> int:
+        return 1  # of each micro-batch the same, so that their mean is it
+
+    def held_bytes(self) -> int:
+        return sum(tensor.nbytes for old in self.before.values() for tensor in old)
 
 
 def _as_before(parameter: Tensor, old: Tensor) -> Tensor:

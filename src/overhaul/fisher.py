@@ -99,10 +99,13 @@ def joined(old: Mapping[str, Tensor] | None, new: Mapping[str, Tensor], *, keep:
     """`keep * old + new` (online EWC, Schwarz et al., 2018); a parameter that has grown counts as 0 where it is new."""
     if old is None:
         return dict(new)
-    found = {}
-    for name, tensor in new.items():
-        wide = torch.zeros_like(tensor)
-        if name in old:
-            wide[tuple(slice(size) for size in old[name].shape)] = old[name]
-        found[name] = keep * wide + tensor
-    return found
+    return {
+        name: keep * grown(old[name], tensor.shape) + tensor if name in old else tensor for name, tensor in new.items()
+    }
+
+
+def grown(information: Tensor, shape: torch.Size) -> Tensor:
+    """That of a parameter which has become larger: 0 where it is new."""
+    wide = information.new_zeros(shape)
+    wide[tuple(slice(size) for size in information.shape)] = information
+    return wide

@@ -233,18 +233,25 @@ class ClassCrossEntropy(Term):
     Args:
         classes: those that compete, by their place among the logits; None for all. A label that is not among them is
             an error of the caller.
+        passes: of each micro-batch, over which it is averaged: for models that draw their weights anew in each.
     """
 
     name = "cross_entropy"
 
-    def __init__(self, classes: Tensor | None = None) -> None:
-        self.classes = classes
+    def __init__(self, classes: Tensor | None = None, *, passes: int = 1) -> None:
+        self.classes, self.passes = classes, passes
 
     def total(self, forward: Forward, batch: Batch) -> Tensor:
-        logits_BC, labels_B = forward.classified().logits, batch["labels"]
+        total = self._of(forward, batch)
+        for number in range(2, self.passes + 1):
+            total = total + self._of(forward.beside(f"pass {number}", batch), batch)
+        return total / self.passes if self.passes > 1 else total
+
+    def _of(self, forward: Forward, batch: Batch) -> Tensor:
+        logits_BC = forward.classified().logits
         if self.classes is not None:
             logits_BC = only(logits_BC, self.classes)
-        return cross_entropy(logits_BC.float(), labels_B, reduction="sum")
+        return cross_entropy(logits_BC.float(), batch["labels"], reduction="sum")
 
     def count(self, batch: Batch) -> int:
         return len(batch["labels"])

@@ -19,6 +19,7 @@ from overhaul import artifact, journal, machine, task_record
 from overhaul.forgetting import AccuracyMatrix, average_accuracy, backward_transfer
 from overhaul.interop.classifier import classes_of
 from overhaul.kinds import Kind
+from overhaul.layers.variational import distributions
 from overhaul.learn.bregman import Bregman
 from overhaul.task_data import TaskData
 from overhaul.task_scores import Scores, logits_of
@@ -131,6 +132,67 @@ def test_a_strong_pull_leaves_the_weights_where_they_were(cnn: Path, bars: Path)
     assert moved[20.0] < 0.2 * moved[0.0]
 
 
+VCL: dict[str, Any] = {"output_term": "none", "weight_term": "vcl", "first_std": 0.02}
+
+
+def test_weights_without_spread_and_prior_are_plain_training(cnn: Path, bars: Path):
+    # Without clipping: the norm of more gradients, most of them zero, is summed in another order.
+    plain, _ = learn(cnn, bars, output_term="none", clip=0.0)
+    certain, _ = learn(cnn, bars, **{**VCL, "beta": 0.0, "first_std": 1e-16}, clip=0.0)
+
+    assert same(plain, certain)
+    assert not same(plain, learn(cnn, bars, **VCL)[0])
+
+
+def test_refresh_learning_without_a_rate_leaves_vcl_as_it_is(cnn: Path, bars: Path):
+    plain, _ = learn(cnn, bars, **VCL, samples=2)
+    for form in ("released", "paper"):
+        how = {"every": 1, "form": form, "rate": 1e-30, "noise": 0.0}
+        assert same(plain, learn(cnn, bars, **VCL, samples=2, refresh=how)[0])
+
+
+def test_refresh_learning_unlearns_weights_and_not_how_sure_they_are(cnn: Path, bars: Path):
+    made = artifact.load(cnn, kinds=(Kind.IMAGE_CLASSIFIER,))
+    data = TaskData(open_tasks([str(bars)], split=2), made.processor, 1)
+    # Nothing is learnt to speak of: what moves was unlearnt.
+    how = {"every": 1, "form": "paper", "rate": 1e-4, "noise": 1.0}
+    plan = next(Bregman(**{**HOW, **VCL, "lr": 1e-30}, refresh=how).stages(made.model, data))
+    before = {n: (m.detach().clone(), s.detach().clone()) for n, (m, s) in distributions(made.model).items()}
+    train(plan, Bregman(**HOW), quiet=True)
+
+    for name, (mean, log_std) in distributions(made.model).items():
+        assert not torch.equal(mean, before[name][0])
+        assert torch.equal(log_std, before[name][1])
+
+
+def test_the_posterior_of_a_task_is_the_prior_of_the_next(cnn: Path, bars: Path):
+    made = artifact.load(cnn, kinds=(Kind.IMAGE_CLASSIFIER,))
+    data = TaskData(open_tasks([str(bars)], split=2), made.processor, 1)
+    method = Bregman(**{**HOW, **VCL}, classifier="growing", optimizer="adamw", prior_std=0.5, beta=2.0)
+    terms = []
+    for plan in method.stages(made.model, data):
+        weight, term = plan.objective.named()["believed"]
+        assert weight == pytest.approx(2.0 / len(data.train[len(terms) // 2]))
+        terms.append(term)
+        train(plan, method, quiet=True)
+        ends = {n: (m.detach().clone(), s.detach().clone()) for n, (m, s) in distributions(made.model).items()}
+        finish(plan)
+        terms.append(ends)
+    first, ends, second, _ = terms
+
+    assert all(not mean.any() and torch.allclose(s.exp(), torch.tensor(0.5)) for mean, s in first.before.values())
+    head = "classifier.1.weight"
+    assert set(second.before) == set(ends)
+    for name, learnt in ends.items():
+        for now, then in zip(second.before[name], learnt, strict=True):
+            assert torch.equal(now[tuple(slice(size) for size in then.shape)], then)
+    mean, log_std = second.before[head]
+    assert mean.shape[0] == 4
+    assert not mean[2:].any(), "new rows of the head have the prior"
+    assert torch.allclose(log_std[2:].exp(), torch.tensor(0.5))
+    assert not torch.allclose(ends[head][1].exp(), torch.tensor(0.02), rtol=1e-4), "spreads are learnt"
+
+
 def test_accuracies_are_those_of_the_model(cnn: Path, bars: Path):
     model, told = learn(cnn, bars)
     data = TaskData(open_tasks([str(bars)], split=2), artifact.load(cnn, kinds=(Kind.IMAGE_CLASSIFIER,)).processor, 1)
@@ -199,10 +261,11 @@ def test_the_directory_is_one_that_transformers_reads(cnn: Path, bars: Path, tmp
     assert [one.kept_bytes for one in tasks] == [{"memory": 24 * (4 * (64 + 4) + 2 * 8)}] * 2
 
 
+@pytest.mark.parametrize("terms", [(), ("--weight-term", "vcl", "--samples", "2", "--classifier", "growing")])
 def test_a_run_that_was_stopped_in_the_second_task_goes_on_to_the_same_bits(
-    cnn: Path, bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    terms: tuple[str, ...], cnn: Path, bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    how = ("learn", "bregman", cnn, "--tasks", bars, *FLAGS, "--save-every", "3", "--refresh.every", "2")
+    how = ("learn", "bregman", cnn, "--tasks", bars, *FLAGS, "--save-every", "3", "--refresh.every", "2", *terms)
     assert overhaul(*how, "-o", tmp_path / "whole").code == 0
     from overhaul import train as loop
 
@@ -221,8 +284,8 @@ def test_a_run_that_was_stopped_in_the_second_task_goes_on_to_the_same_bits(
     done = overhaul(*how, "-o", tmp_path / "cut", "--resume")
     assert done.code == 0, done.err
 
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    for file in ("model.safetensors", *(["posterior.safetensors"] if terms else [])):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
     whole, cut = (json.loads((tmp_path / name / "tasks.json").read_text()) for name in ("whole", "cut"))
     assert all(task.pop("seconds") > 0 for told in (whole, cut) for task in told["tasks"])
     assert whole == cut
@@ -242,6 +305,24 @@ def test_what_is_kept_is_told_by_what_it_is(cnn: Path, bars: Path):
     buffers = sum(buffer.nbytes for buffer in made.model.buffers())
     kept = {"weights before": weights, "Fisher information": weights, "old model": weights + buffers}
     assert [one.kept_bytes for one in notes.tasks[0].tasks] == [kept, kept]
+
+
+def test_means_are_a_model_and_spreads_stand_beside_it(cnn: Path, bars: Path, tmp_path: Path):
+    vcl = ("--output-term", "none", "--weight-term", "vcl", "--first-std", "0.02")
+    done = overhaul("learn", "bregman", cnn, "-o", tmp_path / "out", "--tasks", bars, *FLAGS, *vcl)
+    assert done.code == 0, done.err
+
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    stds = load_file(tmp_path / "out" / "posterior.safetensors")
+    means = dict(model.named_parameters())
+    assert all(stds[name].shape == means[name].shape and (stds[name] > 0).all() for name in stds)
+    assert {name for name in means if name not in stds} == {n for n in means if "normalization" in n}
+    assert artifact.verify(tmp_path / "out"), "the posterior is no weight file"
+
+    # A later step writes the model that it made, and no posterior of the one before.
+    more = ("--tasks", bars, *FLAGS, "--output-term", "none")
+    assert overhaul("learn", "bregman", tmp_path / "out", "-o", tmp_path / "more", *more).code == 0
+    assert not (tmp_path / "more" / "posterior.safetensors").exists()
 
 
 def test_a_dry_run_counts_images_and_writes_nothing(cnn: Path, bars: Path, tmp_path: Path):
@@ -266,4 +347,9 @@ def test_bad_input_is_one_clear_error(cnn: Path, bars: Path, tiny: Path, tmp_pat
         overhaul("learn", "bregman", cnn, *out, "--tasks", bars, "--memory", "4"),
         "a step draws 32 examples from a memory of 4",
     )
+    decay = ("--weight-term", "vcl", "--weight-decay", "0.1")
+    refused(
+        overhaul("learn", "bregman", cnn, *out, "--tasks", bars, *decay), "vcl has a prior in place of weight decay"
+    )
+    refused(overhaul("learn", "bregman", cnn, *out, "--tasks", bars, "--first-std", "0"), "first_std = 0.0")
     assert not (tmp_path / "out").exists()

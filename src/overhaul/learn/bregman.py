@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from overhaul.task_data import TaskData
 
 OutputTerm = Literal["none", "er", "der", "der++", "fdr", "lwf", "cpr"]
-WeightTerm = Literal["none", "l2", "ewc"]
+WeightTerm = Literal["none", "l2", "ewc", "vcl"]
 OF_MEMORY = ("er", "der", "der++", "fdr")
 """Output terms whose reference is in the memory, which fdr fills when a task ends and the others as it is learnt."""
 
@@ -51,16 +51,31 @@ class Bregman(SharedLearning):
     label_weight: NonNegative = Field(0.5, description="Weight of the labels in der++.")
     temperature: Rate = Field(2.0, description="Of lwf.")
     weight_term: WeightTerm = Field(
-        "none", description="What weights are held to: those before the task, plainly (l2) or by Fisher information."
+        "none",
+        description="What weights are held to: those before the task, plainly (l2) or by Fisher information (ewc), or "
+        "their distributions before it (vcl).",
     )
-    beta: NonNegative = Field(1.0, description="Weight of the weight term.")
+    beta: NonNegative = Field(1.0, description="Weight of the weight term; 1 is the paper's bound of vcl.")
     fisher: Literal["weighted", "empirical", "exact", "sampled"] = Field(
         "exact", description="Labels of the Fisher information: those given, by probability; given; all; drawn."
     )
     fisher_examples: Positive = Field(1000, description="Examples of each task that it is taken from.")
     fisher_decay: Fraction = Field(1.0, description="What is left of that of earlier tasks.")
+    samples: Positive = Field(1, description="Of vcl: draws of weights a step, over which cross-entropy is averaged.")
+    prior: Literal["zero", "given"] = Field(
+        "zero", description="Of vcl: what the prior of the first task is around, zero or the weights that are given."
+    )
+    prior_std: Rate = Field(1.0, description="Of vcl: the prior's standard deviation.")
+    first_std: Rate = Field(0.05, description="Of vcl: the weights' standard deviations before the first task.")
     memory: Positive = Field(500, description="Examples that are remembered.")
     memory_batch: Positive | None = Field(None, description="Remembered examples a step; none: as the batch.")
+
+    passes: Literal["apart", "joined"] = Field(
+        "apart",
+        description="Whether remembered examples go through the model by themselves, as in the authors' code, or with "
+        "the batch, which is faster and gives batch normalisation statistics of both.",
+    )
+
     refresh: Refreshing = Field(Refreshing.model_validate({}), description="Unlearning before learning.")
 
     @model_validator(mode="after")
@@ -69,6 +84,15 @@ class Bregman(SharedLearning):
         if self.remembers and wanted > self.memory:
             raise ValueError(
                 f"a step draws {wanted} examples from a memory of {self.memory}; use memory_batch {self.memory}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_prior_is_decay_enough(self) -> Bregman:
+        if self.weight_term == "vcl" and self.weight_decay:
+            raise ValueError(
+                f"weight_term vcl has a prior in place of weight decay, and decay would widen the distributions; use "
+                f"prior_std, and weight_decay 0, not {self.weight_decay:g}"
             )
         return self
 

@@ -1,15 +1,17 @@
-"""What learning under one objective keeps from task to task: memory, weights, the model before, Fisher information."""
+"""What learning under one objective keeps from task to task: memory, weights and their spread, the model before."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from overhaul.artifact import POSTERIOR
 from overhaul.continual import (
+    Believed,
     Focused,
     LogitsKept,
     OldModel,
@@ -20,10 +22,13 @@ from overhaul.continual import (
     Uniform,
     with_logits,
 )
-from overhaul.fisher import diagonal, joined
+from overhaul.fisher import diagonal, grown, joined
+from overhaul.journal import note_tensors
+from overhaul.layers.variational import Distribution, distributions
 from overhaul.learners.learner import SharedLearner
 from overhaul.objective import ClassCrossEntropy, Objective
 from overhaul.optim.refresh import Refresh, langevin, released
+from overhaul.posterior import Posterior
 from overhaul.reservoir import Reservoir, WithMemory
 from overhaul.task_data import SCORED_AT_ONCE
 from overhaul.task_scores import logits_of
@@ -45,12 +50,29 @@ class BregmanLearner(SharedLearner):
         self.known: dict[str, Tensor] | None = None
         self.old: nn.Module | None = None
         self.old_classes = 0
+        self.posterior = Posterior(
+            prior_std=method.prior_std, first_std=method.first_std, from_given=method.prior == "given"
+        )
+        self.held: dict[str, Distribution] = {}
+
+    def prepare(self) -> None:
+        if self.method.weight_term == "vcl":
+            self.held = self.posterior.begin(self.model)
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        return self.posterior.end(model)
+
+    def free(self) -> None:
+        super().free()
+        for name, (_, log_std) in distributions(self.model).items():
+            log_std.requires_grad_(name in self.trained)
 
     def objective(self, number: int) -> Objective:
         """Cross-entropy over all classes so far, with the terms."""
         objective = Focused(self._objective(number), "cross_entropy")
         remembers = self.method.remembers and self.method.output_term != "fdr"
-        return Remembering(objective, self.memory) if remembers else objective
+        joined = self.method.passes == "joined"
+        return Remembering(objective, self.memory, joined=joined) if remembers else objective
 
     def optimizer(self, number: int, objective: Objective) -> torch.optim.Optimizer:
         """With unlearning where that was asked for."""
@@ -60,6 +82,11 @@ class BregmanLearner(SharedLearner):
         asked, by_name = self.method.refresh, dict(self.model.named_parameters())
         if not asked.every:
             return optimizer
+        known: dict[Any, Tensor] = {
+            by_name[name]: grown(tensor, by_name[name].shape) for name, tensor in (self.known or {}).items()
+        }
+        # Weights are unlearnt, not how sure they are: infinite information holds a parameter where it is.
+        known |= {log_std: torch.tensor(torch.inf) for _, log_std in distributions(self.model).values()}
         how = asked.model_dump(include={"rate", "noise", "damping"})
 
         def up(weight: Tensor, gradient: Tensor, fisher: Tensor | float, normal: Tensor) -> Tensor:
@@ -72,7 +99,7 @@ class BregmanLearner(SharedLearner):
             up,
             every=asked.every,
             times=asked.times,
-            fisher=lambda: {by_name[name]: tensor for name, tensor in (self.known or {}).items()},
+            fisher=lambda: known,
             buffers=list(self.model.buffers()),
             focus=contextlib.nullcontext if asked.form == "paper" else focused.alone,
             seed=self.data.seed * len(self.data.sequence.tasks) + number,
@@ -87,7 +114,7 @@ class BregmanLearner(SharedLearner):
 
     def _objective(self, number: int) -> Objective:
         method = self.method
-        objective: Objective = ClassCrossEntropy()
+        objective: Objective = ClassCrossEntropy(passes=method.samples if self.held else 1)
         match method.output_term:
             case "er":
                 objective += method.alpha * Replayed()
@@ -103,12 +130,16 @@ class BregmanLearner(SharedLearner):
                 objective += method.alpha * OldModel(self.old, self.old_classes, method.temperature)
         if self.anchor is not None:
             objective += method.beta * Pulled(self.anchor, self.known if method.weight_term == "ewc" else None)
+        if self.held:
+            objective += method.beta / len(self.data.train[number]) * Believed(self.held)
         return objective
 
     def learnt(self, number: int) -> None:
         """Keeps the weights, their Fisher information and the model, where a later task is held to them."""
         method, later = self.method, number + 1 < len(self.data.sequence.tasks)
         if not later:
+            if method.weight_term == "vcl":
+                note_tensors(POSTERIOR, self.posterior.stds(), {"holds": "standard deviations"})
             return
         if method.output_term == "fdr":
             self._remember(number)
@@ -116,7 +147,7 @@ class BregmanLearner(SharedLearner):
             self.old = copy.deepcopy(self.model).eval().requires_grad_(False)
             self.old_classes = self.data.sequence.num_classes(number + 1)
         self.free()  # a finished plan has frozen what is trained
-        if method.weight_term != "none":
+        if method.weight_term in ("l2", "ewc"):
             self.anchor = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         refreshes = method.refresh.every > 0 and method.refresh.fisher == "diag"
         if method.weight_term == "ewc" or refreshes:
@@ -130,6 +161,7 @@ class BregmanLearner(SharedLearner):
             "memory": self.memory.nbytes,
             "weights before": sum(tensor.nbytes for tensor in (self.anchor or {}).values()),
             "Fisher information": sum(tensor.nbytes for tensor in (self.known or {}).values()),
+            "distributions": sum(tensor.nbytes for both in self.posterior.known.values() for tensor in both),
             "old model": sum(tensor.nbytes for tensor in old),
         }
         return {name: size for name, size in held.items() if size}

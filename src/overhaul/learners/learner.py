@@ -104,6 +104,7 @@ class SharedLearner(Learner):
     def plan(self, number: int) -> Plan:
         """How the model learns a task: `objective`, `stream` and `optimizer` are the method's."""
         self._asked.clear()
+        self.prepare()
         self.free()
         method, objective = self.shared, self.objective(number)
         return Plan(
@@ -113,9 +114,17 @@ class SharedLearner(Learner):
             optimizer=self.optimizer(number, objective),
             schedule=schedule(method.schedule, method.warmup),
             watchers=(InEvaluation(self._still()),),
+            finish=self.finish,
             steps=method.steps_of(self.data, number),
             unit="images",
         )
+
+    def prepare(self) -> None:
+        """Gives the model the form that it is trained in."""
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Gives it back the form that is kept."""
+        return model
 
     def free(self) -> None:
         """Marks what is trained, and freezes the rest."""
