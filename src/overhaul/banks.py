@@ -201,7 +201,8 @@ class Banked:
             }  # fmt: skip
             # One entry: several would be written in an order that changes from run to run.
             metadata = {_KEY: json.dumps(told, sort_keys=True)}
-            journal.note_tensors(f"{FOLDER}/{place:03d}.safetensors", bank.tensors, metadata)
+            tensors = {name: tensor.contiguous() for name, tensor in bank.tensors.items()}
+            journal.note_tensors(f"{FOLDER}/{place:03d}.safetensors", tensors, metadata)
 
     def read(self, directory: Path) -> None:
         """Takes over the banks of a directory, in the order in which they were learnt; those of none are none.

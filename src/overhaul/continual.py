@@ -20,7 +20,7 @@ arXiv:2203.17269).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,16 +43,20 @@ class Remembering(Objective):
     Args:
         inner: what is minimised.
         memory: what batches are offered to.
+        joined: whether draws from it go through the model in one pass with the batch.
     """
 
-    def __init__(self, inner: Objective, memory: Reservoir) -> None:
-        self.inner, self.memory = inner, memory
+    def __init__(self, inner: Objective, memory: Reservoir, *, joined: bool = False) -> None:
+        self.inner, self.memory, self.joined = inner, memory, joined
         self._trained: dict[int, dict[str, Tensor]] = {}
 
     def parts(self) -> tuple[tuple[float, Term], ...]:
         return self.inner.parts()
 
     def __call__(self, forward: Forward, batch: Batch) -> Terms:
+        if self.joined:
+            draws = {term.draw for _, term in self.parts() if isinstance(term, OnMemory) and term.count(batch)}
+            forward.together({f"draw {draw}": remembered(batch, draw) for draw in sorted(draws)})
         terms = super().__call__(forward, batch)
         own = {name: tensor for name, tensor in batch.items() if "/" not in name}
         # By the batch: a step that looks at it twice, as refresh learning does, offers it once.
@@ -302,20 +306,21 @@ class Pulled(Term):
             if not tensor.isfinite().all() or (tensor < 0).any():
                 raise ValueError(f"curvature of {name} is negative, NaN or infinite")
         self.anchor, self.curvature = anchor, curvature
+        self._held = dict(anchor) if curvature is None else {name: anchor[name] for name in curvature}
+        self._old = _flat(self._held.values())
+        self._information = 1.0 if curvature is None else _flat(curvature.values())
 
     def total(self, forward: Forward, batch: Batch) -> Tensor:
         own = dict(forward.model.named_parameters())
-        held = self.anchor if self.curvature is None else {name: self.anchor[name] for name in self.curvature}
-        return torch.stack([
-            quadratic(_as_before(own[name], old), old, 1.0 if self.curvature is None else self.curvature[name])
-            for name, old in held.items()
-        ]).sum()  # fmt: skip
+        # As one vector: a step would else spend more on small tensors than on their numbers.
+        now = _flat(_as_before(own[name], old) for name, old in self._held.items())
+        return quadratic(now, self._old, self._information)
 
     def count(self, batch: Batch) -> int:
         return 1  # of each micro-batch the same, so that their mean is it
 
     def held_bytes(self) -> int:
-        return sum(tensor.nbytes for kept in (self.anchor, self.curvature or {}) for tensor in kept.values())
+        return 2 * sum(tensor.nbytes for kept in (self.anchor, self.curvature or {}) for tensor in kept.values())
 
 
 class Believed(Term):
@@ -331,10 +336,12 @@ class Believed(Term):
 
     def __init__(self, before: Mapping[str, Distribution]) -> None:
         self.before = before
+        self._mean, self._log_std = (_flat(parts) for parts in zip(*before.values(), strict=True))
 
     def total(self, forward: Forward, batch: Batch) -> Tensor:
         own = distributions(forward.model)
-        return torch.stack([gaussians(*own[name], *old) for name, old in self.before.items()]).sum()
+        mean, log_std = (_flat(parts) for parts in zip(*(own[name] for name in self.before), strict=True))
+        return gaussians(mean, log_std, self._mean, self._log_std)
 
     def count(self, batch: Batch) -> int:
         return 1  # of each micro-batch the same, so that their mean is it
@@ -343,6 +350,13 @@ class Believed(Term):
         return sum(tensor.nbytes for old in self.before.values() for tensor in old)
 
 
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    """All numbers of some tensors as one vector."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
 def _as_before(parameter: Tensor, old: Tensor) -> Tensor:
     """The part of a parameter that was there before it grew."""
+    if parameter.shape == old.shape:
+        return parameter
     return parameter[tuple(slice(size) for size in old.shape)]

@@ -110,6 +110,8 @@ class Learning(Training):
 
     def stages(self, model: nn.Module, data: Any) -> Iterator[Plan]:
         """A plan for each task; what the model knows of all tasks is measured after each."""
+        import torch
+
         from overhaul.errors import UserError
         from overhaul.sharding import num_processes
         from overhaul.task_scores import Scores, note_scores
@@ -118,6 +120,8 @@ class Learning(Training):
             raise UserError("tasks are learnt on one process", hint="without accelerate launch")
         scores, learner = Scores(data), self.learner(model, data)
         costs: list[TaskCost] = []
+        # Convolutions and pooling are faster so, forwards and backwards.
+        model.to(memory_format=torch.channels_last)
         for number, task in enumerate(data.sequence.tasks):
             learner.begin(number)
             if number == 0 and learner.answers_beforehand:
@@ -130,6 +134,7 @@ class Learning(Training):
             costs.append(_cost(task.name, done[-1], noted, learner))
             scores.take(learner.answers, number + 1, ahead=learner.answers_beforehand)
         learner.end()
+        model.to(memory_format=torch.contiguous_format)
         note_scores(scores, costs)
 
     def steps_of(self, data: TaskData, number: int) -> int:

@@ -19,7 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from overhaul.cross_entropy import linear_cross_entropy, logits_cross_entropy
 from overhaul.interop import hf
-from overhaul.interop.classifier import Classified, classified
+from overhaul.interop.classifier import INPUTS, Classified, classified
 from overhaul.interop.fused import fused
 from overhaul.kinds import is_classifier
 from overhaul.stream import IGNORED
@@ -99,6 +99,19 @@ class Forward:
         if name not in self._beside:
             self._beside[name] = Forward(self.model, batch)
         return self._beside[name]
+
+    def together(self, others: Mapping[str, Batch]) -> None:
+        """One pass of a classifier for this micro-batch and others, which `beside` has then; they share statistics.
+
+        Args:
+            others: by the name that `beside` knows them under.
+        """
+        beside = [self, *(self.beside(name, batch) for name, batch in others.items())]
+        names = [name for name in INPUTS if name in self.batch]
+        found = classified(self.model, {name: torch.cat([one.batch[name] for one in beside]) for name in names})
+        sizes = [len(one.batch["labels"]) for one in beside]
+        for one, *parts in zip(beside, found.logits.split(sizes), found.features.split(sizes), strict=True):
+            one._classified = Classified(*parts)
 
     def of(self, reference: nn.Module) -> Forward:
         """The same micro-batch through a frozen model, without gradients, once however many terms ask for it."""

@@ -46,19 +46,25 @@ class Reservoir:
         if self.held and set(examples) != set(self.held):
             raise ValueError(f"the memory holds {sorted(self.held)}, and was given {sorted(examples)}")
         examples = {name: self._of_one_width(name, tensor) for name, tensor in examples.items()}
+        rows: dict[int, int] = {}
         for row in range(len(next(iter(examples.values())))):
             # Of all numbers up to the count of what was seen before, this one included: Vitter's rule.
             slot = self.seen if self.seen < self.size else int(self._dice.integers(0, self.seen, endpoint=True))
             self.seen += 1
             if slot < self.size:
-                for name, tensor in examples.items():
-                    self.held[name][slot] = tensor[row]
+                rows[slot] = row  # of two with one slot the later stays
+        if rows:
+            slots, kept = torch.tensor(list(rows)), torch.tensor(list(rows.values()))
+            for name, tensor in examples.items():
+                self.held[name][slots] = tensor[kept]
 
     def _of_one_width(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, as wide as what is held under its name, or that filled up to its width."""
-        there = self.held.setdefault(name, tensor.new_zeros((self.size, *tensor.shape[1:])))
-        if tensor.ndim == 1:
-            return tensor
+        if name not in self.held:
+            self.held[name] = tensor.new_zeros((self.size, *tensor.shape[1:]))
+        there = self.held[name]
+        if tensor.ndim == 1 or tensor.shape[-1] == there.shape[-1]:
+            return tensor  # the whole memory would be copied otherwise
         self.held[name] = pad(there, (0, max(tensor.shape[-1] - there.shape[-1], 0)))
         return pad(tensor, (0, max(there.shape[-1] - tensor.shape[-1], 0)))
 

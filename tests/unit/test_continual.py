@@ -14,16 +14,19 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from overhaul.continual import (
     FeaturesKept,
+    Focused,
     LogitsKept,
     OldModel,
     OldSigmoids,
     PredictionsKept,
     Pulled,
+    Remembering,
     Replayed,
     Uniform,
 )
 from overhaul.interop.classifier import PENULTIMATE
 from overhaul.objective import Batch, BinaryCrossEntropy, ClassCrossEntropy, Forward, Objective, weighted_mean
+from overhaul.reservoir import Reservoir
 
 B, M, C = 4, 3, 5
 
@@ -124,6 +127,31 @@ def test_what_was_remembered_before_the_head_grew_holds_the_classes_of_then(mode
     now, then = logits(model, narrow, "memory/")[:, :2].softmax(-1), narrow["memory/logits"].softmax(-1)
     found = PredictionsKept()(Forward(model, narrow), narrow)["predictions_kept"].total
     torch.testing.assert_close(found, torch.linalg.vector_norm(now - then, dim=-1).sum())
+
+
+def test_in_one_pass_the_loss_is_that_of_several_but_for_batch_statistics(model: Any, batch: Batch):
+    objective = ClassCrossEntropy() + 0.3 * LogitsKept(1) + 0.7 * Replayed(2)
+    one = Remembering(objective, Reservoir(9, seed=0), joined=True)
+    names = ("", "memory/", "memory2/")
+
+    def together() -> Tensor:
+        made = model(pixel_values=torch.cat([batch[f"{name}pixel_values"] for name in names])).logits
+        new, kept, replayed = made.split([B, M, M])
+        loss = F.cross_entropy(new, batch["labels"]) + 0.3 * F.mse_loss(kept, batch["memory/logits"])
+        return loss + 0.7 * F.cross_entropy(replayed, batch["memory2/labels"])
+
+    same(model, batch, one, together)
+    same(model, batch, objective, together)  # in evaluation there are no batch statistics
+    same(model.train(), batch, one, together)
+    with pytest.raises(AssertionError):
+        same(model, batch, objective, together)
+
+
+def test_in_one_pass_nothing_is_drawn_for_a_term_alone(model: Any, batch: Batch):
+    focused = Focused(ClassCrossEntropy() + Replayed(), "cross_entropy")
+    with focused.alone():
+        same(model.train(), batch, Remembering(focused, Reservoir(9, seed=0), joined=True),
+             lambda: F.cross_entropy(logits(model, batch), batch["labels"]))  # fmt: skip
 
 
 def test_fdr_is_not_squared(model: Any, batch: Batch):

@@ -125,3 +125,15 @@ def test_the_stream_with_its_memory_goes_on_to_the_same_bits():
 def test_a_draw_that_is_larger_than_the_memory_is_refused():
     with pytest.raises(UserError, match="a draw of 5 examples from a memory of 4"):
         WithMemory(numbers(), Reservoir(4, seed=0), count=5)
+
+
+def test_of_two_examples_with_one_slot_the_later_stays():
+    """Offered at once, examples end where they would one after the other."""
+    many = {"labels": torch.arange(200), "pixels": torch.arange(400.0).view(200, 2)}
+    at_once, one_by_one = Reservoir(5, seed=3), Reservoir(5, seed=3)
+    at_once.insert(many)
+    for row in range(200):
+        one_by_one.insert({name: tensor[row : row + 1] for name, tensor in many.items()})
+
+    assert all(torch.equal(at_once.held[name], one_by_one.held[name]) for name in many)
+    assert torch.equal(at_once.held["pixels"][:, 0], 2.0 * at_once.held["labels"])

@@ -75,7 +75,6 @@ class Bregman(SharedLearning):
         description="Whether remembered examples go through the model by themselves, as in the authors' code, or with "
         "the batch, which is faster and gives batch normalisation statistics of both.",
     )
-
     refresh: Refreshing = Field(Refreshing.model_validate({}), description="Unlearning before learning.")
 
     @model_validator(mode="after")

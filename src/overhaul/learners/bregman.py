@@ -60,7 +60,7 @@ class BregmanLearner(SharedLearner):
             self.held = self.posterior.begin(self.model)
 
     def finish(self, model: nn.Module) -> nn.Module:
-        return self.posterior.end(model)
+        return self.posterior.end(model) if self.held else model
 
     def free(self) -> None:
         super().free()
