@@ -51,4 +51,4 @@ class Posterior:
 
     def stds(self) -> Mapping[str, Tensor]:
         """Standard deviations by the names of the means."""
-        return {name: log_std.exp() for name, (_, log_std) in self.known.items()}
+        return {name: log_std.exp().contiguous() for name, (_, log_std) in self.known.items()}

@@ -136,12 +136,14 @@ VCL: dict[str, Any] = {"output_term": "none", "weight_term": "vcl", "first_std":
 
 
 def test_weights_without_spread_and_prior_are_plain_training(cnn: Path, bars: Path):
-    # Without clipping: the norm of more gradients, most of them zero, is summed in another order.
-    plain, _ = learn(cnn, bars, output_term="none", clip=0.0)
-    certain, _ = learn(cnn, bars, **{**VCL, "beta": 0.0, "first_std": 1e-16}, clip=0.0)
+    # Few steps without clipping, and up to rounding: norms and products are summed in another order.
+    how: dict[str, Any] = {"epochs": None, "steps": 2, "clip": 0.0}
+    plain, _ = learn(cnn, bars, output_term="none", **how)
+    certain, _ = learn(cnn, bars, **{**VCL, "beta": 0.0, "first_std": 1e-16}, **how)
 
-    assert same(plain, certain)
-    assert not same(plain, learn(cnn, bars, **VCL)[0])
+    torch.testing.assert_close(weights(certain), weights(plain), rtol=1e-4, atol=1e-5)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(weights(learn(cnn, bars, **VCL, **how)[0]), weights(plain), rtol=1e-4, atol=1e-5)
 
 
 def test_refresh_learning_without_a_rate_leaves_vcl_as_it_is(cnn: Path, bars: Path):
