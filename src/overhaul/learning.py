@@ -121,7 +121,8 @@ class Learning(Training):
         scores, learner = Scores(data), self.learner(model, data)
         costs: list[TaskCost] = []
         # Convolutions and pooling are faster so, forwards and backwards.
-        model.to(memory_format=torch.channels_last)
+        whole: Any = model
+        whole.to(memory_format=torch.channels_last)
         for number, task in enumerate(data.sequence.tasks):
             learner.begin(number)
             if number == 0 and learner.answers_beforehand:
@@ -134,7 +135,7 @@ class Learning(Training):
             costs.append(_cost(task.name, done[-1], noted, learner))
             scores.take(learner.answers, number + 1, ahead=learner.answers_beforehand)
         learner.end()
-        model.to(memory_format=torch.contiguous_format)
+        whole.to(memory_format=torch.contiguous_format)
         note_scores(scores, costs)
 
     def steps_of(self, data: TaskData, number: int) -> int:

@@ -7,7 +7,7 @@ the layer had, under its name, and beside it stands the logarithm of the standar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,5 +133,5 @@ def _like(kind: type[Any], conv: nn.Conv2d) -> Any:
 def _with_parameters_of(layer: nn.Linear | nn.Conv2d, given: nn.Linear | nn.Conv2d) -> Any:
     """The layer with the parameters of another one; they are taken over, not copied."""
     layer.weight = given.weight
-    layer.register_parameter("bias", given.bias)
+    layer.register_parameter("bias", cast(nn.Parameter | None, given.bias))
     return layer.train(given.training)
