@@ -110,8 +110,8 @@ class Forward:
         names = [name for name in INPUTS if name in self.batch]
         found = classified(self.model, {name: torch.cat([one.batch[name] for one in beside]) for name in names})
         sizes = [len(one.batch["labels"]) for one in beside]
-        for one, *parts in zip(beside, found.logits.split(sizes), found.features.split(sizes), strict=True):
-            one._classified = Classified(*parts)
+        for one, logits_BC in zip(beside, found.logits.split(sizes), strict=True):
+            one._classified = Classified(logits_BC, {})
 
     def of(self, reference: nn.Module) -> Forward:
         """The same micro-batch through a frozen model, without gradients, once however many terms ask for it."""
