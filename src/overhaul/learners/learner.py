@@ -131,7 +131,7 @@ class SharedLearner(Learner):
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trained)
 
-    def _still(self) -> list[nn.Module]:
+    def _still(self) -> list[nn.BatchNorm2d]:
         """Batch normalisations of which nothing is trained: their statistics stay too."""
         found = [
             module
