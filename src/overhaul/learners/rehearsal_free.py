@@ -114,7 +114,7 @@ class FeatureDrift:
         model.eval()
         with machine.autocast(device, self.dtype):
             batch = {name: tensor.to(device) for name, tensor in self.batch.items()}
-            found = classified(model, batch, (self.first and list(self.first)) or layers_of(model)).features
+            found = classified(model, batch, list(self.first) or layers_of(model)).features
         features = {name: tensor.float().cpu() for name, tensor in found.items()}
         if not self.first:
             self.first = features
