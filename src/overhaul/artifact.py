@@ -213,6 +213,11 @@ def read_config(ref: str | Path) -> Any:
         raise UserError(f"{ref} has a configuration that cannot be read: {error}") from error
 
 
+def kind_at(path: Path) -> Kind:
+    """What the model in a directory does, by its configuration; an adapter's is its base's."""
+    return kind_of(_read_json(directories(path)[1] / "config.json"))
+
+
 def read_tokenizer(ref: str | Path) -> Any:
     """The tokenizer of a model, without its weights; `UserError` where there is none that can be read."""
     return _processor_of(*directories(ref), str(ref), Kind.CAUSAL_LM)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
 from overhaul.errors import UserError
 from overhaul.learning import Learning
@@ -22,17 +21,6 @@ class BankLearning(Learning):
 
     norm_penalty: NonNegative = Field(0.0, description="Weight of the sum of the trained tensors' L2 norms.")
     temperature: Rate = Field(1.0, description="Of the logits by whose entropy a task is told.")
-    _start: Path | None = PrivateAttr(None)
-
-    @property
-    def start(self) -> Path | None:
-        """The directory that the model was read from, whose banks stay."""
-        return self._start
-
-    def at(self, path: Path) -> Self:
-        method = self.model_copy()
-        method._start = path
-        return method
 
     def check(self, model: nn.Module, data: Any) -> None:
         from torch import nn

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot, pad
 
 from overhaul.bregman import from_uniform, gaussians, kl, quadratic, squared
+from overhaul.kinds import is_classifier
 from overhaul.layers.variational import Distribution, distributions
 from overhaul.objective import Batch, Forward, Objective, Term, Terms
 from overhaul.reservoir import Reservoir, remembered
@@ -36,7 +37,7 @@ WIDTH = "width"
 
 
 class Remembering(Objective):
-    """An objective whose batches are offered to a memory after each step, with the logits that the step had for them.
+    """An objective whose batches are offered to a memory after each step, a classifier's with the step's logits.
 
     Logits are those of the very pass that was trained on, not taken again afterwards; inputs are as the batch has them.
 
@@ -60,7 +61,9 @@ class Remembering(Objective):
         terms = super().__call__(forward, batch)
         own = {name: tensor for name, tensor in batch.items() if "/" not in name}
         # By the batch: a step that looks at it twice, as refresh learning does, offers it once.
-        self._trained[id(batch["labels"])] = with_logits(own, forward.classified().logits)
+        classifies = is_classifier(forward.model)  # the logits of all words of a window are too many to keep
+        kept = with_logits(own, forward.classified().logits) if classifies else own
+        self._trained[id(batch["labels"])] = kept
         return terms
 
     def stepped(self, means: Mapping[str, float]) -> None:

@@ -17,6 +17,7 @@ from overhaul.optim.build import state_bytes
 from overhaul.progress import say
 from overhaul.recipe import Step
 from overhaul.task_data import TaskData
+from overhaul.text_task_data import TextTaskData
 from overhaul.train import Plan, train
 
 MASTER_BYTES = 4
@@ -24,7 +25,13 @@ MASTER_BYTES = 4
 
 
 def say_plan(
-    step: Step, parent: Artifact, data: Data | TaskData | None, out: Path, *, longest: int, dtype: torch.dtype
+    step: Step,
+    parent: Artifact,
+    data: Data | TaskData | TextTaskData | None,
+    out: Path,
+    *,
+    longest: int,
+    dtype: torch.dtype,
 ) -> None:
     """Says what would be trained or read, how much memory and time it would take, and which files it would write.
 

@@ -18,18 +18,18 @@ import torch
 from torch import nn
 
 from overhaul import artifact as artifacts
-from overhaul import banks, journal, machine, pretrained
+from overhaul import journal, machine, pretrained
 from overhaul.artifact import Artifact
 from overhaul.corpora import NO_CORPUS, Corpus, CorpusSpec, from_anywhere, open_corpus, open_several
 from overhaul.data import Data
 from overhaul.dry_run import say_plan
 from overhaul.errors import Interrupted, UserError
+from overhaul.fitting import longest_window, refuse_unfit
 from overhaul.interop.classifier import channels_of
 from overhaul.judge import Judge
 from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
 from overhaul.method import Difference, Measure, Method, Pipeline, Training, Transform
 from overhaul.options import DEFAULT_CORPUS, PASSING_OPTIONS, Options
-from overhaul.packed import format_of, is_packed, is_quantized, trains_adapters
 from overhaul.progress import say
 from overhaul.recipe import Recipe, Step
 from overhaul.report.facts import LOSS, LOSS_ON, PERPLEXITY, Facts
@@ -38,6 +38,8 @@ from overhaul.sharding import num_processes, wait_for_all
 from overhaul.table import Table
 from overhaul.task_data import TaskData
 from overhaul.tasks import TaskSequence
+from overhaul.text_task_data import TextTaskData
+from overhaul.text_tasks import TextSequence
 from overhaul.train import History, train
 from overhaul.workspace import Workspace, finish
 from overhaul.write import write_directory
@@ -93,12 +95,11 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     for note in (note for text in (corpus, sequence, *beside.values()) if text for note in text.notes):
         say(f"note: {note}")
     parent = artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype), kinds=method.kinds)
-    for refuse in (_refuse_packed, _refuse_banks, _refuse_adapter_of_adapter, _refuse_long_windows):
-        refuse(method, parent)
+    refuse_unfit(method, parent)
     # A pipeline sees what was given even where it reads none of it: private data in the wrong place is worth a word.
     text = (corpus or NO_CORPUS) if isinstance(method, Pipeline) else corpus if needs_data else None
     data = (
-        TaskData(sequence, parent.processor, channels_of(parent.model), options.seed, model=model, dtype=dtype)
+        _task_data(sequence, method, parent, options, dtype)
         if sequence
         else Data(
             text,
@@ -119,7 +120,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
         out, left + 2 * sum(p.numel() * parent.dtype.itemsize for p in parent.model.parameters())
     )
     if options.dry_run:
-        say_plan(step, parent, data, out, longest=_longest(parent.model), dtype=dtype)
+        say_plan(step, parent, data, out, longest=longest_window(parent.model), dtype=dtype)
         return None
     # What a pipeline has no use for is not read by the back door either: --evaluate can still name it.
     judged = None if isinstance(method, Pipeline) and not needs_data else corpus
@@ -137,7 +138,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     return Outcome(path=out, facts=facts)
 
 
-def _sequence(method: Method, options: Options) -> TaskSequence | None:
+def _sequence(method: Method, options: Options) -> TaskSequence | TextSequence | None:
     """The tasks of a method that learns some.
 
     Raises:
@@ -150,8 +151,18 @@ def _sequence(method: Method, options: Options) -> TaskSequence | None:
         if getattr(options, name) not in (None, "none", ())
     ]
     if sequence and texts:
-        raise UserError(f"{texts[0]} is of methods that read text", hint="--tasks, which names image sets")
+        raise UserError(f"{texts[0]} is of methods that read one text", hint="--tasks, which names what is learnt")
     return sequence
+
+
+def _task_data(
+    sequence: TaskSequence | TextSequence, method: Any, parent: Artifact, options: Options, dtype: torch.dtype
+) -> TaskData | TextTaskData:
+    """The tasks as the model sees them."""
+    how: dict[str, Any] = {"seed": options.seed, "model": parent.name, "dtype": dtype}
+    if isinstance(sequence, TextSequence):
+        return TextTaskData(sequence, parent.processor, method.seq_len, measured=method.heldout, **how)
+    return TaskData(sequence, parent.processor, channels_of(parent.model), **how)
 
 
 def measured_by(step: Step) -> tuple[str, ...]:
@@ -182,7 +193,7 @@ def _change(
     step: Step,
     parent: Artifact,
     others: tuple[Parent, ...],
-    data: Data | TaskData | None,
+    data: Data | TaskData | TextTaskData | None,
     dtype: torch.dtype,
     out: Path,
     judge: Judge,
@@ -200,7 +211,7 @@ def _change(
             stream = None
             if method.needs_data and isinstance(data, Data):
                 settings: Any = method
-                longest = min(_longest(parent.model), settings.seq_len)
+                longest = min(longest_window(parent.model), settings.seq_len)
                 stream = data.calibration(samples=settings.samples, seq_len=longest, batch_size=4)
             with torch.no_grad():
                 model = method.apply(parent.model, stream)
@@ -223,7 +234,7 @@ def _change(
         non_default=tuple(flat_fields(method.model_dump(mode="json", exclude_defaults=True))),
         parents=(Parent(path=_called(parent.name, parent.path), hash=parent.weights_sha256), *others),
         data=_data_used(data.corpus, seen.get(data.corpus.name, 0 if seen else tokens))
-        if data and (needs_data or isinstance(data, TaskData))
+        if data and (needs_data or isinstance(data, TaskData | TextTaskData))
         else None,
         beside=tuple(_data_used(text, seen.get(text.name, 0)) for text in (data.beside.values() if data else ())),
         seed=options.seed,
@@ -245,7 +256,7 @@ def _train(
     method: Training,
     parent: Artifact,
     others: tuple[Parent, ...],
-    data: Data | TaskData,
+    data: Data | TaskData | TextTaskData,
     dtype: torch.dtype,
     out: Path,
     options: Options,
@@ -308,12 +319,6 @@ def _resumable(stopped: Interrupted, method: Training, out: Path) -> Interrupted
     return Interrupted(f"{stopped}; a checkpoint is in {out / artifacts.STATE}. Go on with:\n  {typed}")
 
 
-def _longest(model: nn.Module) -> int:
-    """How many tokens the model reads at once."""
-    inner: Any = model
-    return getattr(inner.config, "max_position_embeddings", sys.maxsize)
-
-
 def _called(name: str, path: Path) -> str:
     """A directory by its absolute path, others by their name, so that the record can be replayed from anywhere."""
     is_directory = name not in pretrained.NAMED and Path(name).expanduser().is_dir()
@@ -355,51 +360,6 @@ def _with_names(value: Any, called: Mapping[str, str]) -> Any:
     return called.get(value) or f"{called.get(name, name)}{sign}{share}"
 
 
-def _refuse_packed(method: Method, parent: Artifact) -> None:
-    """Raises `UserError` for packed weights in the hands of a method that needs dense ones."""
-    fits = method.reads_packed and (not isinstance(method, Training) or trains_adapters(parent.model))
-    if is_packed(parent.model) and not fits:
-        inner: Any = parent.model
-        how = format_of(inner.config.quantization_config)
-        if not is_quantized(parent.model):
-            raise UserError(
-                f"{parent.name} holds factors in place of weights ({how}), which cannot be pruned, cut or quantized",
-                allowed="adapt sltrain trains them on, and merges them without --no-merge; adapt lora trains on top",
-                hint="the same training without --no-merge",
-            )
-        raise UserError(
-            f"{parent.name} is quantized ({how}): packed weights cannot be pruned, cut or trained as a whole",
-            allowed="adapt lora trains adapters on top of int8 layers; measure, generate and compare read it",
-            hint="the model it was quantized from",
-        )
-
-
-def _refuse_banks(method: Method, parent: Artifact) -> None:
-    """Raises `UserError` where weights would change under banks that were learnt on them."""
-    names = [] if method.keeps_banks else banks.tasks_of(parent.path)
-    if names:
-        raise UserError(
-            f"{parent.name} has banks of {len(names)} tasks, such as {names[0]}, which fit no other weights than these",
-            allowed="the method that they were learnt with, which adds tasks",
-            hint="change the model first, and learn the tasks on what comes out",
-        )
-
-
-def _refuse_adapter_of_adapter(method: Any, parent: Artifact) -> None:
-    """Raises `UserError` before an adapter would be written whose base is an adapter, which nothing can load."""
-    if not getattr(method, "merge", True) and (parent.path / "adapter_config.json").is_file():
-        raise UserError(
-            f"--no-merge: {parent.name} is itself an adapter directory, and no tool loads an adapter of an adapter",
-            hint="without --no-merge, which writes a whole model with both",
-        )
-
-
-def _refuse_long_windows(method: Any, parent: Artifact) -> None:
-    """Raises `UserError` for training windows longer than the model reads; calibration windows are shortened."""
-    if isinstance(method, Training) and method.seq_len > (longest := _longest(parent.model)):
-        raise UserError(f"--seq-len {method.seq_len} is more than the model reads", allowed=f"up to {longest}")
-
-
 def _refuse_track(tracker: str, method: Training) -> None:
     """Raises `UserError` for a tracker that is not installed, or has nothing to follow."""
     if importlib.util.find_spec(tracker) is None:
@@ -411,7 +371,7 @@ def _refuse_track(tracker: str, method: Training) -> None:
         )
 
 
-def _data_used(corpus: Corpus | TaskSequence, tokens: int) -> DataUsed:
+def _data_used(corpus: Corpus | TaskSequence | TextSequence, tokens: int) -> DataUsed:
     unit = "images" if isinstance(corpus, TaskSequence) else "tokens"
     return DataUsed(name=corpus.name, fingerprint=corpus.fingerprint, tokens=tokens, licence=corpus.licence, unit=unit)
 

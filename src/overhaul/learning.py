@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from overhaul.kinds import Kind
 from overhaul.method import (
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from overhaul.task_data import TaskData
     from overhaul.task_record import TaskCost
     from overhaul.tasks import TaskSequence
+    from overhaul.text_tasks import TextSequence
     from overhaul.train import History, Plan
 
 
@@ -38,8 +39,12 @@ class Learning(Training):
 
     kinds: ClassVar[tuple[Kind, ...]] = (Kind.IMAGE_CLASSIFIER,)
 
+    _start: Path | None = PrivateAttr(None)
+
     tasks: Names = Field(
-        (), description="Image sets, names or paths: each a task with classes of its own, or one to split or vary."
+        (),
+        description="Image sets, names or paths: each a task with classes of its own, or one to split or vary; of a "
+        "language model corpora.",
     )
     split: Positive | None = Field(None, description="Tasks that the classes of one set are divided into.")
     variants: Names = Field(
@@ -55,6 +60,7 @@ class Learning(Training):
         description="Share of each task's training examples that is measured, and not trained on, in place of the "
         "held-out ones.",
     )
+    heldout: Positive = Field(64, description="Of a language model: windows, or questions, that a task is measured on.")
     steps: Steps = Field(200, description="Optimizer steps of each task.")
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Passes over each task's examples; replaces --steps when given."
@@ -67,9 +73,7 @@ class Learning(Training):
     momentum: Fraction = Field(0.0, description="Of --optimizer sgd.")
 
     @model_validator(mode="after")
-    def _has_no_text(self) -> Self:
-        if self.seq_len != type(self).model_fields["seq_len"].default:
-            raise ValueError("seq_len is of text, and tasks are images; leave it out")
+    def _measures_each_task(self) -> Self:
         if self.eval_every:
             raise ValueError("eval_every: tasks are measured when each is learnt, not between; leave it out")
         return self
@@ -83,15 +87,51 @@ class Learning(Training):
     def references(self) -> tuple[str, ...]:
         return tuple(path for path in self.tasks if Path(path).exists())
 
-    def sequence(self) -> TaskSequence:
-        """The tasks, read.
+    def at(self, path: Path) -> Self:
+        method = self.model_copy()
+        method._start = path
+        return method
+
+    @property
+    def start(self) -> Path | None:
+        """The directory that the model was read from."""
+        return self._start
+
+    def sequence(self) -> TaskSequence | TextSequence:
+        """The tasks, read: corpora for a language model, else image sets.
 
         Raises:
-            UserError: none is named, a set cannot be read, or what is asked for does not fit it.
+            UserError: none is named, one cannot be read, or what is asked for does not fit it.
         """
+        from overhaul.errors import UserError
         from overhaul.tasks import open_tasks
 
+        if Kind.CAUSAL_LM in self.kinds and self._reads_text():
+            return self._texts()
+        if self.seq_len != type(self).model_fields["seq_len"].default:
+            raise UserError("--seq-len is of text, and these tasks are images", hint="without it")
         found = open_tasks(self.tasks, split=self.split, variants=self.variants, order=self.order)
+        found = found.first(self.first_tasks) if self.first_tasks else found
+        return found.validating(self.validation) if self.validation else found
+
+    def _reads_text(self) -> bool:
+        """Whether the model is a language model, by its directory."""
+        from overhaul import artifact
+
+        return self._start is not None and artifact.kind_at(self._start) is Kind.CAUSAL_LM
+
+    def _texts(self) -> TextSequence:
+        import numpy as np
+
+        from overhaul.errors import UserError
+        from overhaul.text_tasks import open_texts
+
+        for name in ("split", "variants"):
+            if getattr(self, name):
+                raise UserError(f"{name} is of image sets, and this is a language model", hint="a corpus for each task")
+        found = open_texts(self.tasks)
+        if self.order is not None:
+            found = found.ordered(np.random.default_rng(self.order).permutation(len(found.tasks)).tolist())
         found = found.first(self.first_tasks) if self.first_tasks else found
         return found.validating(self.validation) if self.validation else found
 
@@ -126,14 +166,14 @@ class Learning(Training):
         for number, task in enumerate(data.sequence.tasks):
             learner.begin(number)
             if number == 0 and learner.answers_beforehand:
-                scores.take(learner.answers, 0)
+                scores.take(learner.right, 0)
             done: list[History] = []
             yield replace(learner.plan(number), told=done.append)
             began = time.perf_counter()
             learner.learnt(number)
             noted = time.perf_counter() - began
             costs.append(_cost(task.name, done[-1], noted, learner))
-            scores.take(learner.answers, number + 1, ahead=learner.answers_beforehand)
+            scores.take(learner.right, number + 1, ahead=learner.answers_beforehand)
         learner.end()
         whole.to(memory_format=torch.contiguous_format)
         note_scores(scores, costs)
@@ -160,6 +200,7 @@ def _cost(name: str, done: History, noted: float, learner: Learner) -> TaskCost:
         name=name,
         steps=len(done.points),
         images=done.tokens,
+        unit=done.unit,
         seconds=round(done.seconds + noted, 3),
         trained_parameters=done.trainable_parameters,
         kept_bytes=dict(learner.kept_bytes()),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from overhaul.stream import Stream
     from overhaul.table import Table
     from overhaul.tasks import TaskSequence
+    from overhaul.text_tasks import TextSequence
     from overhaul.train import Plan
     from overhaul.workspace import Workspace
 
@@ -75,7 +76,7 @@ class Method(Settings, ABC):
         """Whether it reads the corpus of --data with these settings."""
         return True
 
-    def sequence(self) -> TaskSequence | None:
+    def sequence(self) -> TaskSequence | TextSequence | None:
         """The tasks that it learns one after the other, in place of a corpus; None for a method that reads text."""
         return None
 

@@ -131,6 +131,10 @@ class TaskData:
         """What each task is measured on."""
         return tuple(self._seen(task.heldout.images_NHWC, task.heldout.labels_N) for task in self.sequence.tasks)
 
+    def num_heldout(self, number: int) -> int:
+        """Examples that a task is measured on."""
+        return len(self.sequence.tasks[number].heldout)
+
     def _seen(self, images_NHWC: NDArray[np.uint8], labels_N: NDArray[np.int64]) -> Examples:
         return Examples(sized(images_NHWC, self.processor, self.channels), labels_N, self.processor)
 

@@ -26,7 +26,8 @@ class TaskCost:
     Attributes:
         name: of the task.
         steps: of the optimizer.
-        images: read in them; one that is read twice counts twice, and those from a memory not at all.
+        images: read in them, or tokens of text; one that is read twice counts twice, one from a memory not at all.
+        unit: `images` or `tokens`.
         seconds: of training, and of what the method took note of afterwards; measuring is not in it.
         trained_parameters: how many.
         kept_bytes: by what it is, what was held of this task and those before when it was learnt, beside the model.
@@ -38,6 +39,7 @@ class TaskCost:
     seconds: float
     trained_parameters: int
     kept_bytes: Mapping[str, int]
+    unit: str = "images"
 
     @property
     def all_kept_bytes(self) -> int:
@@ -95,7 +97,7 @@ def _cost(stored: Any) -> TaskCost:
     Raises:
         UserError: a field is missing, or no count.
     """
-    wanted = [field.name for field in fields(TaskCost)]
+    wanted = [field.name for field in fields(TaskCost) if field.name != "unit"]
     if not isinstance(stored, Mapping) or (missing := [name for name in wanted if name not in stored]):
         raise UserError(
             f"a task without {', '.join(missing if isinstance(stored, Mapping) else wanted)}",
@@ -107,7 +109,7 @@ def _cost(stored: Any) -> TaskCost:
         isinstance(count, int | float) and count >= 0 for count in (*counts, *kept.values())
     ):
         raise UserError(f"costs of task {stored['name']!r} that are no numbers from 0")
-    return TaskCost(**{name: stored[name] for name in wanted})
+    return TaskCost(**{name: stored[name] for name in wanted}, unit=str(stored.get("unit", "images")))
 
 
 def _refuse_unlike(record: TaskRecord) -> None:

@@ -21,6 +21,7 @@ from overhaul.interop.classifier import classified
 from overhaul.table import Row
 from overhaul.task_data import Examples, TaskData
 from overhaul.task_record import KINDS, TaskCost, TaskRecord
+from overhaul.text_task_data import TextTaskData
 
 
 @torch.no_grad()
@@ -45,16 +46,16 @@ class Scores:
         has_before: whether the first is before any task.
     """
 
-    data: TaskData
+    data: TaskData | TextTaskData
     has_before: bool = False
     rows: dict[str, list[list[float]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
 
-    def take(self, answers: Callable[[int, Sequence[int]], Tensor], learnt: int, *, ahead: bool = False) -> None:
+    def take(self, right: Callable[[int, Sequence[int]], Tensor], learnt: int, *, ahead: bool = False) -> None:
         """Measures a model after so many tasks; 0 before any: then of all tasks, which tells what they start from.
 
         Args:
-            answers: what the model says of a task's held-out examples when it may choose among the classes of some
-                tasks: `(N, C)`, the largest is the answer.
+            right: how far what the model says of a task's held-out examples is right, `(N,)` from 0 to 1, when it may
+                choose among the classes of some tasks.
             learnt: tasks.
             ahead: whether the next task is measured too, as task-IL: what those before have done for it.
         """
@@ -64,13 +65,11 @@ class Scores:
         rows = {kind: [float("nan")] * len(sequence.tasks) for kind in KINDS}
         next_one = learnt if ahead and 0 < learnt < len(sequence.tasks) else None
         for number in [*range(measured), *([] if next_one is None else [next_one])]:
-            labels_N = torch.from_numpy(self.data.heldout[number].labels_N)
             choices = {"class-IL": range(measured), "task-IL": (number,), "as learnt": range(number + 1)}
             for kind, among in choices.items():
                 if number == next_one and kind != "task-IL":
                     continue
-                right_N = answers(number, among).argmax(dim=1) == labels_N
-                rows[kind][number] = float(right_N.double().mean())
+                rows[kind][number] = float(right(number, among).double().mean())
         for kind in KINDS:
             self.rows[kind].append(rows[kind])
 
@@ -86,8 +85,8 @@ class Scores:
         return AccuracyMatrix(
             names=tuple(task.name for task in sequence.tasks),
             values=np.array([*rows, *missing]),
-            num_classes=tuple(len(task.classes) for task in sequence.tasks),
-            num_examples=tuple(len(task.heldout) for task in sequence.tasks),
+            num_classes=tuple(task.num_classes for task in sequence.tasks),
+            num_examples=tuple(map(self.data.num_heldout, range(len(sequence.tasks)))),
         )
 
 

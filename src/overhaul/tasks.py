@@ -38,6 +38,11 @@ class Task:
     train: Labelled
     heldout: Labelled
 
+    @property
+    def num_classes(self) -> int:
+        """How many it has."""
+        return len(self.classes)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TaskSequence:

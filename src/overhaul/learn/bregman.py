@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from overhaul.errors import UserError
+from overhaul.kinds import Kind
 from overhaul.learning import SharedLearning
 from overhaul.method import Fraction, Natural, NonNegative, Positive, Rate, Settings
 
@@ -15,9 +17,9 @@ if TYPE_CHECKING:
     from overhaul.learners.learner import Learner
     from overhaul.task_data import TaskData
 
-OutputTerm = Literal["none", "er", "der", "der++", "fdr", "lwf", "cpr"]
+OutputTerm = Literal["none", "er", "der", "der++", "fdr", "lwf", "cpr", "kl-replay"]
 WeightTerm = Literal["none", "l2", "ewc", "vcl"]
-OF_MEMORY = ("er", "der", "der++", "fdr")
+OF_MEMORY = ("er", "der", "der++", "fdr", "kl-replay")
 """Output terms whose reference is in the memory, which fdr fills when a task ends and the others as it is learnt."""
 
 
@@ -35,6 +37,10 @@ class Refreshing(Settings):
     fisher: Literal["diag", "none"] = Field("diag", description="Whether weights that matter are unlearnt less.")
 
 
+OF_TEXT = ("none", "er", "lwf", "kl-replay")
+"""Output terms of language models."""
+
+
 class Bregman(SharedLearning):
     """Learn tasks, held to the past by a divergence of outputs and one of weights: EWC, ER, DER++, LwF and others."""
 
@@ -42,10 +48,13 @@ class Bregman(SharedLearning):
         "Wang, Li, Shen, Huang: A Unified and General Framework for Continual Learning, ICLR 2024, arXiv:2403.13249"
     )
 
+    kinds: ClassVar[tuple[Kind, ...]] = (Kind.IMAGE_CLASSIFIER, Kind.CAUSAL_LM)
+
     output_term: OutputTerm = Field(
         "der++",
         description="What outputs are held to: labels (er), logits (der), both (der++) or probabilities (fdr) in the "
-        "memory, the model before the task (lwf), or the uniform distribution (cpr).",
+        "memory, the model before the task (lwf), or the uniform distribution (cpr). Of language models: er, lwf, and "
+        "the model before on text in the memory (kl-replay).",
     )
     alpha: NonNegative = Field(0.5, description="Weight of the output term; of der++ that of the logits.")
     label_weight: NonNegative = Field(0.5, description="Weight of the labels in der++.")
@@ -94,6 +103,30 @@ class Bregman(SharedLearning):
                 f"prior_std, and weight_decay 0, not {self.weight_decay:g}"
             )
         return self
+
+    def check(self, model: nn.Module, data: Any) -> None:
+        """Refuses terms that there are only of classifiers, or only of language models."""
+        from overhaul.kinds import is_classifier
+
+        super().check(model, data)
+        if is_classifier(model):
+            if self.output_term == "kl-replay":
+                raise UserError("--output-term kl-replay is of language models", hint="lwf, or fdr")
+            return
+        if self.output_term not in OF_TEXT:
+            raise UserError(
+                f"--output-term {self.output_term} is of classifiers: of a language model the logits of all words at "
+                "every place are too many to keep",
+                allowed=", ".join(OF_TEXT),
+            )
+        if self.weight_term == "vcl":
+            raise UserError("--weight-term vcl is of classifiers", allowed="none, l2, ewc")
+        informed = self.weight_term == "ewc" or (self.refresh.every and self.refresh.fisher == "diag")
+        if informed and self.fisher != "empirical":
+            raise UserError(
+                f"--fisher {self.fisher} runs over labels, and of a language model all words are labels",
+                hint="--fisher empirical",
+            )
 
     @property
     def remembers(self) -> bool:

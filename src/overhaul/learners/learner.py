@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from overhaul.errors import UserError
 from overhaul.interop.classifier import classes_of, head_of, set_classes
+from overhaul.learners.text import Losses
 from overhaul.objective import Objective, only
 from overhaul.optim.build import build
 from overhaul.progress import say
@@ -20,6 +21,7 @@ from overhaul.schedules import schedule
 from overhaul.stream import Stream
 from overhaul.task_data import SCORED_AT_ONCE, TaskData
 from overhaul.task_scores import logits_of
+from overhaul.text_task_data import TextTaskData
 from overhaul.train import Plan
 from overhaul.watch import InEvaluation
 
@@ -40,6 +42,11 @@ class Learner(ABC):
 
     def __init__(self, model: nn.Module, data: TaskData) -> None:
         self.model, self.data = model, data
+
+    def right(self, number: int, tasks: Sequence[int]) -> Tensor:
+        """`(N,)` bool: whether each of a task's held-out examples is answered rightly, among the classes of tasks."""
+        labels_N = torch.from_numpy(self.data.heldout[number].labels_N)
+        return self.answers(number, tasks).argmax(dim=1) == labels_N
 
     def begin(self, number: int) -> None:  # noqa: B027 - not every method has to
         """Makes room for a task before it is learnt."""
@@ -83,13 +90,19 @@ class SharedLearner(Learner):
     def __init__(self, method: SharedLearning, model: nn.Module, data: TaskData) -> None:
         super().__init__(model, data)
         self.shared = method
-        self.answers_beforehand = method.classifier == "whole"
+        self.losses = Losses(data) if isinstance(data, TextTaskData) else None
+        self.answers_beforehand = method.classifier == "whole" or self.losses is not None
         self.trained: frozenset[str] = frozenset()
         self._asked: dict[int, Tensor] = {}
 
     def begin(self, number: int) -> None:
         """Gives the head the rows that it needs; classes that it knows by name keep theirs."""
         self._asked.clear()
+        if self.losses is not None:
+            self.trained = frozenset(parameters_like(self.model, self.shared.train))
+            if number == 0:
+                self.losses.note(self.model, "before")
+            return
         sequence = self.data.sequence
         there = len(sequence.classes) if self.answers_beforehand else sequence.num_classes(number + 1)
         if classes_of(self.model) != (wanted := sequence.classes[:there]) and (gone := set_classes(self.model, wanted)):
@@ -104,6 +117,8 @@ class SharedLearner(Learner):
     def plan(self, number: int) -> Plan:
         """How the model learns a task: `objective`, `stream` and `optimizer` are the method's."""
         self._asked.clear()
+        if self.losses is not None:
+            self.losses.forget()
         self.prepare()
         self.free()
         method, objective = self.shared, self.objective(number)
@@ -116,7 +131,7 @@ class SharedLearner(Learner):
             watchers=(InEvaluation(self._still()),),
             finish=self.finish,
             steps=method.steps_of(self.data, number),
-            unit="images",
+            unit="images" if self.losses is None else "tokens",
         )
 
     def prepare(self) -> None:
@@ -148,6 +163,9 @@ class SharedLearner(Learner):
 
     def stream(self, number: int) -> Stream:
         """The batches of a task."""
+        data: Any = self.data
+        if isinstance(data, TextTaskData):
+            return data.batches(number, self.shared)
         return self.data.batches(number, batch_size=self.shared.batch_size)
 
     def optimizer(self, number: int, objective: Objective) -> torch.optim.Optimizer:
@@ -160,6 +178,18 @@ class SharedLearner(Learner):
         examples = self.data.train[number]
         places = np.random.default_rng((self.data.seed, number)).permutation(len(examples))[:count]
         return [examples.batch(places[at : at + SCORED_AT_ONCE]) for at in range(0, len(places), SCORED_AT_ONCE)]
+
+    def right(self, number: int, tasks: Sequence[int]) -> Tensor:
+        # A language model is not told the task, and chooses among all words.
+        return super().right(number, tasks) if self.losses is None else self.losses.said(self.model, number).right_N
+
+    def learnt(self, number: int) -> None:
+        if self.losses is not None:
+            self.losses.note(self.model, f"after {self.data.sequence.tasks[number].name}")
+
+    def end(self) -> None:
+        if self.losses is not None:
+            self.losses.tell()
 
     def answers(self, number: int, tasks: Sequence[int]) -> Tensor:
         if number not in self._asked:

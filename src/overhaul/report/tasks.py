@@ -77,14 +77,19 @@ class Learnt:
 
 COSTS: tuple[tuple[str, Callable[[TaskCost], float], Callable[[float | None], str]], ...] = (
     ("steps", lambda task: task.steps, lambda value: as_place(value or 0)),
-    ("images read", lambda task: task.images, lambda value: as_place(value or 0)),
+    ("read", lambda task: task.images, lambda value: as_place(value or 0)),
     ("time", lambda task: task.seconds, as_duration),
     ("trained parameters", lambda task: task.trained_parameters, as_count),
     ("kept from then on", lambda task: task.all_kept_bytes, as_size),
 )
 """Of each task: what it is called, where it stands, how it is written."""
-ADDED = ("steps", "images read", "time")
+ADDED = ("steps", "read", "time")
 """Costs whose sum over tasks means something."""
+
+
+def cost_name(name: str, record: TaskRecord) -> str:
+    """A cost's name; what was read is told by what it is."""
+    return f"{record.tasks[0].unit} read" if name == "read" and record.tasks else name
 
 
 def matrix_figure(matrix: AccuracyMatrix, kind: str, label: str = "") -> Figure:
@@ -167,7 +172,7 @@ def costs_note(record: TaskRecord) -> TableNote:
         (task.name, *(text(number(task)) for _, number, text in COSTS), _kept(task.kept_bytes)) for task in record.tasks
     ]
     totals = ("all", *(text(sum(map(number, record.tasks))) if name in ADDED else "" for name, number, text in COSTS))
-    columns = ("task", *(name for name, _, _ in COSTS), "of it")
+    columns = ("task", *(cost_name(name, record) for name, _, _ in COSTS), "of it")
     return TableNote(title="What each task took", columns=columns, rows=(*rows, (*totals, "")))
 
 
@@ -245,7 +250,8 @@ def cost_notes(methods: Sequence[Learnt]) -> list[TableNote]:
         ]
         if name in ADDED:
             rows.append(("all", *(text(sum(costs)) for costs in columns)))
-        title = f"{name[0].upper()}{name[1:]}"
+        called = cost_name(name, methods[0].runs[0])
+        title = f"{called[0].upper()}{called[1:]}"
         notes.append(TableNote(title=title, columns=("task", *(one.label for one in methods)), rows=tuple(rows)))
     return notes
 
