@@ -23,7 +23,7 @@ from overhaul.task_data import SCORED_AT_ONCE, TaskData
 from overhaul.task_scores import logits_of
 from overhaul.text_task_data import TextTaskData
 from overhaul.train import Plan
-from overhaul.watch import InEvaluation
+from overhaul.watch import InEvaluation, KeepZeros
 
 if TYPE_CHECKING:
     from overhaul.learning import SharedLearning
@@ -128,7 +128,7 @@ class SharedLearner(Learner):
             stream=self.stream(number),
             optimizer=self.optimizer(number, objective),
             schedule=schedule(method.schedule, method.warmup),
-            watchers=(InEvaluation(self._still()),),
+            watchers=(InEvaluation(self._still()), KeepZeros()),
             finish=self.finish,
             steps=method.steps_of(self.data, number),
             unit="images" if self.losses is None else "tokens",

@@ -149,6 +149,24 @@ def test_a_memory_holds_the_first_text(tiny: Path, texts: tuple[Path, Path], tmp
     assert task_record.read(tmp_path / "er").tasks[-1].kept_bytes["memory"] == 32 * 32 * 8 * 2
 
 
+def test_a_pruned_model_keeps_its_zeros_and_what_it_learnt_is_pruned(
+    tiny: Path, texts: tuple[Path, Path], tmp_path: Path
+):
+    pruned = overhaul("prune", "magnitude", tiny, "-o", tmp_path / "pruned", "--sparsity", "0.5", "--evaluate", "none")
+    assert pruned.code == 0, pruned.err
+    zeros = {name: tensor == 0 for name, tensor in load_file(tmp_path / "pruned" / "model.safetensors").items()}
+    found = learnt(tmp_path / "pruned", texts, tmp_path / "out", "--output-term", "er", "--memory", "8", "--steps", "3")
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert int(zeros[name].sum()) > 0.4 * zeros[name].numel()
+    assert all((found[other][zeros[other]] == 0).all() for other in zeros if "_proj" in other)
+    how = ("--sparsity", "0.6", "--data", "sample", "--samples", "4", "--seq-len", "32", "--evaluate", "none")
+    again = overhaul("prune", "wanda", tmp_path / "out", "-o", tmp_path / "again", *how)
+    assert again.code == 0, again.err
+    chain = json.loads((tmp_path / "again" / "overhaul.json").read_text())["lineage"]
+    assert [step["verb"] for step in chain] == ["prune", "learn", "prune"]
+
+
 def test_what_there_is_only_of_classifiers_is_refused(tiny: Path, texts: tuple[Path, Path], tmp_path: Path):
     def tried(*flags: object) -> Any:
         return overhaul("learn", "bregman", tiny, "-o", tmp_path / "out", *flags)
