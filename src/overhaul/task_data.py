@@ -138,18 +138,21 @@ class TaskData:
     def _seen(self, images_NHWC: NDArray[np.uint8], labels_N: NDArray[np.int64]) -> Examples:
         return Examples(sized(images_NHWC, self.processor, self.channels), labels_N, self.processor)
 
-    def batches(self, number: int, *, batch_size: int, own_labels: bool = False) -> ShuffledBatches:
+    def batches(
+        self, number: int, *, batch_size: int, own_labels: bool = False, seed: int | None = None
+    ) -> ShuffledBatches:
         """The training batches of a task, counted from 0.
 
         Args:
             number: of the task.
             batch_size: examples of a batch.
             own_labels: whether labels are places among the task's own classes, not among those of the sequence.
+            seed: of the orders; None: one by the task's place in the sequence.
         """
         name = self.sequence.tasks[number].name
         key = hashlib.sha256(f"{self.sequence.fingerprint}\n{number}".encode()).hexdigest()
         # Each task has orders of its own, whatever came before it.
-        seed = self.seed * len(self.sequence.tasks) + number
+        seed = seed if seed is not None else self.seed * len(self.sequence.tasks) + number
         examples = self.train[number]
         if own_labels:
             classes = np.array(self.sequence.tasks[number].classes)

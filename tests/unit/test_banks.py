@@ -179,6 +179,27 @@ def test_a_further_task_adds_a_file_and_changes_none(learnt: tuple[Path, Path, P
         assert one.read_bytes() == other.read_bytes()
 
 
+def test_a_task_has_the_same_bank_wherever_in_the_order_it_stands(learnt: tuple[Path, Path, Path], tmp_path: Path):
+    model, bars, _ = learnt
+    flags = ("--tasks", bars, "--epochs", "1", "--batch-size", "8", "--dtype", "fp32", "--evaluate", "none")
+    found = {}
+    for name, variants in (("one", ("invert", "plain")), ("other", ("plain", "rotate=90", "invert"))):
+        done = overhaul("learn", "clr", model, "-o", tmp_path / name, *flags, "--variants", *variants)
+        assert done.code == 0, done.err
+        found[name] = {task: load_file(banks.files(tmp_path / name)[place]) for place, task in enumerate(variants)}
+    done = overhaul("learn", "clr", tmp_path / "one", "-o", tmp_path / "more", *flags, "--variants", "rotate=90")
+    assert done.code == 0, done.err
+    found["one"]["rotate=90"] = load_file(banks.files(tmp_path / "more")[2])
+
+    for task, tensors in found["one"].items():
+        assert all(torch.equal(tensor, found["other"][task][name]) for name, tensor in tensors.items()), task
+    assert not torch.equal(*(found["one"][task]["classifier.1.weight"] for task in ("plain", "invert")))
+    done = overhaul("learn", "clr", model, "-o", tmp_path / "seed", *flags, "--variants", "invert", "--seed", "1")
+    assert done.code == 0, done.err
+    other = load_file(banks.files(tmp_path / "seed")[0])
+    assert not torch.equal(other["classifier.1.weight"], found["one"]["invert"]["classifier.1.weight"])
+
+
 def test_banks_on_disk_say_what_they_said_in_training(learnt: tuple[Path, Path, Path]):
     model, _, out = learnt
     banked = Banked(artifact.load(out, kinds=(Kind.IMAGE_CLASSIFIER,)).model, Reprogramming())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -51,8 +52,15 @@ class BankLearner(Learner):
         self._doubts: dict[tuple[int, int], Tensor] = {}
 
     def begin(self, number: int) -> None:
+        """Puts new tensors in; what is drawn at random until the next task begins is the task's own."""
         sequence = self.data.sequence
+        torch.manual_seed(self._seed(number))
         self.banked.begin([sequence.classes[place] for place in sequence.tasks[number].classes])
+
+    def _seed(self, number: int) -> int:
+        """By the run's seed and the task's name, so that a task's bank is the same wherever in an order it stands."""
+        told = f"{self.data.seed}\n{self.data.sequence.tasks[number].name}"
+        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:4], "big")
 
     def plan(self, number: int) -> Plan:
         """Cross-entropy among the task's own classes, on what is its own."""
@@ -66,7 +74,7 @@ class BankLearner(Learner):
         return Plan(
             model=self.model,
             objective=objective,
-            stream=self.data.batches(number, batch_size=method.batch_size, own_labels=True),
+            stream=self.data.batches(number, batch_size=method.batch_size, own_labels=True, seed=self._seed(number)),
             optimizer=build(method, trained, model=self.model),
             schedule=schedule(method.schedule, method.warmup),
             watchers=(InEvaluation(self._frozen_statistics()),),
