@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import (
+    banks,
     distill,
     half,
     int8,
@@ -42,6 +43,7 @@ BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "distill-step": distill.step,
     "int8": int8.int8,
     "learn": learning.tasks,
+    "banks": banks.banks,
     "spectra": spectra.spectra,
     "stream": stream.stream,
     "wanda": pruning.wanda,
