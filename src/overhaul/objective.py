@@ -247,12 +247,15 @@ class ClassCrossEntropy(Term):
         classes: those that compete, by their place among the logits; None for all. A label that is not among them is
             an error of the caller.
         passes: of each micro-batch, over which it is averaged: for models that draw their weights anew in each.
+        smoothing: share of each label that is spread over all classes (Szegedy et al., 2016); with it none may be left
+            out.
     """
 
     name = "cross_entropy"
 
-    def __init__(self, classes: Tensor | None = None, *, passes: int = 1) -> None:
-        self.classes, self.passes = classes, passes
+    def __init__(self, classes: Tensor | None = None, *, passes: int = 1, smoothing: float = 0.0) -> None:
+        assert classes is None or not smoothing, "what is spread would be lost on classes that do not compete"
+        self.classes, self.passes, self.smoothing = classes, passes, smoothing
 
     def total(self, forward: Forward, batch: Batch) -> Tensor:
         total = self._of(forward, batch)
@@ -264,7 +267,8 @@ class ClassCrossEntropy(Term):
         logits_BC = forward.classified().logits
         if self.classes is not None:
             logits_BC = only(logits_BC, self.classes)
-        return cross_entropy(logits_BC.float(), batch["labels"], reduction="sum")
+        how = {"reduction": "sum", "label_smoothing": self.smoothing}
+        return cross_entropy(logits_BC.float(), batch["labels"], **how)
 
     def count(self, batch: Batch) -> int:
         return len(batch["labels"])

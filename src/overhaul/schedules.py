@@ -77,11 +77,16 @@ def _inverse_sqrt(share: float) -> float:
 
 
 def schedule(
-    name: Literal["linear", "cosine", "constant", "thirds"], warmup: float, floor: float = 0.0, *, start: float = 0.0
+    name: Literal["linear", "cosine", "constant", "thirds", "restarts"],
+    warmup: float,
+    floor: float = 0.0,
+    *,
+    start: float = 0.0,
 ) -> Schedule:
     """A linear warm-up over the first `warmup` share of the run, then linear or cosine decay to `floor`, or none.
 
-    `thirds` is the one with jumps: in each third of the run a tenth of the rate of the third before.
+    Two have jumps: `thirds` has in each third of the run a tenth of the rate of the third before, and `restarts` is a
+    cosine decay in each half (SGDR, Loshchilov and Hutter, 2017).
 
     Args:
         name: what follows the warm-up.
@@ -92,6 +97,9 @@ def schedule(
     if name == "thirds":
         rising = schedule("constant", warmup, start=start)
         return lambda share: rising(share) * 0.1 ** min(int(3 * share), 2)
+    if name == "restarts":
+        rising, falling = schedule("constant", warmup, start=start), schedule("cosine", 0.0, floor)
+        return lambda share: rising(share) * falling(2 * share % 1 if share < 1 else 1.0)
     after = Piece(1.0, 1.0) if name == "constant" else Piece(1.0, floor, name)
     return chain((Piece(warmup, 1.0), after), start=start if warmup else 1.0)
 

@@ -11,7 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from overhaul.objective import Balanced, Batch, CrossEntropy, Forward, Mean, Objective, Term, weighted_mean
+from images import write_cnn
+from overhaul import artifact
+from overhaul.kinds import Kind
+from overhaul.objective import (
+    Balanced,
+    Batch,
+    ClassCrossEntropy,
+    CrossEntropy,
+    Forward,
+    Mean,
+    Objective,
+    Term,
+    weighted_mean,
+)
 
 
 class Entries(Term):
@@ -144,3 +157,15 @@ def test_states_between_the_blocks_come_from_the_same_pass(model: Any, batch: di
 def _positions(model: Any, hidden_BTD: Tensor) -> dict[str, Any]:
     places_1T = torch.arange(hidden_BTD.shape[1])[None]
     return {"position_embeddings": model.model.rotary_emb(hidden_BTD, position_ids=places_1T)}
+
+
+def test_smoothed_labels_are_a_mixture_with_all_classes(tmp_path: Path):
+    """Each class has a share of the label's weight: the loss is that of the label, mixed with the mean over classes."""
+    model = artifact.load(write_cnn(tmp_path, classes=5), kinds=(Kind.IMAGE_CLASSIFIER,)).model
+    batch = {"pixel_values": torch.randn(6, 1, 8, 8), "labels": torch.arange(6) % 5}
+    log_p = Forward(model, batch).classified().logits.log_softmax(dim=1)
+    of_label, of_all = -log_p[torch.arange(6), batch["labels"]], -log_p.mean(dim=1)
+
+    made = ClassCrossEntropy(smoothing=0.2).total(Forward(model, batch), batch)
+
+    assert torch.allclose(made, (0.8 * of_label + 0.2 * of_all).sum())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from transformers import optimization
 
 from overhaul.schedules import Piece, Schedule, annealing, chain, infinite, schedule, warmup_stable_decay
@@ -161,3 +162,17 @@ def test_parts_that_fill_the_run():
 def test_parts_that_are_longer_than_the_run(make: Callable[[], Schedule]):
     with pytest.raises(ValueError, match="a piece of the schedule ends at"):
         make()
+
+
+def test_restarts_are_those_of_torch():
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    theirs = CosineAnnealingWarmRestarts(torch.optim.SGD([parameter], lr=1.0), T_0=50, eta_min=0.1)
+    factors = []
+    for _ in range(100):
+        factors.append(theirs.get_last_lr()[0])
+        theirs.optimizer.step()
+        theirs.step()
+
+    ours = schedule("restarts", 0.0, 0.1)
+    assert [ours(step / 100) for step in range(100)] == pytest.approx(factors)
+    assert ours(1.0) == pytest.approx(0.1)
