@@ -13,7 +13,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,13 @@ class Bank:
         name: of the task.
         classes: names of its classes, in the order of its head's rows.
         tensors: by the dotted names that they have in the model with its sockets.
+        parent: the task whose bank it began as; None for the frozen model.
     """
 
     name: str
     classes: tuple[str, ...]
     tensors: Mapping[str, Tensor]
+    parent: str | None = None
 
     @property
     def num_values(self) -> int:
@@ -109,27 +111,42 @@ class Banked:
     """
 
     def __init__(self, model: nn.Module, sockets: Sockets) -> None:
-        self.fingerprint = fingerprint(model)
         self.model, self.sockets = model, sockets
         self.banks: list[Bank] = []
-        self._head = head_of(model)[0]
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Takes the model, which has no sockets, for the frozen one as it is now, and puts them in.
+
+        Raises:
+            UserError: the model has no place for them.
+        """
+        model, sockets = self.model, self.sockets
+        self.fingerprint, self._head = fingerprint(model), head_of(model)[0]
         sockets.fit(model)
         head = [f"{self._head}.{name}" for name, _ in model.get_submodule(self._head).named_parameters()]
         self._places = {name: _tensor(model, name) for name in (*sockets.names(model), *head)}
-        self._base = self._taken("", classes_of(model))
+        self._base, self._parent = self._taken("", classes_of(model)), None
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained of a task."""
         return [place for place in self._places.values() if isinstance(place, nn.Parameter)]
 
-    def begin(self, classes: Sequence[str]) -> None:
-        """Makes the model ready for a new task: as it was frozen, with new tensors in the sockets and a new head."""
-        self._put(self._base)
+    def begin(self, classes: Sequence[str], parent: int | None = None) -> None:
+        """Makes the model ready for a new task, with new tensors in the sockets and a new head.
+
+        Args:
+            classes: of the task.
+            parent: the place of the bank that it begins as; None for the frozen model.
+        """
+        source = self._base if parent is None else self.banks[parent]
+        self._put(source)
         old: Any = self.model.get_submodule(self._head)
         made = nn.Linear(old.in_features, len(classes), bias=old.bias is not None).to(old.weight)
         head = {f"{self._head}.{name}": tensor.data for name, tensor in made.named_parameters()}
-        tensors = {name: tensor.clone() for name, tensor in self._base.tensors.items()}
+        tensors = {name: tensor.clone() for name, tensor in source.tensors.items()}
         self._put(Bank("", tuple(classes), tensors | self.sockets.begin(self.model) | head))
+        self._parent = None if parent is None else source.name
 
     def keep(self, name: str) -> Bank:
         """Adds what is in the sockets as the bank of a task.
@@ -137,7 +154,7 @@ class Banked:
         Args:
             name: of the task; no other bank has it.
         """
-        self.banks.append(bank := self._taken(name, classes_of(self.model)))
+        self.banks.append(bank := replace(self._taken(name, classes_of(self.model)), parent=self._parent))
         return bank
 
     def use(self, place: int) -> None:
@@ -192,12 +209,21 @@ class Banked:
     def _taken(self, name: str, classes: tuple[str, ...]) -> Bank:
         return Bank(name, classes, {at: place.detach().clone() for at, place in self._places.items()})
 
+    def merge(self) -> nn.Module:
+        """The model of the task in use as a plain one: the bank goes into the weights, in place, and is no longer one.
+
+        Raises:
+            UserError: banks of this method have no such form.
+        """
+        self.sockets.merge(self.model)
+        return self.model
+
     def note(self) -> None:
         """Leaves all banks to be written beside the weights."""
         for place, bank in enumerate(self.banks):
             told = {
                 "method": self.sockets.method, "settings": self.sockets.settings(), "base": self.fingerprint,
-                "task": bank.name, "classes": bank.classes,
+                "task": bank.name, "classes": bank.classes, "parent": bank.parent,
             }  # fmt: skip
             # One entry: several would be written in an order that changes from run to run.
             metadata = {_KEY: json.dumps(told, sort_keys=True)}
@@ -218,12 +244,24 @@ class Banked:
                 raise UserError(f"{path} lacks the tensor {missing[0]}", hint="a sound copy of the directory")
             device = next(self.model.parameters()).device
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-            self.banks.append(Bank(told["task"], tuple(told["classes"]), tensors))
+            self.banks.append(Bank(told["task"], tuple(told["classes"]), tensors, told.get("parent")))
 
 
 def files(directory: Path) -> list[Path]:
     """The files of a directory's banks, the first task's first."""
     return sorted((directory / FOLDER).glob("*.safetensors"))
+
+
+def made_with(directory: Path) -> tuple[str, dict[str, Any]]:
+    """The method of a directory's banks, and what its settings must be for it to read them.
+
+    Raises:
+        UserError: there are none, or the first one is damaged.
+    """
+    if not (there := files(directory)):
+        raise UserError(f"{directory} has no banks", allowed="what learn clr or learn contracon wrote")
+    told = _read(there[0])[0]
+    return told["method"], told["settings"]
 
 
 def tasks_of(directory: Path) -> list[str]:

@@ -10,10 +10,7 @@ from overhaul.banking import BankLearning
 from overhaul.method import BatchSize, NonNegative, PeakRate, Positive
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from overhaul.learners.learner import Learner
-    from overhaul.task_data import TaskData
+    from overhaul.banks import Sockets
 
 
 class Clr(BankLearning):
@@ -49,9 +46,7 @@ class Clr(BankLearning):
             raise ValueError(f"kernel {self.kernel} has no middle; use {self.kernel - 1} or {self.kernel + 1}")
         return self
 
-    def learner(self, model: nn.Module, data: TaskData) -> Learner:
-        from overhaul.learners.banked import BankLearner
+    def sockets(self) -> Sockets:
         from overhaul.learners.reprogramming import Reprogramming
 
-        sockets = Reprogramming(behind=self.behind, form=self.form, kernel=self.kernel, norms=self.norms)
-        return BankLearner(self, model, data, sockets)
+        return Reprogramming(behind=self.behind, form=self.form, kernel=self.kernel, norms=self.norms)
