@@ -208,6 +208,13 @@ ENTRIES = (
         10,
     ),
     Entry(
+        "learn",
+        "contracon",
+        "learn.contracon:ConTraCon",
+        "Learn each task with small kernels over a frozen transformer's attention weights and norms of its own.",
+        42,
+    ),
+    Entry(
         "measure",
         "perplexity",
         "measure.perplexity:MeasurePerplexity",

@@ -33,6 +33,7 @@ COMMANDS = {
     "sweep": "Run a recipe under many settings, on a smaller model, and rank them.",
     "compare": "Compare model directories: quality, size, speed, what changed where.",
     "learn report": "Runs of tasks side by side: accuracies, what was forgotten, what each task took.",
+    "learn export": "One task of a model with banks, as a model of its own.",
     "blank": "An image classifier with random weights, for images of your size.",
     "bundle": "Keep of an adapter's data what moves the adapter to another model later.",
     "show": "Facts and lineage of a model directory.",

@@ -1,4 +1,4 @@
-"""The commands that are no methods: run, sweep, compare, learn report, bundle, show, generate, list, schema, doctor.
+"""The commands that are no methods: run, sweep, compare, learn report, bundle, show, generate, list and others.
 
 Those about text stand in `data_commands`.
 """
@@ -214,6 +214,25 @@ def learn_report_command(arguments: list[str]) -> None:
         return
     print("\n".join(lines(methods)))
     print(f"\nwritten: {shlex.quote(str(given.out))}")
+
+
+def learn_export_command(arguments: list[str]) -> None:
+    """`overhaul learn export DIR --task NAME -o OUT`."""
+
+    @dataclass
+    class LearnExport:
+        model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Model directory with banks.", metavar="DIR")]
+        task: Annotated[str, tyro.conf.arg(help="Whose bank goes into the weights.")]
+        out: Annotated[Path, tyro.conf.arg(aliases=["-o"], help="New directory.")]
+
+    about = "One task of a model with banks as a model of its own, which plain transformers reads."
+    given = parse(LearnExport, arguments, prog="overhaul learn export", description=about)
+    quiet_libraries()
+    from overhaul.learn_export import export
+
+    classes = export(given.model, given.task, given.out)
+    told = ", ".join(classes[:5]) + (" and others" if len(classes) > 5 else "")
+    print(f"{given.task}: {len(classes)} classes, {told}\n\nwritten: {shlex.quote(str(given.out))}")
 
 
 def blank_command(arguments: list[str]) -> None:

@@ -31,6 +31,7 @@ EXTRA: dict[str, list[str]] = {
     "bregman": ["--split", "2", "--output-term", "lwf", "--weight-term", "ewc"],
     "rehearsal-free": ["--split", "2", "--weight-term", "ewc", "--features", "0.1"],
     "clr": ["--variants", "plain", "invert"],
+    "contracon": ["--variants", "plain", "invert", "--views", "1", "--parent", "most_similar"],
     "minitron": ["--layers", "1", "--hidden", "48", "--ffn", "64", "--kv-groups", "1", "--heads", "2"],
 }
 NEEDS_A_PRUNED_PARENT = {"perp"}
