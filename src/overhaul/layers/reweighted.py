@@ -22,7 +22,7 @@ class _Convolved(torch.autograd.Function):
         ctx.save_for_backward(slices_HOI)
         ctx.half, ctx.dilation = kernel_HKK.shape[-1] // 2, dilation
         pairs = zip(slices_HOI, kernel_HKK, strict=True)
-        how = {"padding": dilation * ctx.half, "dilation": dilation}
+        how: Any = {"padding": dilation * ctx.half, "dilation": dilation}
         return torch.stack([F.conv2d(one[None, None], kernel[None, None], **how)[0, 0] for one, kernel in pairs])
 
     @staticmethod

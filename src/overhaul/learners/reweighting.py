@@ -53,9 +53,10 @@ class Reweighting(Sockets):
             return
         made: dict[str, Reweighted] = {}
         for name, heads in projections(model).items():
+            linear: Any = model.get_submodule(name)
             how: Any = {"heads": heads, "kernel": self.kernel, "dilation": self.dilation, "form": self.form}
             try:
-                made[name] = Reweighted(model.get_submodule(name), **how)
+                made[name] = Reweighted(linear, **how)
             except ValueError as error:
                 raise UserError(f"{name}: {error}", hint="another --kernel or --dilation") from error
         # Not before all are made: a model that is refused is left as it was.
