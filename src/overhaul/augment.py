@@ -40,7 +40,7 @@ class Policy:
 
 
 POLICIES: dict[str, Policy] = {
-    "noise": Policy(noise=0.1),
+    "noise": Policy(noise=0.05),
     "grey": Policy(shift=0.07, turn=10, brightness=0.2, contrast=0.2, noise=0.05),
     "colour": Policy(shift=0.1, turn=15, flip=True, brightness=0.3, contrast=0.3, saturation=0.3),
 }
