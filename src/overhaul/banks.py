@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -225,10 +225,7 @@ class Banked:
                 "method": self.sockets.method, "settings": self.sockets.settings(), "base": self.fingerprint,
                 "task": bank.name, "classes": bank.classes, "parent": bank.parent,
             }  # fmt: skip
-            # One entry: several would be written in an order that changes from run to run.
-            metadata = {_KEY: json.dumps(told, sort_keys=True)}
-            tensors = {name: tensor.contiguous() for name, tensor in bank.tensors.items()}
-            journal.note_tensors(f"{FOLDER}/{place:03d}.safetensors", tensors, metadata)
+            note_file(place, told, bank.tensors)
 
     def read(self, directory: Path) -> None:
         """Takes over the banks of a directory, in the order in which they were learnt; those of none are none.
@@ -236,15 +233,57 @@ class Banked:
         Raises:
             UserError: a file is damaged, or its bank is of another model, another method or other settings.
         """
-        for path in files(directory):
-            told, tensors = _read(path)
-            own = {"base": self.fingerprint, "method": self.sockets.method, "settings": self.sockets.settings()}
-            _refuse_others(path, told, json.loads(json.dumps(own)))
+        own = {"base": self.fingerprint, "method": self.sockets.method, "settings": self.sockets.settings()}
+        for told, tensors in read_files(directory, own):
             if missing := [name for name in self._places if name not in tensors]:
-                raise UserError(f"{path} lacks the tensor {missing[0]}", hint="a sound copy of the directory")
+                raise UserError(
+                    f"the bank of {told['task']} in {directory} lacks the tensor {missing[0]}",
+                    hint="a sound copy of the directory",
+                )
             device = next(self.model.parameters()).device
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
             self.banks.append(Bank(told["task"], tuple(told["classes"]), tensors, told.get("parent")))
+
+
+def note_file(place: int, told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Leaves the bank of one task to be written beside the weights.
+
+    Args:
+        place: of the task in the order in which they are learnt, from 0.
+        told: what is not a tensor; `base`, `method`, `settings` and `task` are among it.
+        tensors: of the task.
+    """
+    # One entry: several would be written in an order that changes from run to run.
+    metadata = {_KEY: json.dumps(told, sort_keys=True)}
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    journal.note_tensors(f"{FOLDER}/{place:03d}.safetensors", kept, metadata)
+
+
+def read_files(directory: Path, own: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """What is told of each bank of a directory, and its tensors, the first task's first.
+
+    Args:
+        directory: one without banks has none.
+        own: the `base`, `method` and `settings` that they must have.
+
+    Raises:
+        UserError: a file is damaged, or its bank is of another model, another method or other settings.
+    """
+    for path in files(directory):
+        told, tensors = _read(path)
+        _refuse_others(path, told, json.loads(json.dumps(own)))
+        yield told, tensors
+
+
+def first(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is told of a directory's first bank, and its tensors.
+
+    Raises:
+        UserError: there are none, or it is damaged.
+    """
+    if not (there := files(directory)):
+        raise UserError(f"{directory} has no banks", allowed="a directory that learn wrote, with banks of tasks")
+    return _read(there[0])
 
 
 def files(directory: Path) -> list[Path]:
@@ -258,9 +297,7 @@ def made_with(directory: Path) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: there are none, or the first one is damaged.
     """
-    if not (there := files(directory)):
-        raise UserError(f"{directory} has no banks", allowed="what learn clr or learn contracon wrote")
-    told = _read(there[0])[0]
+    told, _ = first(directory)
     return told["method"], told["settings"]
 
 

@@ -209,6 +209,13 @@ ENTRIES = (
     ),
     Entry(
         "learn",
+        "slm",
+        "learn.slm:Slm",
+        "Learn each text as increments beside a frozen language model; what a question is like decides which are used.",
+        38,
+    ),
+    Entry(
+        "learn",
         "contracon",
         "learn.contracon:ConTraCon",
         "Learn each task with small kernels over a frozen transformer's attention weights and norms of its own.",

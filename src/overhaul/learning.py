@@ -168,7 +168,8 @@ class Learning(Training):
             if number == 0 and learner.answers_beforehand:
                 scores.take(learner.right, 0)
             done: list[History] = []
-            yield replace(learner.plan(number), told=done.append)
+            for plan in learner.plans(number):
+                yield replace(plan, told=done.append)
             began = time.perf_counter()
             learner.learnt(number)
             noted = time.perf_counter() - began

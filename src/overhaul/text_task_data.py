@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -119,12 +119,19 @@ class TextTaskData:
         return len(self.heldout[number])
 
     @torch.no_grad()
-    def said(self, model: nn.Module, number: int) -> Said:
-        """What a model says of a task's held-out text; the model is left in evaluation mode."""
+    def said(self, model: nn.Module, number: int, before: Callable[[int], None] = lambda _: None) -> Said:
+        """What a model says of a task's held-out text; the model is left in evaluation mode.
+
+        Args:
+            model: a causal language model.
+            number: of the task, from 0.
+            before: called with the number of each example before the model reads it.
+        """
         device = next(model.parameters()).device
         model.eval()
         right, nll = [], []
-        for one in self.heldout[number]:
+        for place, one in enumerate(self.heldout[number]):
+            before(place)
             window = {name: tensor[None].to(device) for name, tensor in padded(one, len(one.ids)).items()}
             labels_N = window["labels"][0, 1:]
             with machine.autocast(device, self.dtype):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +54,10 @@ class Learner(ABC):
     @abstractmethod
     def plan(self, number: int) -> Plan:
         """How the model learns a task; there is room for it by then."""
+
+    def plans(self, number: int) -> Iterator[Plan]:
+        """All that is trained of a task, one after the other: `plan` for most."""
+        yield self.plan(number)
 
     @abstractmethod
     def learnt(self, number: int) -> None:
