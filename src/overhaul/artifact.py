@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from overhaul import disk, models, packed, pretrained
+from overhaul import disk, library, models, packed, pretrained
 from overhaul.errors import UserError
 from overhaul.kinds import Kind, class_of, kind_of, kind_of_model, processor_of
 from overhaul.layers import Packed, merge_all, swap
@@ -90,6 +90,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     kinds: Sequence[Kind] = LANGUAGE,
+    with_library: bool = False,
 ) -> Artifact:
     """Reads a named model, a transformers or PEFT directory, or a hub name.
 
@@ -98,6 +99,7 @@ def load(
         dtype: of the weights in memory; None keeps that on disk.
         device: where to put the model.
         kinds: the kinds of model that are asked for.
+        with_library: whether a directory's library of increments answers too, by what a text is like.
 
     Raises:
         UserError: no such model, no config, one of another kind, a damaged file, a format of quantized weights that is
@@ -129,8 +131,11 @@ def load(
 
         read_adapter(model, adapter, packed=bool(packing))
         model.eval()
+    model = model.to(device)
+    if with_library and library.is_there(path):
+        library.attached(model, path)
     return Artifact(
-        model=model.to(device),
+        model=model,
         processor=processor,
         path=path,
         name=str(ref),

@@ -325,7 +325,7 @@ def generate_command(arguments: list[str]) -> None:
     quiet_libraries()
     from overhaul import artifact, evaluate, machine
 
-    made = artifact.load(given.model)
+    made = artifact.load(given.model, with_library=True)
     if given.chat and not made.processor.chat_template:
         raise UserError(f"{given.model} has no chat template", hint="without --chat")
     device = next(made.model.parameters()).device

@@ -444,7 +444,7 @@ def measure(method: Measure, models: Sequence[str], options: Options) -> Table:
     corpus = open_data(options) if method.needs_corpus else NO_CORPUS
     table = Table(())
     for name in models:
-        made = artifacts.load(name, device=device, dtype=machine.weights_dtype(dtype))
+        made = artifacts.load(name, device=device, dtype=machine.weights_dtype(dtype), with_library=True)
         table += method.measure(made.model, Data(corpus, made.processor, options.seed, name, dtype))
     return table
 

@@ -7,9 +7,31 @@ from typing import Any
 
 from overhaul import artifact as artifacts
 from overhaul import banks, catalog
+from overhaul.artifact import Artifact
 from overhaul.banks import Banked
 from overhaul.kinds import Kind
 from overhaul.task_record import TASKS
+
+
+def opened(model: str) -> Banked:
+    """A model with its banks, one of which is put to use by `banked.use(banked.find(TASK))`.
+
+    Args:
+        model: a directory with banks of `learn clr` or `learn contracon`.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    return _opened(model)[1]
+
+
+def _opened(model: str) -> tuple[Artifact, Banked]:
+    made = artifacts.load(model, kinds=(Kind.IMAGE_CLASSIFIER,))
+    name, settings = banks.made_with(made.path)
+    method: Any = catalog.find("learn", name).load()(**settings)
+    banked = Banked(made.model, method.sockets())
+    banked.read(made.path)
+    return made, banked
 
 
 def export(model: str, task: str, out: Path) -> tuple[str, ...]:
@@ -26,12 +48,8 @@ def export(model: str, task: str, out: Path) -> tuple[str, ...]:
     Raises:
         UserError: there are no banks, none of that task, or they have no such form, as those of learn clr.
     """
-    made = artifacts.load(model, kinds=(Kind.IMAGE_CLASSIFIER,))
+    made, banked = _opened(model)
     artifacts.check_out(out, parent=made.path)
-    name, settings = banks.made_with(made.path)
-    method: Any = catalog.find("learn", name).load()(**settings)
-    banked = Banked(made.model, method.sockets())
-    banked.read(made.path)
     banked.use(place := banked.find(task))
     banked.merge()
     with artifacts.stage(out) as directory:

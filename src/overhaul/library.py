@@ -208,6 +208,11 @@ def outputs_of(model: nn.Module) -> list[str]:
     return found
 
 
+def is_there(directory: Path) -> bool:
+    """Whether a directory has a library."""
+    return bool(banks.files(directory)) and banks.first(directory)[0]["method"] == METHOD
+
+
 def attached(model: nn.Module, directory: Path) -> nn.Module:
     """The model with the library of its directory, which answers each text by what it is like.
 

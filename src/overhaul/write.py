@@ -13,12 +13,13 @@ import yaml
 from safetensors.torch import save_file
 
 from overhaul import artifact as artifacts
-from overhaul import catalog, checkpoint, models, packed, pretrained, recipe
+from overhaul import banks, catalog, checkpoint, models, packed, pretrained, recipe
 from overhaul.artifact import Artifact
 from overhaul.journal import Notes, TableNote
 from overhaul.judge import Judge
+from overhaul.kinds import Kind
 from overhaul.lineage import LineageStep, nested_fields
-from overhaul.report.card import CardData, Relation, image_snippet, model_card, overhaul_snippet
+from overhaul.report.card import CardData, Relation, banked_snippet, image_snippet, model_card, overhaul_snippet
 from overhaul.report.facts import HELDOUT, LOSS_ON, Facts, Report, curves_of_history
 from overhaul.report.figures import curves_png
 from overhaul.report.html import html_report
@@ -92,7 +93,13 @@ def write_directory(
             (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
             curves_png(report.curves, directory / "curves.png")
         (directory / "README.md").write_text(
-            card(made, report, out, adapter=(directory / "adapter_config.json").exists())
+            card(
+                made,
+                report,
+                out,
+                adapter=(directory / "adapter_config.json").exists(),
+                tasks=banks.tasks_of(directory),
+            )
         )
     return facts
 
@@ -185,8 +192,16 @@ def replay(lineage: Sequence[LineageStep], out: Path) -> str:
     return recipe.to_yaml(base, steps, out=f"{out.name}-again")
 
 
-def card(made: Artifact, report: Report, out: Path, *, adapter: bool) -> str:
-    """The model card of the result."""
+def card(made: Artifact, report: Report, out: Path, *, adapter: bool, tasks: Sequence[str] = ()) -> str:
+    """The model card of the result.
+
+    Args:
+        made: the result.
+        report: about it.
+        out: where it is written to.
+        adapter: whether it is one.
+        tasks: those of its banks.
+    """
     base = made.lineage[0].parents[0].path
     named = pretrained.NAMED.get(base)
     read = (data for step in made.lineage for data in (step.data, *step.beside) if data)
@@ -201,14 +216,17 @@ def card(made: Artifact, report: Report, out: Path, *, adapter: bool) -> str:
         relation=relation,
         datasets=[CardData(name=data.name, license=data.licence or "unknown") for data in used.values()],
         citations=[method.paper for method in methods if method.paper],
-        use_snippet=_snippet(made, out.name),
+        use_snippet=_snippet(made, out.name, tasks),
     )
 
 
-def _snippet(made: Artifact, name: str) -> str:
+def _snippet(made: Artifact, name: str, tasks: Sequence[str]) -> str:
     """Python that uses the model where its card's own is not enough."""
     if not _is_stock(made):
         return overhaul_snippet(name)
+    if tasks:
+        by_likeness = made.kind is Kind.CAUSAL_LM
+        return overhaul_snippet(name, with_library=True) if by_likeness else banked_snippet(name, tasks[-1])
     return image_snippet(name, own_code=True) if models.is_own(made.model) else ""
 
 

@@ -18,6 +18,7 @@ from command import Finished, contents, overhaul, python, refused
 from images import write_bars, write_vit
 from overhaul import artifact, banks, catalog, recipe
 from overhaul.catalog import Entry
+from overhaul.kinds import Kind
 from overhaul.learning import Learning
 from overhaul.method import Measure, Pipeline, Training, Transform
 
@@ -30,6 +31,7 @@ EXTRA: dict[str, list[str]] = {
     # Without a memory: what it draws depends on how many are drawn at a time.
     "bregman": ["--split", "2", "--output-term", "lwf", "--weight-term", "ewc"],
     "rehearsal-free": ["--split", "2", "--weight-term", "ewc", "--features", "0.1"],
+    "slm": ["--seq-len", "32", "--groups", "4", "--key-texts", "8", "--key-steps", "2", "--heldout", "2"],
     "clr": ["--variants", "plain", "invert"],
     "contracon": ["--variants", "plain", "invert", "--views", "1", "--parent", "most_similar"],
     "minitron": ["--layers", "1", "--hidden", "48", "--ffn", "64", "--kv-groups", "1", "--heads", "2"],
@@ -55,7 +57,7 @@ def tiny_form(entry: Entry, **changed: object) -> list[str]:
     kind = entry.load()
     fields: dict[str, object] = {}
     if issubclass(kind, Learning):
-        fields = {"tasks": TASKS, "steps": 4, "batch_size": 2, "lr": 1e-2}
+        fields = {"tasks": TASKS if sees(kind) else "sample", "steps": 4, "batch_size": 2, "lr": 1e-2}
     elif issubclass(kind, Training):
         fields = {"data": "sample", "steps": 4, "batch_size": 2, "seq_len": 32, "lr": 1e-3}
     elif issubclass(kind, Pipeline) or (issubclass(kind, Transform) and kind.needs_data):
@@ -63,6 +65,11 @@ def tiny_form(entry: Entry, **changed: object) -> list[str]:
     fields |= changed
     flags = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     return [*flags, *EXTRA.get(entry.name, [])]
+
+
+def sees(kind: type[Any]) -> bool:
+    """Whether a method that learns tasks takes images."""
+    return Kind.IMAGE_CLASSIFIER in kind.kinds
 
 
 TASKS = ""
@@ -125,7 +132,7 @@ def parent_of(make_tiny: Make, pruned: Make, tmp_path_factory: pytest.TempPathFa
         return write_vit(tmp_path_factory.mktemp("vit") / dtype, classes=4, dtype=dtype)
 
     def parent(entry: Entry, dtype: str = "float32") -> Path:
-        if issubclass(entry.load(), Learning):
+        if issubclass(entry.load(), Learning) and sees(entry.load()):
             return classifier(dtype)
         return (pruned if entry.name in NEEDS_A_PRUNED_PARENT else make_tiny)(dtype=dtype)
 
@@ -239,7 +246,8 @@ def _nested(entry: Entry) -> set[str]:
 def test_the_directory_holds_what_belongs_to_a_model(entry: Entry, apply: Run):
     there = {file.name for file in apply(entry, "out").iterdir()}
 
-    reads = "preprocessor_config.json" if issubclass(entry.load(), Learning) else "tokenizer.json"
+    images = issubclass(entry.load(), Learning) and sees(entry.load())
+    reads = "preprocessor_config.json" if images else "tokenizer.json"
     assert there >= {"model.safetensors", "config.json", reads, "overhaul.json"}
     assert there >= {"recipe.yaml", "README.md", "report.html"}
     assert ("metrics.jsonl" in there) == issubclass(entry.load(), Training)

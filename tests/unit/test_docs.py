@@ -21,6 +21,7 @@ from overhaul import artifact, catalog, recipe, sparsity
 from overhaul.cli import COMMANDS
 from overhaul.corpora import named_corpora
 from overhaul.image_sets import named_image_sets
+from overhaul.kinds import Kind
 from overhaul.lineage import LineageStep
 from overhaul.method import Measure, Transform
 
@@ -49,7 +50,8 @@ RECIPES = [pytest.param(path, id=path.stem) for path in sorted((ROOT / "recipes"
 # What makes a documented command tiny; a flag is replaced where it is given, and added where the command knows it.
 TINY = {"--steps": "2", "--seq-len": "32", "--samples": "4", "--windows": "2", "--limit": "4", "--tokens": "2",
         "--layers": "1", "--ffn": "64", "--rank": "6", "--projection.rank": "8", "--search-steps": "1",
-        "--search-seq-len": "32"}  # fmt: skip
+        "--search-seq-len": "32", "--groups": "4", "--key-steps": "2", "--key-texts": "8",
+        "--heldout": "2"}  # fmt: skip
 # Of these only what is given is replaced: a shape has as many numbers as its author wanted.
 ONLY_REPLACED = {"--layers", "--ffn", "--rank", "--projection.rank"}
 TINY_RECIPE = {"steps": 1, "seq_len": 32, "samples": 4, "eval_every": 0, "search_steps": 1, "search_seq_len": 32}
@@ -103,9 +105,8 @@ def added(words: list[str]) -> Iterator[str]:
     }
     if "bundle" in kind.model_fields:
         wanted["--threshold"] = "0"  # a judge of random weights would let nothing through
-    unread = (
-        {"--samples", "--seq-len"} if "--scores" in words else {"--seq-len"} if "tasks" in kind.model_fields else set()
-    )
+    images = "tasks" in kind.model_fields and Kind.IMAGE_CLASSIFIER in kind.kinds
+    unread = {"--samples", "--seq-len"} if "--scores" in words else {"--seq-len"} if images else set()
     return iter([word for flag, value in wanted.items() if flag not in {*words, *unread} for word in (flag, value)])
 
 

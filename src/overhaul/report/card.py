@@ -161,12 +161,24 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 """
 
 
-def overhaul_snippet(name: str) -> str:
-    """Python that loads the model `name` with this project, for formats that transformers does not know."""
+def banked_snippet(name: str, task: str) -> str:
+    """Python that makes the frozen model `name` that of one of its tasks."""
+    return f"""
+from overhaul.learn_export import opened
+
+banked = opened({name!r})
+banked.use(banked.find({task!r}))
+model = banked.model  # plain transformers loads the frozen model, which knows no task
+"""
+
+
+def overhaul_snippet(name: str, *, with_library: bool = False) -> str:
+    """Python that loads the model `name` with this project, for what transformers does not know."""
+    more = ", with_library=True" if with_library else ""
     return f"""
 from overhaul import artifact
 from overhaul.evaluate import generate
 
-loaded = artifact.load({name!r})
+loaded = artifact.load({name!r}{more})
 print(generate(loaded.model, loaded.processor, "It is a truth universally acknowledged", tokens=40))
 """
