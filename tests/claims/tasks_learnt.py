@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from command import overhaul
 from overhaul import task_record
 from overhaul.forgetting import AccuracyMatrix, average_accuracy
@@ -17,6 +19,13 @@ BEFORE = ("--tasks", SEEN, "--split", "1", "--output-term", "none", "--epochs", 
 ALWAYS = ("--dtype", "fp32", "--evaluate", "none", "--save-every", "0")
 
 Matrices = dict[str, AccuracyMatrix]
+
+
+def shared(factory: pytest.TempPathFactory) -> Path:
+    """Where networks lie that several files of claims begin with, so that one session trains each once."""
+    there = factory.getbasetemp() / "networks"
+    there.mkdir(exist_ok=True)
+    return there
 
 
 def blank(shape: str, root: Path, seed: int) -> Path:
