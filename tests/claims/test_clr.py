@@ -41,7 +41,7 @@ SHARED = {
     "finetune": ("nothing held", FREE),
     "ewc": ("EWC", (*FREE, "--weight-term", "ewc", "--beta", "100", "--fisher", "weighted")),
 }
-SETTINGS = {"model": "cnn, trained before: " + " ".join(BEFORE[1:]), "tasks": ", ".join(map(" ".join, TASKS)),
+SETTINGS = {"model": "cnn, trained before: one pass, " + " ".join(BEFORE[1:]), "tasks": ", ".join(map(" ".join, TASKS)),
             "examples": f"{TRAINED} and {HELD_OUT} held out", "flags": " ".join(STEPS)}  # fmt: skip
 
 Learnt = Callable[[str], list[Matrices]]
