@@ -113,9 +113,9 @@ def _help() -> str:
              "Change a model you already have, instead of training it again.", ""]  # fmt: skip
     for verb, what in catalog.VERBS.items():
         lines.append(f"{verb}: {what}")
-        lines += [f"  {entry.name:13} {entry.summary}" for entry in catalog.methods(verb)]
+        lines += [f"  {entry.name:14} {entry.summary}" for entry in catalog.methods(verb)]
         lines.append("")
-    lines += ["commands:", *(f"  {name:13} {what}" for name, what in COMMANDS.items()), ""]
+    lines += ["commands:", *(f"  {name:14} {what}" for name, what in COMMANDS.items()), ""]
     lines += ["MODEL is smollm2-135m, a transformers directory, or a hub name. `overhaul VERB METHOD --help` shows",
               "every option. First steps: overhaul run recipes/quickstart.yaml"]  # fmt: skip
     return "\n".join(lines)
@@ -123,9 +123,9 @@ def _help() -> str:
 
 def _methods_of(verb: str) -> str:
     lines = [f"usage: overhaul {verb} METHOD ...", "", catalog.VERBS[verb], ""]
-    lines += [f"  {entry.name:13} {entry.summary}" for entry in catalog.methods(verb)]
+    lines += [f"  {entry.name:14} {entry.summary}" for entry in catalog.methods(verb)]
     beside = {name.removeprefix(f"{verb} "): what for name, what in COMMANDS.items() if name.startswith(f"{verb} ")}
-    return "\n".join(lines + [f"  {name:13} {what}" for name, what in beside.items()])
+    return "\n".join(lines + [f"  {name:14} {what}" for name, what in beside.items()])
 
 
 def _change(entry: catalog.Entry, arguments: list[str]) -> None:

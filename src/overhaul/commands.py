@@ -120,6 +120,8 @@ def show_command(arguments: list[str]) -> None:
         if facts["verified"]
         else "no record, or the weights were changed since it was written"
     )
+    if tasks := facts["banks"]:
+        print(f"banks of {len(tasks)} task{'s' if len(tasks) > 1 else ''}: {'; '.join(tasks)}")
     for number, step in enumerate(facts["lineage"], 1):
         chosen = " ".join(f"{name}={step['fields'][name]}" for name in step["non_default"])
         cost = f"{step['seconds']:.1f} s, {step['peak_rss_bytes'] / 1e6:.0f} MB at most"
@@ -360,7 +362,7 @@ def list_command(arguments: list[str]) -> None:
         )
         return
     for entry in entries:
-        print(f"{entry.verb:8} {entry.name:13} {entry.summary}")
+        print(f"{entry.verb:8} {entry.name:14} {entry.summary}")
 
 
 def schema_command(arguments: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from overhaul import artifact as artifacts
-from overhaul import machine, pretrained
+from overhaul import banks, machine, pretrained
 from overhaul.fetch import cache_directory
 from overhaul.judge import counts, short
 from overhaul.kinds import Kind
@@ -15,8 +15,9 @@ def describe(ref: str) -> dict[str, Any]:
     """Parameters, non-zero share, size, type and lineage of a model.
 
     Returns:
-        `{"parameters", "nonzero_share", "nonzero_share_blocks", "bytes", "dtype", "verified", "lineage"}`; each
-        lineage entry has `verb`, `method`, `fields`, `parent`, `seconds`, `peak_rss_bytes` and more.
+        `{"parameters", "nonzero_share", "nonzero_share_blocks", "bytes", "dtype", "verified", "banks", "lineage"}`;
+        banks are the names of the tasks that it has tensors for; each lineage entry has `verb`, `method`, `fields`,
+        `parent`, `seconds`, `peak_rss_bytes` and more.
     """
     made = artifacts.load(ref, kinds=tuple(Kind))
     counted = counts(made.model)
@@ -27,6 +28,7 @@ def describe(ref: str) -> dict[str, Any]:
         "bytes": artifacts.size_on_disk(made.path),
         "dtype": short(made.dtype),
         "verified": made.record.get("weights_sha256") == made.weights_sha256,
+        "banks": banks.tasks_of(made.path),
         "lineage": [step.to_json() for step in made.lineage],
     }
 

@@ -194,7 +194,9 @@ def _rows(label: str, records: Sequence[TaskRecord]) -> list[Row]:
         metric, values = found[0][0], [value for _, value in found]
         low, high, count = min(values), max(values), len(records)
         matrix = records[0].matrices[metric.kind]
-        if len(records) == 1 and metric.name in (ACCURACY, OVER_ALL):
+        # Of a text what is right is a share of each window's tokens, of which there is no such interval.
+        whole = all(task.unit == "images" for task in records[0].tasks)
+        if len(records) == 1 and whole and metric.name in (ACCURACY, OVER_ALL):
             low, high = mean_interval(matrix) if metric.name == ACCURACY else _over_all(values[0], matrix)
             count = sum(matrix.num_examples)
         rows.append(Row(model=label, metric=metric.full_name, value=fmean(values), low=low, high=high, count=count))

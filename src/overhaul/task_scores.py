@@ -44,11 +44,13 @@ class Scores:
         data: the tasks.
         rows: by kind, one row `(T,)` after each task; NaN where nothing was measured.
         has_before: whether the first is before any task.
+        last: by kind, how far each example was right when tasks were measured last, `(N,)`.
     """
 
     data: TaskData | TextTaskData
     has_before: bool = False
     rows: dict[str, list[list[float]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    last: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, right: Callable[[int, Sequence[int]], Tensor], learnt: int, *, ahead: bool = False) -> None:
         """Measures a model after so many tasks; 0 before any: then of all tasks, which tells what they start from.
@@ -63,13 +65,18 @@ class Scores:
         self.has_before |= learnt == 0
         measured = len(sequence.tasks) if learnt == 0 else learnt
         rows = {kind: [float("nan")] * len(sequence.tasks) for kind in KINDS}
+        each: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
         next_one = learnt if ahead and 0 < learnt < len(sequence.tasks) else None
         for number in [*range(measured), *([] if next_one is None else [next_one])]:
             choices = {"class-IL": range(measured), "task-IL": (number,), "as learnt": range(number + 1)}
             for kind, among in choices.items():
                 if number == next_one and kind != "task-IL":
                     continue
-                rows[kind][number] = float(right(number, among).double().mean())
+                right_N = right(number, among).double()
+                rows[kind][number] = float(right_N.mean())
+                if number != next_one:
+                    each[kind].append(right_N)
+        self.last = {kind: torch.cat(parts) for kind, parts in each.items()}
         for kind in KINDS:
             self.rows[kind].append(rows[kind])
 
@@ -100,8 +107,12 @@ def note_scores(scores: Scores, costs: Sequence[TaskCost]) -> None:
 
 def _note_accuracy(scores: Scores, matrix: AccuracyMatrix, kind: str) -> None:
     """The mean over tasks at the end, with an interval over examples."""
-    count = sum(matrix.num_examples)
-    value = average_accuracy(matrix, weighted=True)
-    low, high = wilson_interval(round(value * count), count)
+    right_N, value = scores.last[kind], average_accuracy(matrix, weighted=True)
+    count = len(right_N)
+    if bool(((right_N == 0) | (right_N == 1)).all()):
+        low, high = wilson_interval(round(value * count), count)
+    else:  # shares of tokens, of one window each
+        apart = 1.96 * float(right_N.std(correction=1 if count > 1 else 0)) / count**0.5
+        low, high = max(value - apart, 0.0), min(value + apart, 1.0)
     row = Row(model=scores.data.model, metric=f"accuracy, {kind}", value=value, low=low, high=high, count=count)
     journal.note_metric(row)

@@ -166,6 +166,9 @@ def test_the_model_beside_the_banks_is_the_one_that_was_given(learnt: tuple[Path
     assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
     assert AutoModelForImageClassification.from_pretrained(out).config.id2label == {0: "0", 1: "1"}
     assert banks.tasks_of(out) == ["plain", "invert"]
+    shown = overhaul("show", out)
+    assert "banks of 2 tasks: plain; invert" in shown.out
+    assert "banked.use(banked.find('invert'))" in (out / "README.md").read_text()
 
 
 def test_a_further_task_adds_a_file_and_changes_none(learnt: tuple[Path, Path, Path], tmp_path: Path):

@@ -52,6 +52,8 @@ def test_each_text_is_measured_before_and_after_each(tiny: Path, texts: tuple[Pa
 
     assert [one.unit for one in record.tasks] == ["tokens", "tokens"]
     assert record.matrices["class-IL"].has(0, 2), "a language model can be asked before it has learnt"
+    metrics = json.loads((tmp_path / "out" / "overhaul.json").read_text())["facts"][-1]["metrics"]
+    assert all(row["low"] <= row["value"] <= row["high"] and row["high"] - row["low"] < 0.5 for row in metrics)
     before, first, second = losses(tmp_path / "out")
     assert [before[0], first[0], second[0]] == ["before", "after sums.jsonl", "after rooms.jsonl"]
     assert float(second[2]) < float(first[2]) - 0.5, "what is learnt is known better"
