@@ -1,8 +1,8 @@
 """A library beside SmolLM2 (Peng et al., 2024): three tasks one after the other, and nobody says which is asked.
 
-Ports of machines, the parity of numbers, what a function returns: each with answers of a few tokens. What is compared is
-the share of held-out questions whose answer the model would write to the last token, with the task told and not, and that
-after the same layers were trained one task after the other in one set of weights.
+Ports of machines, the parity of numbers, what a function returns: each with answers of a few tokens. What is compared
+is the share of held-out questions whose answer the model would write to the last token, with the task told and not, and
+that after the same layers were trained one task after the other in one set of weights.
 """
 
 from __future__ import annotations
