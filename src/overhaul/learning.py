@@ -108,8 +108,9 @@ class Learning(Training):
 
         if Kind.CAUSAL_LM in self.kinds and self._reads_text():
             return self._texts()
-        if self.seq_len != type(self).model_fields["seq_len"].default:
-            raise UserError("--seq-len is of text, and these tasks are images", hint="without it")
+        for name in ("seq_len", "heldout"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise UserError(f"--{name.replace('_', '-')} is of text, and these tasks are images", hint="without it")
         found = open_tasks(self.tasks, split=self.split, variants=self.variants, order=self.order)
         found = found.first(self.first_tasks) if self.first_tasks else found
         return found.validating(self.validation) if self.validation else found

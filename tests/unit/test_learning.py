@@ -341,7 +341,11 @@ def test_bad_input_is_one_clear_error(cnn: Path, bars: Path, tiny: Path, tmp_pat
     refused(overhaul("learn", "bregman", cnn, *out), "no image set is named")
     refused(overhaul("learn", "bregman", cnn, *out, "--tasks", bars, "--split", "9"), "split 9 of bars.npz")
     refused(overhaul("learn", "bregman", cnn, *out, "--tasks", bars, "--data", "sample"), "--data is of methods that")
-    for flag, text in (("--seq-len", "--seq-len is of text"), ("--eval-every", "eval_every: tasks are measured")):
+    for flag, text in (
+        ("--seq-len", "--seq-len is of text"),
+        ("--heldout", "--heldout is of text"),
+        ("--eval-every", "eval_every: tasks are measured"),
+    ):
         refused(overhaul("learn", "bregman", cnn, *out, "--tasks", bars, flag, "9"), text)
     refused(overhaul("learn", "rehearsal-free", tiny, *out, "--tasks", bars), "is a model of another kind: causal")
     refused(overhaul("prune", "magnitude", cnn, *out, "--sparsity", "0.5"), "is a model of another kind: image")

@@ -119,6 +119,8 @@ class Bregman(SharedLearning):
                 "every place are too many to keep",
                 allowed=", ".join(OF_TEXT),
             )
+        if self.classifier != "whole":
+            raise UserError(f"--classifier {self.classifier} is of classifiers, and this is a language model")
         if self.weight_term == "vcl":
             raise UserError("--weight-term vcl is of classifiers", allowed="none, l2, ewc")
         informed = self.weight_term == "ewc" or (self.refresh.every and self.refresh.fisher == "diag")

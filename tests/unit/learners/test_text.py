@@ -177,6 +177,7 @@ def test_what_there_is_only_of_classifiers_is_refused(tiny: Path, texts: tuple[P
     refused(tried(*tasks), "--output-term der++ is of classifiers")
     refused(tried(*tasks, "--output-term", "none", "--weight-term", "ewc"), "--fisher exact runs over labels")
     refused(tried(*tasks, "--output-term", "none", "--weight-term", "vcl"), "--weight-term vcl is of classifiers")
+    refused(tried(*tasks, "--output-term", "none", "--classifier", "growing"), "--classifier growing is of classifiers")
     refused(tried(*tasks, "--split", "2"), "split is of image sets, and this is a language model")
     refused(tried("--tasks", texts[0], texts[0]), "is named twice")
     refused(tried("--output-term", "none"), "no corpus is named")
