@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from overhaul.interop.classifier import classified, head_of, set_classes
+from overhaul.interop.classifier import PENULTIMATE, classified, head_of, set_classes
 from overhaul.models.efficientnet_lite import (
     EfficientNetLiteConfig,
     EfficientNetLiteForImageClassification,
@@ -65,9 +65,9 @@ def test_a_block_is_the_one_written_out():
             branch = block.project_norm(block.project(F.relu6(block.depthwise_norm(block.depthwise(branch)))))
             x = x + branch if residual else branch
         features_BD = F.relu6(model.head_norm(model.head(x))).flatten(2).mean(-1)
-        found = classified(model, {"pixel_values": images})
+        found = classified(model, {"pixel_values": images}, (PENULTIMATE,))
 
-    torch.testing.assert_close(found.features, features_BD)
+    torch.testing.assert_close(found.features[PENULTIMATE], features_BD)
     torch.testing.assert_close(found.logits, model.classifier(features_BD))
 
 
