@@ -24,7 +24,8 @@ from overhaul.corpora import NO_CORPUS, Corpus, CorpusSpec, from_anywhere, open_
 from overhaul.data import Data
 from overhaul.dry_run import say_plan
 from overhaul.errors import Interrupted, UserError
-from overhaul.fitting import longest_window, refuse_unfit
+from overhaul.fitting import refuse_unfit
+from overhaul.generation import longest
 from overhaul.interop.classifier import channels_of
 from overhaul.judge import Judge
 from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
@@ -120,7 +121,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
         out, left + 2 * sum(p.numel() * parent.dtype.itemsize for p in parent.model.parameters())
     )
     if options.dry_run:
-        say_plan(step, parent, data, out, longest=longest_window(parent.model), dtype=dtype)
+        say_plan(step, parent, data, out, longest=longest(parent.model), dtype=dtype)
         return None
     # What a pipeline has no use for is not read by the back door either: --evaluate can still name it.
     judged = None if isinstance(method, Pipeline) and not needs_data else corpus
@@ -211,8 +212,8 @@ def _change(
             stream = None
             if method.needs_data and isinstance(data, Data):
                 settings: Any = method
-                longest = min(longest_window(parent.model), settings.seq_len)
-                stream = data.calibration(samples=settings.samples, seq_len=longest, batch_size=4)
+                most = min(longest(parent.model), settings.seq_len)
+                stream = data.calibration(samples=settings.samples, seq_len=most, batch_size=4)
             with torch.no_grad():
                 model = method.apply(parent.model, stream)
             tokens = stream.tokens() or 0 if stream else 0

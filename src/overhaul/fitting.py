@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
-
-from torch import nn
 
 from overhaul import banks
 from overhaul.artifact import Artifact
 from overhaul.errors import UserError
+from overhaul.generation import longest
 from overhaul.method import Method, Training
 from overhaul.packed import format_of, is_packed, is_quantized, trains_adapters
 
@@ -18,12 +16,6 @@ def refuse_unfit(method: Method, parent: Artifact) -> None:
     """Raises `UserError` for a method that would spoil the model, or that the model is no input for."""
     for refuse in (_refuse_packed, _refuse_banks, _refuse_adapter_of_adapter, _refuse_long_windows):
         refuse(method, parent)
-
-
-def longest_window(model: nn.Module) -> int:
-    """How many tokens the model reads at once."""
-    inner: Any = model
-    return getattr(inner.config, "max_position_embeddings", sys.maxsize)
 
 
 def _refuse_packed(method: Method, parent: Artifact) -> None:
@@ -67,5 +59,5 @@ def _refuse_adapter_of_adapter(method: Any, parent: Artifact) -> None:
 
 def _refuse_long_windows(method: Any, parent: Artifact) -> None:
     """Raises `UserError` for training windows longer than the model reads; calibration windows are shortened."""
-    if isinstance(method, Training) and method.seq_len > (longest := longest_window(parent.model)):
-        raise UserError(f"--seq-len {method.seq_len} is more than the model reads", allowed=f"up to {longest}")
+    if isinstance(method, Training) and method.seq_len > (most := longest(parent.model)):
+        raise UserError(f"--seq-len {method.seq_len} is more than the model reads", allowed=f"up to {most}")

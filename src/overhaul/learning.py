@@ -111,7 +111,10 @@ class Learning(Training):
         for name in ("seq_len", "heldout"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise UserError(f"--{name.replace('_', '-')} is of text, and these tasks are images", hint="without it")
-        found = open_tasks(self.tasks, split=self.split, variants=self.variants, order=self.order)
+        return self._shortened(open_tasks(self.tasks, split=self.split, variants=self.variants, order=self.order))
+
+    def _shortened(self, found: TaskSequence | TextSequence) -> TaskSequence | TextSequence:
+        """The first tasks, and what is measured while settings are chosen, where that was asked for."""
         found = found.first(self.first_tasks) if self.first_tasks else found
         return found.validating(self.validation) if self.validation else found
 
@@ -121,7 +124,7 @@ class Learning(Training):
 
         return self._start is not None and artifact.kind_at(self._start) is Kind.CAUSAL_LM
 
-    def _texts(self) -> TextSequence:
+    def _texts(self) -> TaskSequence | TextSequence:
         import numpy as np
 
         from overhaul.errors import UserError
@@ -133,8 +136,7 @@ class Learning(Training):
         found = open_texts(self.tasks)
         if self.order is not None:
             found = found.ordered(np.random.default_rng(self.order).permutation(len(found.tasks)).tolist())
-        found = found.first(self.first_tasks) if self.first_tasks else found
-        return found.validating(self.validation) if self.validation else found
+        return self._shortened(found)
 
     def measures(self) -> tuple[str, ...]:
         from overhaul.task_record import CLASS_IL, TASK_IL
