@@ -45,9 +45,13 @@ class RehearsalFree(SharedLearning):
     drift_examples: Positive = Field(256, description="Examples of the first task on which features are compared.")
 
     @model_validator(mode="after")
-    def _grows_or_is_binary(self) -> Self:
+    def _settings_are_read_by_a_term(self) -> Self:
         if not self.predictions and self.kd_temperature != 2.0:
             raise ValueError("kd_temperature is of predictions, whose weight is 0")
+        if self.head == "binary" and self.kd_temperature != 2.0:
+            raise ValueError(
+                "kd_temperature is of a softmax, and head binary has none; use head softmax, or leave it out"
+            )
         if not self.features and self.feature_layer:
             raise ValueError("feature_layer is of features, whose weight is 0; give features a weight")
         return self

@@ -127,4 +127,5 @@ def test_bad_input_is_one_clear_error(cnn: Path, vit: Path, bars: Path, tmp_path
     refused(tried(cnn, *split, "--train", "qkv"), "no parameter is like 'qkv'")
     refused(tried(cnn, *split, "--first-tasks", "3"), "first_tasks 3 of", "1 to 2")
     refused(tried(cnn, *split, "--predictions", "0", "--kd-temperature", "1"), "kd_temperature is of predictions")
+    refused(tried(cnn, *split, "--kd-temperature", "1"), "kd_temperature is of a softmax, and head binary has none")
     assert not (tmp_path / "out").exists()
