@@ -34,6 +34,8 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fdr": ("FDR", ("--output-term", "fdr", "--alpha", "1")),
     "lwf": ("LwF", ("--output-term", "lwf", "--alpha", "1")),
     "ewc": ("EWC", ("--output-term", "none", "--weight-term", "ewc", "--beta", "100")),
+    "cpr": ("CPR on EWC", ("--output-term", "cpr", "--alpha", "0.5", "--weight-term", "ewc", "--beta", "100")),
+    "vcl": ("VCL", ("--output-term", "none", "--weight-term", "vcl")),
 }
 REFRESHED = ("--refresh.every", "2")
 SETTINGS = {"model": "cnn, blank", "tasks": "fashion-mnist, 5 x 2", "flags": " ".join(HOW[4:])}
@@ -92,7 +94,7 @@ def test_a_memory_is_worth_35_points(learnt: Callable[[str], list[Matrices]]):
         results.hold(row)
 
 
-@pytest.mark.parametrize("name", ["der", "fdr", "lwf", "ewc"])
+@pytest.mark.parametrize("name", ["der", "fdr", "lwf", "ewc", "cpr", "vcl"])
 def test_the_others_are_measured(learnt: Callable[[str], list[Matrices]], name: str):
     """No accuracy is asked of them; no task is chosen better among all classes than among its own."""
     assert all(average_accuracy(one["class-IL"]) <= average_accuracy(one["task-IL"]) for one in learnt(name))
