@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from overhaul import banks
 from overhaul.errors import UserError
 from overhaul.interop import hf
+from overhaul.interop.attention import OUTPUTS
 from overhaul.layers import swap
 from overhaul.layers.joint import Choice, JointlyAdapted
 from overhaul.retrieval import Found, find
 
 METHOD = "slm"
-OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
-"""What the output projection of attention is called in transformers."""
 CENTRE, KEYS = "centre_D", "keys_GPC"
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from overhaul.errors import UserError
+from overhaul.interop.attention import is_qkv
 from overhaul.interop.classifier import classes_of, head_of, set_classes
 from overhaul.learners.text import Losses
 from overhaul.objective import Objective, only
@@ -202,8 +203,6 @@ class SharedLearner(Learner):
 
 
 ALL, QKV = "all", "qkv"
-_QKV = ("query", "key", "value", "q_proj", "k_proj", "v_proj", "qkv", "query_key_value", "qkv_proj", "c_attn")
-"""What the projections of attention are called, in one or in three."""
 
 
 def parameters_like(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -220,7 +219,7 @@ def parameters_like(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     found: set[str] = set()
     for pattern in patterns:
         if pattern == QKV:
-            chosen = [name for name in names if set(name.split(".")[:-1]) & {*_QKV}]
+            chosen = [name for name in names if is_qkv(name)]
         else:
             chosen = names if pattern == ALL else fnmatch.filter(names, pattern)
         if not chosen:

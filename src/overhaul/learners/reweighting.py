@@ -9,15 +9,11 @@ from torch import Tensor, nn
 
 from overhaul.banks import Sockets
 from overhaul.errors import UserError
+from overhaul.interop.attention import FUSED, SEPARATE
 from overhaul.interop.classifier import head_of
 from overhaul.layers import swap
 from overhaul.layers.reweighted import Form, Reweighted
 from overhaul.learners.reprogramming import NORMS
-
-PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
-"""What the query, key and value layers of an attention are called in transformers."""
-FUSED = ("qkv", "c_attn", "in_proj", "in_proj_weight", "query_key_value", "qkv_proj", "Wqkv")
-"""What one matrix for all three is called."""
 
 
 class Reweighting(Sockets):
@@ -90,7 +86,7 @@ def projections(model: nn.Module) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, module in model.named_modules():
         own = dict(module.named_children())
-        triple = next((triple for triple in PROJECTIONS if own.keys() >= set(triple)), ())
+        triple = next((triple for triple in SEPARATE if own.keys() >= set(triple)), ())
         if not triple:
             continue
         for role, child in zip("qkv", triple, strict=True):

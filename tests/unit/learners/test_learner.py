@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -28,8 +32,16 @@ MODELS: dict[str, Any] = {
                     intermediate_size=8, vocab_size=9)
     ),
     "fused": lambda: GPT2ForSequenceClassification(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=9)),
+    "called otherwise": lambda: DistilBertForSequenceClassification(
+        DistilBertConfig(dim=8, n_layers=2, n_heads=2, hidden_dim=8, vocab_size=9)
+    ),
+    "fused, called otherwise": lambda: ModernBertForSequenceClassification(
+        ModernBertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=9,
+                         pad_token_id=0)
+    ),
 }  # fmt: skip
-WANTED = {"separate, with biases": 2 * 6, "grouped queries": 2 * 3, "fused": 2 * 2}
+WANTED = {"separate, with biases": 2 * 6, "grouped queries": 2 * 3, "fused": 2 * 2, "called otherwise": 2 * 6,
+          "fused, called otherwise": 2}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", MODELS)
