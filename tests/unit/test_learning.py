@@ -96,7 +96,7 @@ def test_with_weight_zero_every_method_is_plain_training(cnn: Path, bars: Path, 
 
 def test_ewc_with_information_of_one_everywhere_is_l2(cnn: Path, bars: Path, monkeypatch: pytest.MonkeyPatch):
     ones = lambda model, *_, **__: {n: torch.ones_like(p) for n, p in model.named_parameters()}  # noqa: E731
-    monkeypatch.setattr("overhaul.learners.bregman.diagonal", ones)
+    monkeypatch.setattr("overhaul.learners.answering.diagonal", ones)
     plain, _ = learn(cnn, bars, output_term="none", weight_term="l2", beta=0.3)
     weighed, _ = learn(cnn, bars, output_term="none", weight_term="ewc", beta=0.3)
 

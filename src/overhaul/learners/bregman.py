@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,27 +14,23 @@ from overhaul.continual import (
     Believed,
     Focused,
     LogitsKept,
-    OldModel,
     PredictionsKept,
     Pulled,
     Remembering,
-    Replayed,
     Uniform,
     with_logits,
 )
-from overhaul.distillation import Distill
-from overhaul.fisher import diagonal, grown, joined
+from overhaul.fisher import grown, joined
 from overhaul.journal import note_tensors
 from overhaul.layers.variational import Distribution, distributions
 from overhaul.learners.learner import SharedLearner
-from overhaul.learners.text import ReplayedText, TextKept, diagonal_of_text
-from overhaul.objective import ClassCrossEntropy, CrossEntropy, Objective
+from overhaul.learners.text import TextKept
+from overhaul.objective import Objective
 from overhaul.optim.refresh import Refresh, langevin, released
 from overhaul.posterior import Posterior
 from overhaul.reservoir import Reservoir, WithMemory
 from overhaul.task_data import SCORED_AT_ONCE
 from overhaul.task_scores import logits_of
-from overhaul.text_task_data import TextTaskData
 
 if TYPE_CHECKING:
     from overhaul.learn.bregman import Bregman
@@ -53,7 +48,6 @@ class BregmanLearner(SharedLearner):
         self.anchor: dict[str, Tensor] | None = None
         self.known: dict[str, Tensor] | None = None
         self.old: nn.Module | None = None
-        self.old_classes = 0
         self.posterior = Posterior(
             prior_std=method.prior_std, first_std=method.first_std, from_given=method.prior == "given"
         )
@@ -116,36 +110,24 @@ class BregmanLearner(SharedLearner):
         draws = 2 if method.output_term == "der++" else 1
         return WithMemory(batches, self.memory, count=method.memory_batch or method.batch_size, draws=draws)
 
-    def _of_text(self, number: int) -> Objective:
-        method = self.method
-        objective: Objective = CrossEntropy()
-        match method.output_term:
-            case "er":
-                objective += method.alpha * ReplayedText()
-            case "lwf" if self.old is not None:
-                objective += method.alpha * Distill(self.old, temperature=method.temperature)
-            case "kl-replay" if self.old is not None:
-                objective += method.alpha * TextKept(self.old, method.temperature)
-        return self._with_weights(objective)
-
     def _objective(self, number: int) -> Objective:
-        if self.losses is not None:
-            return self._of_text(number)
-        method = self.method
-        objective: Objective = ClassCrossEntropy(passes=method.samples if self.held else 1)
+        method, answering = self.method, self.answering
+        objective: Objective = answering.loss(passes=method.samples if self.held else 1)
         match method.output_term:
             case "er":
-                objective += method.alpha * Replayed()
+                objective += method.alpha * answering.replayed()
             case "der":
                 objective += method.alpha * LogitsKept()
             case "der++":
-                objective = objective + method.alpha * LogitsKept(1) + method.label_weight * Replayed(2)
+                objective = objective + method.alpha * LogitsKept(1) + method.label_weight * answering.replayed(2)
             case "fdr":
                 objective += method.alpha * PredictionsKept()
             case "cpr":
                 objective += method.alpha * Uniform(self.data.sequence.num_classes(number + 1))
             case "lwf" if self.old is not None:
-                objective += method.alpha * OldModel(self.old, self.old_classes, method.temperature)
+                objective += method.alpha * answering.old_model(self.old, number, method.temperature)
+            case "kl-replay" if self.old is not None:
+                objective += method.alpha * TextKept(self.old, method.temperature)
         objective = self._with_weights(objective)
         if self.held:
             objective += method.beta / len(self.data.train[number]) * Believed(self.held)
@@ -169,26 +151,13 @@ class BregmanLearner(SharedLearner):
             self._remember(number)
         if method.output_term in ("lwf", "kl-replay"):
             self.old = copy.deepcopy(self.model).eval().requires_grad_(False)
-            self.old_classes = 0 if self.losses else self.data.sequence.num_classes(number + 1)
         self.free()  # a finished plan has frozen what is trained
         if method.weight_term in ("l2", "ewc"):
             self.anchor = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         refreshes = method.refresh.every > 0 and method.refresh.fisher == "diag"
         if method.weight_term == "ewc" or refreshes:
-            found = self._information(number)
+            found = self.answering.information(number, method.fisher, method.fisher_examples)
             self.known = joined(self.known, found, keep=method.fisher_decay)
-
-    def _information(self, number: int) -> dict[str, Tensor]:
-        method = self.method
-        if isinstance(self.data, TextTaskData):
-            windows = (
-                {name: tensor[row : row + 1] for name, tensor in batch.items()}
-                for batch in super().stream(number)
-                for row in range(len(batch["labels"]))
-            )
-            return diagonal_of_text(self.model.eval(), itertools.islice(windows, method.fisher_examples))
-        batches = self.some_examples(number, method.fisher_examples)
-        return diagonal(self.model.eval(), batches, labels=method.fisher, seed=self.data.seed)
 
     def kept_bytes(self) -> dict[str, int]:
         old = self.old.state_dict().values() if self.old is not None else ()

@@ -5,23 +5,21 @@ from __future__ import annotations
 import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from overhaul.errors import UserError
 from overhaul.interop.attention import is_qkv
-from overhaul.interop.classifier import classes_of, head_of, set_classes
-from overhaul.learners.text import Losses
-from overhaul.objective import Objective, only
+from overhaul.learners.answering import Answering, ByClass
+from overhaul.learners.text import ByWord
+from overhaul.objective import Objective
 from overhaul.optim.build import build
 from overhaul.progress import say
 from overhaul.schedules import schedule
 from overhaul.stream import Stream
-from overhaul.task_data import SCORED_AT_ONCE, TaskData
-from overhaul.task_scores import logits_of
+from overhaul.task_data import TaskData
 from overhaul.text_task_data import TextTaskData
 from overhaul.train import Plan
 from overhaul.watch import InEvaluation, KeepZeros
@@ -64,7 +62,6 @@ class Learner(ABC):
     def learnt(self, number: int) -> None:
         """Takes note of the model as it is after a task: what a later one is held to."""
 
-    @abstractmethod
     def answers(self, number: int, tasks: Sequence[int]) -> Tensor:
         """What the model says of a task's held-out examples when it may choose among the classes of some tasks.
 
@@ -76,6 +73,7 @@ class Learner(ABC):
             `(N, C)` float32 on the CPU, one column for each class of the sequence: the largest is the answer. Classes
             of no such task are at minus infinity.
         """
+        raise NotImplementedError("a method whose model answers otherwise says what is right by itself")
 
     def kept_bytes(self) -> Mapping[str, int]:
         """How much it holds for later tasks beside the model, by what it is, such as `memory`."""
@@ -86,44 +84,29 @@ class Learner(ABC):
 
 
 class SharedLearner(Learner):
-    """One set of weights and one head for all tasks.
+    """One set of weights for all tasks, which answers with one head for them, or with words.
 
     Attributes:
-        trained: names of the parameters that are trained; the head is always among them.
+        answering: with what, and what follows from it.
+        head: names of the head's parameters, which are trained whatever was asked for; a language model has none.
+        trained: names of the parameters that are trained; the head's are always among them.
     """
 
     def __init__(self, method: SharedLearning, model: nn.Module, data: TaskData) -> None:
         super().__init__(model, data)
         self.shared = method
-        self.losses = Losses(data) if isinstance(data, TextTaskData) else None
-        self.answers_beforehand = method.classifier == "whole" or self.losses is not None
+        self.answering: Answering = (ByWord if isinstance(data, TextTaskData) else ByClass)(method, model, data)
+        self.answers_beforehand = self.answering.beforehand
+        self.head: frozenset[str] = frozenset()
         self.trained: frozenset[str] = frozenset()
-        self._asked: dict[int, Tensor] = {}
 
     def begin(self, number: int) -> None:
-        """Gives the head the rows that it needs; classes that it knows by name keep theirs."""
-        self._asked.clear()
-        if self.losses is not None:
-            self.trained = frozenset(parameters_like(self.model, self.shared.train))
-            if number == 0:
-                self.losses.note(self.model, "before")
-            return
-        sequence = self.data.sequence
-        there = len(sequence.classes) if self.answers_beforehand else sequence.num_classes(number + 1)
-        if classes_of(self.model) != (wanted := sequence.classes[:there]) and (gone := set_classes(self.model, wanted)):
-            say(f"note: {len(gone)} classes that no task has are left out of the head, such as {gone[0]}")
-        self.trained = frozenset({*parameters_like(self.model, self.shared.train), *self.head_parameters()})
-
-    def head_parameters(self) -> tuple[str, ...]:
-        """The names of the head's parameters."""
-        where, head = head_of(self.model)
-        return tuple(f"{where}.{name}" for name, _ in head.named_parameters())
+        self.head = frozenset(self.answering.begin(number))
+        self.trained = self.head.union(parameters_like(self.model, self.shared.train))
 
     def plan(self, number: int) -> Plan:
         """How the model learns a task: `objective`, `stream` and `optimizer` are the method's."""
-        self._asked.clear()
-        if self.losses is not None:
-            self.losses.forget()
+        self.answering.forget()
         self.prepare()
         self.free()
         method, objective = self.shared, self.objective(number)
@@ -136,7 +119,7 @@ class SharedLearner(Learner):
             watchers=(InEvaluation(self._still()), KeepZeros()),
             finish=self.finish,
             steps=method.steps_of(self.data, number),
-            unit="images" if self.losses is None else "tokens",
+            unit=self.answering.unit,
         )
 
     def prepare(self) -> None:
@@ -168,38 +151,21 @@ class SharedLearner(Learner):
 
     def stream(self, number: int) -> Stream:
         """The batches of a task."""
-        data: Any = self.data
-        if isinstance(data, TextTaskData):
-            return data.batches(number, self.shared)
-        return self.data.batches(number, batch_size=self.shared.batch_size)
+        return self.answering.stream(number)
 
     def optimizer(self, number: int, objective: Objective) -> torch.optim.Optimizer:
         """The update rule of a task, which begins anew."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return build(self.shared, trained, model=self.model)
 
-    def some_examples(self, number: int, count: int) -> list[dict[str, Tensor]]:
-        """Batches of as many of a task's training examples, chosen by the seed."""
-        examples = self.data.train[number]
-        places = np.random.default_rng((self.data.seed, number)).permutation(len(examples))[:count]
-        return [examples.batch(places[at : at + SCORED_AT_ONCE]) for at in range(0, len(places), SCORED_AT_ONCE)]
-
     def right(self, number: int, tasks: Sequence[int]) -> Tensor:
-        # A language model is not told the task, and chooses among all words.
-        return super().right(number, tasks) if self.losses is None else self.losses.said(self.model, number).right_N
+        return self.answering.right(number, tasks)
 
     def learnt(self, number: int) -> None:
-        if self.losses is not None:
-            self.losses.note(self.model, f"after {self.data.sequence.tasks[number].name}")
+        self.answering.learnt(number)
 
     def end(self) -> None:
-        if self.losses is not None:
-            self.losses.tell()
-
-    def answers(self, number: int, tasks: Sequence[int]) -> Tensor:
-        if number not in self._asked:
-            self._asked[number] = logits_of(self.model, self.data.heldout[number], dtype=self.data.dtype)
-        return only(self._asked[number], torch.tensor(self.data.sequence.classes_of(tasks)))
+        self.answering.end()
 
 
 ALL, QKV = "all", "qkv"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from overhaul import journal, machine
 from overhaul.cka import linear_cka
-from overhaul.continual import FeaturesKept, OldModel, OldSigmoids, Pulled
-from overhaul.fisher import diagonal, joined
+from overhaul.continual import FeaturesKept, OldSigmoids, Pulled
+from overhaul.fisher import joined
 from overhaul.interop.classifier import PENULTIMATE, classified
 from overhaul.learners.learner import SharedLearner
 from overhaul.objective import BinaryCrossEntropy, ClassCrossEntropy, Objective
@@ -30,7 +30,6 @@ class RehearsalFreeLearner(SharedLearner):
         super().__init__(method, model, data)
         self.settings = method
         self.old: nn.Module | None = None
-        self.old_classes = 0
         self.anchor: dict[str, Tensor] = {}
         self.known: dict[str, Tensor] | None = None
         self.drift = FeatureDrift(_some(data.heldout[0], method.drift_examples), data.dtype)
@@ -40,11 +39,10 @@ class RehearsalFreeLearner(SharedLearner):
         method, classes = self.settings, self.data.sequence.tasks[number].classes
         total: Objective = BinaryCrossEntropy(classes) if method.head == "binary" else ClassCrossEntropy()
         if self.old is not None and method.predictions:
-            binary = method.head == "binary"
             kept = (
-                OldSigmoids(self.old, self.old_classes)
-                if binary
-                else OldModel(self.old, self.old_classes, method.kd_temperature)
+                OldSigmoids(self.old, self.data.sequence.num_classes(number))
+                if method.head == "binary"
+                else self.answering.old_model(self.old, number, method.kd_temperature)
             )
             total += method.predictions * kept
         if self.old is not None and method.features:
@@ -58,27 +56,26 @@ class RehearsalFreeLearner(SharedLearner):
 
     def _weights(self, *, with_head: bool = True) -> dict[str, Tensor]:
         """What may move, as it is now. A head that was just made is no place to stay near."""
-        head = {} if with_head else set(self.head_parameters())
+        left_out = frozenset() if with_head else self.head
         return {
             name: parameter.detach().clone()
             for name, parameter in self.model.named_parameters()
-            if name in self.trained and name not in head
+            if name in self.trained - left_out
         }
 
     def learnt(self, number: int) -> None:
+        super().learnt(number)
         method = self.settings
         self.drift.note(self.model, self.data.sequence.tasks[number].name)
         if number + 1 == len(self.data.sequence.tasks):
             return
         if method.predictions or method.features:
             self.old = copy.deepcopy(self.model).eval().requires_grad_(False)
-            self.old_classes = self.data.sequence.num_classes(number + 1)
         if method.weight_term != "none":
             self.anchor = self._weights()
         if method.weight_term == "ewc":
             self.free()  # a finished plan has frozen what is trained
-            batches = self.some_examples(number, method.fisher_examples)
-            found = diagonal(self.model.eval(), batches, labels=method.fisher, seed=self.data.seed)
+            found = self.answering.information(number, method.fisher, method.fisher_examples)
             self.known = joined(self.known, found, keep=method.fisher_decay)
 
     def kept_bytes(self) -> dict[str, int]:
@@ -91,6 +88,7 @@ class RehearsalFreeLearner(SharedLearner):
         return {name: size for name, size in held.items() if size}
 
     def end(self) -> None:
+        super().end()
         self.drift.tell()
 
 

@@ -207,9 +207,6 @@ class SlmLearner(Learner):
             self.library.choice.nothing()
         return self._said[at]
 
-    def answers(self, number: int, tasks: Sequence[int]) -> Tensor:
-        raise NotImplementedError("a language model chooses among words, not among classes")
-
     def _heldout(self, number: int) -> Tensor:
         """Queries of a task's held-out texts."""
         if number not in self._queries:

@@ -1,8 +1,10 @@
-"""Learning texts one after the other, with a language model: its terms, its Fisher information, its losses."""
+"""Learning texts one after the other, with a language model: its terms, its Fisher information, what it says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +12,15 @@ from torch import Tensor, nn
 from overhaul import journal
 from overhaul.continual import OnMemory
 from overhaul.distillation import Distill
+from overhaul.fisher import Labels
+from overhaul.learners.answering import Answering
 from overhaul.objective import Batch, CrossEntropy, Forward, Term
 from overhaul.reservoir import remembered
+from overhaul.stream import Stream
 from overhaul.text_task_data import Said, TextTaskData
+
+if TYPE_CHECKING:
+    from overhaul.learning import SharedLearning
 
 
 class ReplayedText(OnMemory):
@@ -81,35 +89,71 @@ def diagonal_of_text(model: nn.Module, windows: Iterable[Mapping[str, Tensor]]) 
     return {name: total / count for name, total in found.items()}
 
 
-class Losses:
-    """What a language model says of every text, before the first task and after each.
+class ByWord(Answering):
+    """A language model, which is not told the task and chooses among all words; it can be asked of any text.
 
-    Args:
-        data: the tasks.
+    What it says of every text is noted before the first task and after each.
     """
 
-    def __init__(self, data: TextTaskData) -> None:
-        self.data = data
+    unit = "tokens"
+    beforehand = True
+    data: TextTaskData
+
+    def __init__(self, method: SharedLearning, model: nn.Module, data: TextTaskData) -> None:
+        super().__init__(method, model, data)
         self.rows: list[tuple[str, list[float]]] = []
         self._said: dict[int, Said] = {}
 
+    def begin(self, number: int) -> tuple[str, ...]:
+        if number == 0:
+            self._note("before")
+        return ()
+
     def forget(self) -> None:
-        """The model is another one from now on."""
         self._said.clear()
 
-    def said(self, model: nn.Module, number: int) -> Said:
+    def said(self, number: int) -> Said:
         """What it says of a task's held-out text, asked once."""
         if number not in self._said:
-            self._said[number] = self.data.said(model, number)
+            self._said[number] = self.data.said(self.model, number)
         return self._said[number]
 
-    def note(self, model: nn.Module, when: str) -> None:
+    def right(self, number: int, tasks: Sequence[int]) -> Tensor:
+        return self.said(number).right_N
+
+    def learnt(self, number: int) -> None:
+        self._note(f"after {self.data.sequence.tasks[number].name}")
+
+    def _note(self, when: str) -> None:
         """Takes the loss on all texts."""
         numbers = range(len(self.data.sequence.tasks))
-        self.rows.append((when, [float(self.said(model, number).nll_N.double().mean()) for number in numbers]))
+        self.rows.append((when, [float(self.said(number).nll_N.double().mean()) for number in numbers]))
 
-    def tell(self) -> None:
+    def end(self) -> None:
         """The table for the report: a column for each text."""
         names = [task.name for task in self.data.sequence.tasks]
         rows = [(when, *(f"{loss:.4f}" for loss in losses)) for when, losses in self.rows]
         journal.note_table("Held-out loss on every text, nats a token", ("", *names), rows)
+
+    def stream(self, number: int) -> Stream:
+        return self.data.batches(number, self.method)
+
+    def loss(self, passes: int = 1) -> Term:
+        assert passes == 1, "weights that are drawn anew in each are of classifiers"
+        return CrossEntropy()
+
+    def replayed(self, draw: int = 1) -> Term:
+        return ReplayedText(draw)
+
+    def old_model(self, old: nn.Module, number: int, temperature: float) -> Term:
+        return Distill(old, temperature=temperature)
+
+    def information(self, number: int, labels: Labels, count: int) -> dict[str, Tensor]:
+        """From the first windows of a task."""
+        assert labels == "empirical", "of a language model all words are labels"
+        windows = (
+            {name: tensor[row : row + 1] for name, tensor in batch.items()}
+            for batch in self.stream(number)
+            for row in range(len(batch["labels"]))
+        )
+        return diagonal_of_text(self.model.eval(), itertools.islice(windows, count))
