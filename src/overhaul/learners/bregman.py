@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,14 +14,14 @@ from overhaul.continual import (
     Focused,
     LogitsKept,
     PredictionsKept,
-    Pulled,
     Remembering,
     Uniform,
     with_logits,
 )
-from overhaul.fisher import grown, joined
+from overhaul.fisher import grown
 from overhaul.journal import note_tensors
 from overhaul.layers.variational import Distribution, distributions
+from overhaul.learners.before import Before
 from overhaul.learners.learner import SharedLearner
 from overhaul.learners.text import TextKept
 from overhaul.objective import Objective
@@ -45,9 +44,7 @@ class BregmanLearner(SharedLearner):
         super().__init__(method, model, data)
         self.method = method
         self.memory: Reservoir = Reservoir(method.memory, seed=data.seed)
-        self.anchor: dict[str, Tensor] | None = None
-        self.known: dict[str, Tensor] | None = None
-        self.old: nn.Module | None = None
+        self.before = Before()
         self.posterior = Posterior(
             prior_std=method.prior_std, first_std=method.first_std, from_given=method.prior == "given"
         )
@@ -81,7 +78,8 @@ class BregmanLearner(SharedLearner):
         if not asked.every:
             return optimizer
         known: dict[Any, Tensor] = {
-            by_name[name]: grown(tensor, by_name[name].shape) for name, tensor in (self.known or {}).items()
+            by_name[name]: grown(tensor, by_name[name].shape)
+            for name, tensor in (self.before.information or {}).items()
         }
         # Weights are unlearnt, not how sure they are: infinite information holds a parameter where it is.
         known |= {log_std: torch.tensor(torch.inf) for _, log_std in distributions(self.model).values()}
@@ -111,7 +109,7 @@ class BregmanLearner(SharedLearner):
         return WithMemory(batches, self.memory, count=method.memory_batch or method.batch_size, draws=draws)
 
     def _objective(self, number: int) -> Objective:
-        method, answering = self.method, self.answering
+        method, answering, old = self.method, self.answering, self.before.model
         objective: Objective = answering.loss(passes=method.samples if self.held else 1)
         match method.output_term:
             case "er":
@@ -124,19 +122,14 @@ class BregmanLearner(SharedLearner):
                 objective += method.alpha * PredictionsKept()
             case "cpr":
                 objective += method.alpha * Uniform(self.data.sequence.num_classes(number + 1))
-            case "lwf" if self.old is not None:
-                objective += method.alpha * answering.old_model(self.old, number, method.temperature)
-            case "kl-replay" if self.old is not None:
-                objective += method.alpha * TextKept(self.old, method.temperature)
-        objective = self._with_weights(objective)
+            case "lwf" if old is not None:
+                objective += method.alpha * answering.old_model(old, number, method.temperature)
+            case "kl-replay" if old is not None:
+                objective += method.alpha * TextKept(old, method.temperature)
+        if pull := self.before.pull(by_information=method.weight_term == "ewc"):
+            objective += method.beta * pull
         if self.held:
             objective += method.beta / len(self.data.train[number]) * Believed(self.held)
-        return objective
-
-    def _with_weights(self, objective: Objective) -> Objective:
-        method = self.method
-        if self.anchor is not None:
-            objective += method.beta * Pulled(self.anchor, self.known if method.weight_term == "ewc" else None)
         return objective
 
     def learnt(self, number: int) -> None:
@@ -150,25 +143,21 @@ class BregmanLearner(SharedLearner):
         if method.output_term == "fdr":
             self._remember(number)
         if method.output_term in ("lwf", "kl-replay"):
-            self.old = copy.deepcopy(self.model).eval().requires_grad_(False)
+            self.before.keep_model(self.model)
         self.free()  # a finished plan has frozen what is trained
         if method.weight_term in ("l2", "ewc"):
-            self.anchor = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+            self.before.keep_weights(self.model, self.trained)
         refreshes = method.refresh.every > 0 and method.refresh.fisher == "diag"
         if method.weight_term == "ewc" or refreshes:
             found = self.answering.information(number, method.fisher, method.fisher_examples)
-            self.known = joined(self.known, found, keep=method.fisher_decay)
+            self.before.add_information(found, keep=method.fisher_decay)
 
     def kept_bytes(self) -> dict[str, int]:
-        old = self.old.state_dict().values() if self.old is not None else ()
         held = {
             "memory": self.memory.nbytes,
-            "weights before": sum(tensor.nbytes for tensor in (self.anchor or {}).values()),
-            "Fisher information": sum(tensor.nbytes for tensor in (self.known or {}).values()),
             "distributions": sum(tensor.nbytes for both in self.posterior.known.values() for tensor in both),
-            "old model": sum(tensor.nbytes for tensor in old),
         }
-        return {name: size for name, size in held.items() if size}
+        return {name: size for name, size in held.items() if size} | self.before.kept_bytes()
 
     def _remember(self, number: int) -> None:
         """Offers the memory a task's examples, with the logits of the model as it is now."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from overhaul import journal, machine
 from overhaul.cka import linear_cka
-from overhaul.continual import FeaturesKept, OldSigmoids, Pulled
-from overhaul.fisher import joined
+from overhaul.continual import FeaturesKept, OldSigmoids
 from overhaul.interop.classifier import PENULTIMATE, classified
+from overhaul.learners.before import Before
 from overhaul.learners.learner import SharedLearner
 from overhaul.objective import BinaryCrossEntropy, ClassCrossEntropy, Objective
 from overhaul.task_data import Examples
@@ -29,39 +28,30 @@ class RehearsalFreeLearner(SharedLearner):
     def __init__(self, method: RehearsalFree, model: nn.Module, data: TaskData) -> None:
         super().__init__(method, model, data)
         self.settings = method
-        self.old: nn.Module | None = None
-        self.anchor: dict[str, Tensor] = {}
-        self.known: dict[str, Tensor] | None = None
+        self.before = Before()
         self.drift = FeatureDrift(_some(data.heldout[0], method.drift_examples), data.dtype)
 
     def objective(self, number: int) -> Objective:
         """The loss of new classes, and the terms; in the first task there is nothing to hold to but given weights."""
         method, classes = self.settings, self.data.sequence.tasks[number].classes
         total: Objective = BinaryCrossEntropy(classes) if method.head == "binary" else ClassCrossEntropy()
-        if self.old is not None and method.predictions:
+        old = self.before.model
+        if old is not None and method.predictions:
             kept = (
-                OldSigmoids(self.old, self.data.sequence.num_classes(number))
+                OldSigmoids(old, self.data.sequence.num_classes(number))
                 if method.head == "binary"
-                else self.answering.old_model(self.old, number, method.kd_temperature)
+                else self.answering.old_model(old, number, method.kd_temperature)
             )
             total += method.predictions * kept
-        if self.old is not None and method.features:
-            total += method.features * FeaturesKept(self.old, method.feature_layer or PENULTIMATE)
+        if old is not None and method.features:
+            total += method.features * FeaturesKept(old, method.feature_layer or PENULTIMATE)
         if number == 0 and method.weight_term == "l2" and method.anchor_first:
-            self.anchor = self._weights(with_head=False)
-        if self.anchor:
+            # A head that was just made is no place to stay near.
+            self.before.keep_weights(self.model, self.trained - self.head)
+        if pull := self.before.pull(by_information=method.weight_term == "ewc"):
             # The paper's penalty has no half, which the divergence has.
-            total += 2 * method.weights * Pulled(self.anchor, self.known)
+            total += 2 * method.weights * pull
         return total
-
-    def _weights(self, *, with_head: bool = True) -> dict[str, Tensor]:
-        """What may move, as it is now. A head that was just made is no place to stay near."""
-        left_out = frozenset() if with_head else self.head
-        return {
-            name: parameter.detach().clone()
-            for name, parameter in self.model.named_parameters()
-            if name in self.trained - left_out
-        }
 
     def learnt(self, number: int) -> None:
         super().learnt(number)
@@ -70,22 +60,16 @@ class RehearsalFreeLearner(SharedLearner):
         if number + 1 == len(self.data.sequence.tasks):
             return
         if method.predictions or method.features:
-            self.old = copy.deepcopy(self.model).eval().requires_grad_(False)
+            self.before.keep_model(self.model)
         if method.weight_term != "none":
-            self.anchor = self._weights()
+            self.before.keep_weights(self.model, self.trained)
         if method.weight_term == "ewc":
             self.free()  # a finished plan has frozen what is trained
             found = self.answering.information(number, method.fisher, method.fisher_examples)
-            self.known = joined(self.known, found, keep=method.fisher_decay)
+            self.before.add_information(found, keep=method.fisher_decay)
 
     def kept_bytes(self) -> dict[str, int]:
-        old = self.old.state_dict().values() if self.old is not None else ()
-        held = {
-            "old model": sum(tensor.nbytes for tensor in old),
-            "weights before": sum(tensor.nbytes for tensor in self.anchor.values()),
-            "Fisher information": sum(tensor.nbytes for tensor in (self.known or {}).values()),
-        }
-        return {name: size for name, size in held.items() if size}
+        return self.before.kept_bytes()
 
     def end(self) -> None:
         super().end()
