@@ -264,7 +264,8 @@ def test_a_model_that_cannot_be_read_is_said_before_any_is_measured(tiny: Path, 
 
 # Classifiers.
 
-TASKS = ("--split", "2", "--batch-size", "8", "--memory", "24", "--epochs", "1", "--dtype", "fp32")
+MEMORY = ("--memory", "24")
+TASKS = ("--split", "2", "--batch-size", "8", "--epochs", "1", "--dtype", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +273,11 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder: `cnn`, and `er` and `none` that learnt the same tasks from it, `four` others."""
     root = tmp_path_factory.mktemp("learnt")
     cnn, bars = write_cnn(root / "cnn", classes=4), write_bars(root / "bars.npz")
-    for name, flags in {"er": (), "none": ("--output-term", "none"), "four": ("--split", "4")}.items():
+    for name, flags in {
+        "er": MEMORY,
+        "none": ("--output-term", "none"),
+        "four": (*MEMORY, "--split", "4"),
+    }.items():
         done = typed("learn", "bregman", cnn, "-o", root / name, "--tasks", bars, *TASKS, *flags)
         assert done.code == 0, done.err
     return root

@@ -106,7 +106,8 @@ def added(words: list[str]) -> Iterator[str]:
     if "bundle" in kind.model_fields:
         wanted["--threshold"] = "0"  # a judge of random weights would let nothing through
     images = "tasks" in kind.model_fields and Kind.IMAGE_CLASSIFIER in kind.kinds
-    unread = {"--samples", "--seq-len"} if "--scores" in words else {"--seq-len", "--heldout"} if images else set()
+    unread = {"--samples", "--seq-len"} if "--scores" in words else set[str]()
+    unread |= {"--samples", "--seq-len", "--heldout"} if images else set()
     return iter([word for flag, value in wanted.items() if flag not in {*words, *unread} for word in (flag, value)])
 
 

@@ -18,7 +18,7 @@ from overhaul.forgetting import AccuracyMatrix
 from overhaul.learn_report import mean_interval, report
 from overhaul.task_record import METRICS
 
-HOW = ("--split", "2", "--batch-size", "8", "--memory", "24", "--epochs", "1", "--dtype", "fp32")
+HOW = ("--split", "2", "--batch-size", "8", "--epochs", "1", "--dtype", "fp32")
 
 
 @pytest.fixture(scope="module")

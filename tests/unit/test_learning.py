@@ -27,7 +27,8 @@ from overhaul.tasks import open_tasks
 from overhaul.train import train
 from overhaul.workspace import finish
 
-HOW: dict[str, Any] = {"batch_size": 8, "lr": 0.05, "epochs": 2.0, "memory": 24}
+HOW: dict[str, Any] = {"batch_size": 8, "lr": 0.05, "epochs": 2.0}
+OF_MEMORY = ("er", "der", "der++", "fdr")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,8 @@ def learn(
     """The model after all tasks, and its matrices; `seen` takes the parameters after each task."""
     made = artifact.load(cnn, kinds=(Kind.IMAGE_CLASSIFIER,))
     data = TaskData(open_tasks([str(bars)], split=split), made.processor, 1, seed=0)
-    method = Bregman(**{**HOW, **settings})
+    memory = {"memory": 24} if settings.get("output_term", "der++") in OF_MEMORY else {}
+    method = Bregman(**{**HOW, **memory, **settings})
     machine.seed_everything(0)
     with journal.recording() as notes:
         for plan in method.stages(made.model, data):
@@ -107,7 +109,7 @@ def test_ewc_with_information_of_one_everywhere_is_l2(cnn: Path, bars: Path, mon
 def test_fdr_remembers_a_task_when_it_ends_with_what_the_model_says_then(cnn: Path, bars: Path):
     made = artifact.load(cnn, kinds=(Kind.IMAGE_CLASSIFIER,))
     data = TaskData(open_tasks([str(bars)], split=2), made.processor, 1, seed=0)
-    learner: Any = (method := Bregman(**HOW, output_term="fdr")).learner(made.model, data)
+    learner: Any = (method := Bregman(**HOW, memory=24, output_term="fdr")).learner(made.model, data)
     learner.begin(0)
     train(learner.plan(0), method, quiet=True)
     assert len(learner.memory) == 0, "nothing of a task is held while it is learnt"
@@ -239,7 +241,8 @@ def test_scores_before_all_tasks_are_learnt_have_gaps(cnn: Path, bars: Path):
 
 # The command.
 
-FLAGS = ("--split", "2", "--batch-size", "8", "--memory", "24", "--epochs", "2", "--dtype", "fp32")
+PLAIN = ("--split", "2", "--batch-size", "8", "--epochs", "2", "--dtype", "fp32")
+FLAGS = (*PLAIN, "--memory", "24")
 
 
 def test_the_directory_is_one_that_transformers_reads(cnn: Path, bars: Path, tmp_path: Path):
@@ -311,7 +314,7 @@ def test_what_is_kept_is_told_by_what_it_is(cnn: Path, bars: Path):
 
 def test_means_are_a_model_and_spreads_stand_beside_it(cnn: Path, bars: Path, tmp_path: Path):
     vcl = ("--output-term", "none", "--weight-term", "vcl", "--first-std", "0.02")
-    done = overhaul("learn", "bregman", cnn, "-o", tmp_path / "out", "--tasks", bars, *FLAGS, *vcl)
+    done = overhaul("learn", "bregman", cnn, "-o", tmp_path / "out", "--tasks", bars, *PLAIN, *vcl)
     assert done.code == 0, done.err
 
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
@@ -322,7 +325,7 @@ def test_means_are_a_model_and_spreads_stand_beside_it(cnn: Path, bars: Path, tm
     assert artifact.verify(tmp_path / "out"), "the posterior is no weight file"
 
     # A later step writes the model that it made, and no posterior of the one before.
-    more = ("--tasks", bars, *FLAGS, "--output-term", "none")
+    more = ("--tasks", bars, *PLAIN, "--output-term", "none")
     assert overhaul("learn", "bregman", tmp_path / "out", "-o", tmp_path / "more", *more).code == 0
     assert not (tmp_path / "more" / "posterior.safetensors").exists()
 
@@ -353,6 +356,26 @@ def test_bad_input_is_one_clear_error(cnn: Path, bars: Path, tiny: Path, tmp_pat
         overhaul("learn", "bregman", cnn, *out, "--tasks", bars, "--memory", "4"),
         "a step draws 32 examples from a memory of 4",
     )
+    for term, flag, value, text in (
+        ("none", "--memory", 9, "memory is of output_term er, der, der++, fdr, kl-replay; leave it out"),
+        ("lwf", "--memory-batch", 9, "memory_batch is of output_term er"),
+        ("fdr", "--passes", "joined", "passes is of output_term er, der, der++ and kl-replay"),
+        ("none", "--alpha", 1, "alpha is of an output term"),
+        ("er", "--label-weight", 1, "label_weight is of output_term der++"),
+        ("er", "--temperature", 1, "temperature is of output_term lwf and kl-replay"),
+        ("er", "--beta", 2, "beta is of a weight term"),
+        ("er", "--samples", 2, "samples is of weight_term vcl"),
+        ("er", "--prior", "given", "prior is of weight_term vcl"),
+        ("er", "--prior-std", 2, "prior_std is of weight_term vcl"),
+        ("er", "--first-std", 0.1, "first_std is of weight_term vcl"),
+        ("er", "--fisher", "empirical", "fisher is of weight_term ewc, and of refresh with fisher diag"),
+        ("er", "--fisher-examples", 9, "fisher_examples is of weight_term ewc"),
+        ("er", "--fisher-decay", 0.5, "fisher_decay is of weight_term ewc"),
+    ):
+        unread = ("--output-term", term, flag, value)
+        refused(overhaul("learn", "bregman", cnn, *out, "--tasks", bars, *unread), text)
+    blind = ("--refresh.every", 2, "--refresh.fisher", "none", "--fisher-examples", 9)
+    refused(overhaul("learn", "bregman", cnn, *out, "--tasks", bars, *blind), "fisher_examples is of weight_term ewc")
     decay = ("--weight-term", "vcl", "--weight-decay", "0.1")
     refused(
         overhaul("learn", "bregman", cnn, *out, "--tasks", bars, *decay), "vcl has a prior in place of weight decay"

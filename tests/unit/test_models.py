@@ -18,7 +18,8 @@ from overhaul import artifact, models
 from overhaul.errors import UserError
 from overhaul.kinds import Kind
 
-FLAGS = ("--split", 2, "--epochs", 1, "--batch-size", 8, "--memory", 24, "--lr", 0.02)
+FLAGS = ("--split", 2, "--epochs", 1, "--batch-size", 8, "--lr", 0.02)
+MEMORY = ("--memory", 24)
 
 
 @pytest.fixture(params=models.MODEL_TYPES)
@@ -46,7 +47,7 @@ def test_a_directory_is_read_by_our_code_and_written_with_it(own: Path, bars: Pa
     planted = plant(own, f"{own.name}.py")
     out = own.parent / "out"
 
-    done = overhaul("learn", "bregman", planted, "-o", out, "--tasks", bars, *FLAGS)
+    done = overhaul("learn", "bregman", planted, "-o", out, "--tasks", bars, *FLAGS, *MEMORY)
 
     assert done.code == 0, done.err
     assert not (planted / "ran").exists()
@@ -143,7 +144,7 @@ def test_a_shape_that_cannot_be_is_one_clear_error(tmp_path: Path):
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(own: Path, bars: Path, monkeypatch: pytest.MonkeyPatch):
     """With dropout of attention and of whole branches, which draw random numbers."""
-    how = ("learn", "bregman", own, "--tasks", bars, *FLAGS, "--save-every", 2)
+    how = ("learn", "bregman", own, "--tasks", bars, *FLAGS, *MEMORY, "--save-every", 2)
     whole, cut = own.parent / "whole", own.parent / "cut"
     assert overhaul(*how, "-o", whole).code == 0
     from overhaul import train as loop

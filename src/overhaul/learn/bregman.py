@@ -21,6 +21,8 @@ OutputTerm = Literal["none", "er", "der", "der++", "fdr", "lwf", "cpr", "kl-repl
 WeightTerm = Literal["none", "l2", "ewc", "vcl"]
 OF_MEMORY = ("er", "der", "der++", "fdr", "kl-replay")
 """Output terms whose reference is in the memory, which fdr fills when a task ends and the others as it is learnt."""
+FISHER = ("fisher", "fisher_examples", "fisher_decay")
+"""Settings of the Fisher information."""
 
 
 class Refreshing(Settings):
@@ -87,6 +89,28 @@ class Bregman(SharedLearning):
     refresh: Refreshing = Field(Refreshing.model_validate({}), description="Unlearning before learning.")
 
     @model_validator(mode="after")
+    def _settings_are_read_by_a_term(self) -> Bregman:
+        for names, is_read, reader in self._readers():
+            for name in names:
+                if not is_read and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is of {reader}; leave it out, or choose that")
+        return self
+
+    def _readers(self) -> tuple[tuple[tuple[str, ...], bool, str], ...]:
+        """Settings, whether a term reads them, and which one would."""
+        output, weight = self.output_term, self.weight_term
+        return (
+            (("alpha",), output != "none", "an output term"),
+            (("label_weight",), output == "der++", "output_term der++"),
+            (("temperature",), output in ("lwf", "kl-replay"), "output_term lwf and kl-replay"),
+            (("memory", "memory_batch"), self.remembers, f"output_term {', '.join(OF_MEMORY)}"),
+            (("passes",), self.remembers and output != "fdr", "output_term er, der, der++ and kl-replay"),
+            (("beta",), weight != "none", "a weight term"),
+            (("samples", "prior", "prior_std", "first_std"), weight == "vcl", "weight_term vcl"),
+            (FISHER, self.informed, "weight_term ewc, and of refresh with fisher diag"),
+        )
+
+    @model_validator(mode="after")
     def _draws_fit(self) -> Bregman:
         wanted = self.memory_batch or self.batch_size
         if self.remembers and wanted > self.memory:
@@ -123,8 +147,7 @@ class Bregman(SharedLearning):
             raise UserError(f"--classifier {self.classifier} is of classifiers, and this is a language model")
         if self.weight_term == "vcl":
             raise UserError("--weight-term vcl is of classifiers", allowed="none, l2, ewc")
-        informed = self.weight_term == "ewc" or (self.refresh.every and self.refresh.fisher == "diag")
-        if informed and self.fisher != "empirical":
+        if self.informed and self.fisher != "empirical":
             raise UserError(
                 f"--fisher {self.fisher} runs over labels, and of a language model all words are labels",
                 hint="--fisher empirical",
@@ -134,6 +157,11 @@ class Bregman(SharedLearning):
     def remembers(self) -> bool:
         """Whether it keeps examples."""
         return self.output_term in OF_MEMORY
+
+    @property
+    def informed(self) -> bool:
+        """Whether it takes Fisher information."""
+        return self.weight_term == "ewc" or (self.refresh.every > 0 and self.refresh.fisher == "diag")
 
     def learner(self, model: nn.Module, data: TaskData) -> Learner:
         from overhaul.learners.bregman import BregmanLearner

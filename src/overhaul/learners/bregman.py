@@ -147,8 +147,7 @@ class BregmanLearner(SharedLearner):
         self.free()  # a finished plan has frozen what is trained
         if method.weight_term in ("l2", "ewc"):
             self.before.keep_weights(self.model, self.trained)
-        refreshes = method.refresh.every > 0 and method.refresh.fisher == "diag"
-        if method.weight_term == "ewc" or refreshes:
+        if method.informed:
             found = self.answering.information(number, method.fisher, method.fisher_examples)
             self.before.add_information(found, keep=method.fisher_decay)
 

@@ -95,7 +95,8 @@ class SharedLearner(Learner):
     def __init__(self, method: SharedLearning, model: nn.Module, data: TaskData) -> None:
         super().__init__(model, data)
         self.shared = method
-        self.answering: Answering = (ByWord if isinstance(data, TextTaskData) else ByClass)(method, model, data)
+        with_what: type[Answering] = ByWord if isinstance(data, TextTaskData) else ByClass
+        self.answering = with_what(method, model, data)
         self.answers_beforehand = self.answering.beforehand
         self.head: frozenset[str] = frozenset()
         self.trained: frozenset[str] = frozenset()
