@@ -14,7 +14,7 @@ from bench.inputs import Inputs
 from bench.results import Row, Target
 from overhaul import blank
 from overhaul.banks import Banked
-from overhaul.learners.reprogramming import Reprogramming
+from overhaul.sockets.reprogramming import Reprogramming
 
 IMAGE = 224
 CLASSES = 20

@@ -17,7 +17,7 @@ from overhaul import artifact, banks
 from overhaul.banks import Banked, fingerprint
 from overhaul.errors import UserError
 from overhaul.kinds import Kind
-from overhaul.learners.reprogramming import Reprogramming
+from overhaul.sockets.reprogramming import Reprogramming
 
 
 def cnn(directory: Path) -> nn.Module:

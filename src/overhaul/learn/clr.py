@@ -47,6 +47,6 @@ class Clr(BankLearning):
         return self
 
     def sockets(self) -> Sockets:
-        from overhaul.learners.reprogramming import Reprogramming
+        from overhaul.sockets.reprogramming import Reprogramming
 
         return Reprogramming(behind=self.behind, form=self.form, kernel=self.kernel, norms=self.norms)

@@ -63,7 +63,7 @@ class ConTraCon(BankLearning):
         return self
 
     def sockets(self) -> Sockets:
-        from overhaul.learners.reweighting import Reweighting
+        from overhaul.sockets.reweighting import Reweighting
 
         how: dict[str, Any] = {name: getattr(self, name) for name in ("form", "kernel", "dilation", "norms", "init")}
         return Reweighting(**how)

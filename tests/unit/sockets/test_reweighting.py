@@ -18,8 +18,8 @@ from overhaul.errors import UserError
 from overhaul.kinds import Kind
 from overhaul.layers.masked import MaskedLinear
 from overhaul.layers.reweighted import Reweighted
-from overhaul.learners.reprogramming import Reprogramming
-from overhaul.learners.reweighting import Reweighting, projections
+from overhaul.sockets.reprogramming import Reprogramming
+from overhaul.sockets.reweighting import Reweighting, projections
 
 
 def vit(directory: Path, **how: Any) -> Any:

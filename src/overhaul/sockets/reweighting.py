@@ -13,7 +13,7 @@ from overhaul.interop.attention import FUSED, SEPARATE
 from overhaul.interop.classifier import head_of
 from overhaul.layers import swap
 from overhaul.layers.reweighted import Form, Reweighted
-from overhaul.learners.reprogramming import NORMS
+from overhaul.sockets.reprogramming import NORMS
 
 
 class Reweighting(Sockets):
