@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -33,6 +33,12 @@ class Said(NamedTuple):
 
     right_N: Tensor
     nll_N: Tensor
+
+
+def asked(ids_T: Tensor, is_trained_T: Tensor) -> Tensor:
+    """Of a text what it is known by: what stands before its answer; all of it where there is no question."""
+    first = int(is_trained_T.int().argmax())
+    return ids_T[:first] if first > 1 else ids_T
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,22 @@ class TextTaskData:
         """Whether a task's rows are questions with answers, each read alone; else text, cut into windows."""
         return any(not is_trained for _, is_trained in row_text(self.sequence.tasks[number].corpus.heldout[0]))
 
-    def batches(self, number: int, settings: Training) -> Stream:
-        """The training batches of a task, counted from 0."""
+    @cached_property
+    def _ordered(self) -> dict[tuple[int, int], Data]:
+        return {}
+
+    def batches(self, number: int, settings: Training, *, seed: int | None = None) -> Stream:
+        """The training batches of a task, counted from 0.
+
+        Args:
+            number: of the task.
+            settings: of the windows and batches.
+            seed: of their order; None for one that depends on the task's place in the sequence.
+        """
         data = self.of[number]
+        if seed is not None:
+            # The same object each time, so that nothing is encoded twice.
+            data = self._ordered.setdefault((number, seed), replace(data, seed=seed))
         return data.examples(settings) if self.has_answers(number) else data.training(settings)
 
     def steps(self, number: int, *, passes: float, batch_size: int) -> int:
@@ -113,6 +132,10 @@ class TextTaskData:
                 allowed="shorter rows, or a longer --seq-len",
             )
         return tuple(found)
+
+    def asked(self, number: int) -> list[Tensor]:
+        """Of what a task is measured on, the tokens that each text is known by."""
+        return [asked(torch.from_numpy(one.ids), torch.from_numpy(one.trained)) for one in self.heldout[number]]
 
     def num_heldout(self, number: int) -> int:
         """Examples that a task is measured on."""

@@ -13,6 +13,7 @@ from overhaul.corpora import CorpusSpec, open_corpus
 from overhaul.data import Data
 from overhaul.errors import UserError
 from overhaul.learners.learner import Learner
+from overhaul.learners.text import note_told
 from overhaul.library import Library
 from overhaul.objective import Batch, CrossEntropy, Forward, Objective, Term, Terms
 from overhaul.optim.build import build
@@ -20,7 +21,7 @@ from overhaul.retrieval import Keys, find, first_keys, pull
 from overhaul.schedules import schedule
 from overhaul.stream import IGNORED, Repeat, Rows, Shuffle
 from overhaul.stream import Batch as Batches
-from overhaul.text_task_data import Said, TextTaskData
+from overhaul.text_task_data import Said, TextTaskData, asked
 from overhaul.train import Plan
 
 if TYPE_CHECKING:
@@ -68,12 +69,6 @@ class KeyPull(Term):
 
     def count(self, batch: Batch) -> int:
         return len(batch["queries"])
-
-
-def asked(ids_T: Tensor, is_trained_T: Tensor) -> Tensor:
-    """Of a text what it is known by: what stands before its answer; all of it where there is no question."""
-    first = int(is_trained_T.int().argmax())
-    return ids_T[:first] if first > 1 else ids_T
 
 
 class SlmLearner(Learner):
@@ -210,9 +205,7 @@ class SlmLearner(Learner):
     def _heldout(self, number: int) -> Tensor:
         """Queries of a task's held-out texts."""
         if number not in self._queries:
-            texts = [
-                asked(torch.from_numpy(one.ids), torch.from_numpy(one.trained)) for one in self.data.heldout[number]
-            ]
+            texts = self.data.asked(number)
             parts = [self.library.queries(texts[at : at + 8]) for at in range(0, len(texts), 8)]
             self._queries[number] = torch.cat(parts)
         return self._queries[number]
@@ -220,7 +213,7 @@ class SlmLearner(Learner):
     def end(self) -> None:
         """Leaves the frozen model, the library beside it, and what was found for which texts."""
         names = [task.name for task in self.data.sequence.tasks]
-        tasks, rows, losses, winners = range(len(names)), [], [], set[int]()
+        tasks, rows, winners = range(len(names)), [], set[int]()
         for number, name in enumerate(names):
             found = self.library.found(self._heldout(number))
             of_B = found.entries_BK[:, 0] // self.method.entries
@@ -228,16 +221,10 @@ class SlmLearner(Learner):
             shares = [f"{float((of_B == self.before + task).double().mean()):.1%}" for task in tasks]
             unknown = float((found.weights_BK.sum(dim=1) == 0).double().mean())
             rows.append((name, *shares, f"{unknown:.1%}", f"{float(found.nearest_B.mean()):.2f}"))
-            told, untold = (float(self.said(number, t).nll_N.mean()) for t in ((number,), tasks))
-            losses.append((name, f"{told:.4f}", f"{untold:.4f}"))
         columns = ("", *names, "left to the frozen model", "similarity")
         journal.note_table("For which task's entries each text was taken, by the nearest key", columns, rows)
         count = self.before * self.method.entries + len(names) * self.method.entries
-        journal.note_table(
-            f"Held-out loss in nats a token; {len(winners)} of {count} keys were ever the nearest",
-            ("", "task told", "task not told"),
-            losses,
-        )
+        note_told(self.data, self.said, f"; {len(winners)} of {count} keys were ever the nearest")
         self.library.note()
         self.library.restore()
 

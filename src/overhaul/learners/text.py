@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,7 +101,7 @@ class ByWord(Answering):
 
     def __init__(self, method: SharedLearning, model: nn.Module, data: TextTaskData) -> None:
         super().__init__(method, model, data)
-        self.rows: list[tuple[str, list[float]]] = []
+        self.losses = Losses(data)
         self._said: dict[int, Said] = {}
 
     def begin(self, number: int) -> tuple[str, ...]:
@@ -127,13 +127,10 @@ class ByWord(Answering):
     def _note(self, when: str) -> None:
         """Takes the loss on all texts."""
         numbers = range(len(self.data.sequence.tasks))
-        self.rows.append((when, [float(self.said(number).nll_N.double().mean()) for number in numbers]))
+        self.losses.take((float(self.said(number).nll_N.double().mean()) for number in numbers), when)
 
     def end(self) -> None:
-        """The table for the report: a column for each text."""
-        names = [task.name for task in self.data.sequence.tasks]
-        rows = [(when, *(f"{loss:.4f}" for loss in losses)) for when, losses in self.rows]
-        journal.note_table("Held-out loss on every text, nats a token", ("", *names), rows)
+        self.losses.tell()
 
     def stream(self, number: int) -> Stream:
         return self.data.batches(number, self.method)
@@ -157,3 +154,41 @@ class ByWord(Answering):
             for row in range(len(batch["labels"]))
         )
         return diagonal_of_text(self.model.eval(), itertools.islice(windows, count))
+
+
+class Losses:
+    """Losses on every text, before the first task and after each.
+
+    Args:
+        data: the tasks.
+    """
+
+    def __init__(self, data: TextTaskData) -> None:
+        self.data = data
+        self.rows: list[tuple[str, list[float]]] = []
+
+    def take(self, losses: Iterable[float], when: str) -> None:
+        """Takes the losses on all texts, in nats a token, from who has them."""
+        self.rows.append((when, list(losses)))
+
+    def tell(self) -> None:
+        """The table for the report: a column for each text."""
+        names = [task.name for task in self.data.sequence.tasks]
+        rows = [(when, *(f"{loss:.4f}" for loss in losses)) for when, losses in self.rows]
+        journal.note_table("Held-out loss on every text, nats a token", ("", *names), rows)
+
+
+def note_told(data: TextTaskData, said: Callable[[int, Sequence[int]], Said], more: str = "") -> None:
+    """The table for the report: the loss on every text where the task is told, and where it is not.
+
+    Args:
+        data: the tasks.
+        said: what is said of a task's held-out text when what was learnt of some tasks may be used.
+        more: the end of the title.
+    """
+    names = [task.name for task in data.sequence.tasks]
+    rows = []
+    for number, name in enumerate(names):
+        told, untold = (float(said(number, tasks).nll_N.mean()) for tasks in ((number,), range(len(names))))
+        rows.append((name, f"{told:.4f}", f"{untold:.4f}"))
+    journal.note_table(f"Held-out loss in nats a token{more}", ("", "task told", "task not told"), rows)
