@@ -1,28 +1,23 @@
-"""Learning with a bank for each task: nothing of an older task is touched, so nothing of it is forgotten."""
+"""Learning tasks of images with a bank for each: nothing of an older task is touched, so nothing of it is forgotten."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from overhaul import journal
 from overhaul.augment import augmented, policy
-from overhaul.banks import Banked, Sockets
-from overhaul.errors import UserError
-from overhaul.evaluate import wilson_interval
+from overhaul.banks import Sockets
 from overhaul.identify import entropies, over_views
 from overhaul.interop.classifier import set_classes
-from overhaul.learners.learner import Learner
+from overhaul.learners.keeping import BankKeeper, Parent
 from overhaul.learners.similarity import similarity
 from overhaul.objective import ClassCrossEntropy, Objective, ParameterNorms
 from overhaul.optim.build import build
 from overhaul.schedules import schedule
-from overhaul.table import Row
 from overhaul.task_scores import logits_of
 from overhaul.train import Plan
 from overhaul.watch import InEvaluation
@@ -31,11 +26,9 @@ if TYPE_CHECKING:
     from overhaul.banking import BankLearning
     from overhaul.task_data import Examples, TaskData
 
-Parent = Literal["none", "first", "most_similar"]
 
-
-class BankLearner(Learner):
-    """Trains a bank for each task, and finds the task of an example that comes without it.
+class BankLearner(BankKeeper):
+    """Trains a bank for each task of images.
 
     Args:
         method: how.
@@ -50,6 +43,8 @@ class BankLearner(Learner):
         UserError: the model has no place for them, or its directory has a bank for a task of the same name.
     """
 
+    nearness_is = "how well its classes lie apart in each model"
+
     def __init__(
         self,
         method: BankLearning,
@@ -60,18 +55,9 @@ class BankLearner(Learner):
         whole_first: bool = False,
         parent: Parent = "none",
     ) -> None:
-        super().__init__(model, data)
-        self.method, self.parent, self.banked = method, parent, Banked(model, sockets)
-        if (start := method.start) is not None:
-            self.banked.read(start)
-        self.before = len(self.banked.banks)
-        there = {bank.name for bank in self.banked.banks}
-        if twice := [task.name for task in data.sequence.tasks if task.name in there]:
-            raise UserError(f"there is a bank for a task named {twice[0]} already", allowed="tasks with other names")
+        super().__init__(method, model, data, sockets, parent=parent)
         self.whole_first = whole_first and not self.before
         self._said: dict[tuple[int, int], Tensor] = {}
-        self._doubts: dict[tuple[int, int, bool], Tensor] = {}
-        self._similar: dict[int, list[float]] = {}
 
     def begin(self, number: int) -> None:
         """Puts new tensors in; what is drawn at random until the next task begins is the task's own."""
@@ -84,27 +70,12 @@ class BankLearner(Learner):
         else:
             self.banked.begin(classes, self._parent_of(number))
 
-    def _is_whole(self, number: int) -> bool:
-        return self.whole_first and number == 0
+    def nearness(self, number: int) -> float:
+        how: Any = {"dtype": self.data.dtype, "seed": self.data.seed}
+        return similarity(self.model, self.data.train[number], **how)
 
-    def _parent_of(self, number: int) -> int | None:
-        """The place of the bank that a task begins as."""
-        there = range(len(self.banked.banks))
-        if self.parent == "none" or not there:
-            return None
-        if self.parent == "first":
-            return 0
-        similar = self._similar[number] = []
-        for place in there:
-            self.banked.use(place)
-            how: Any = {"dtype": self.data.dtype, "seed": self.data.seed}
-            similar.append(similarity(self.model, self.data.train[number], **how))
-        return similar.index(max(similar))
-
-    def _seed(self, number: int) -> int:
-        """By the run's seed and the task's name, so that a task's bank is the same wherever in an order it stands."""
-        told = f"{self.data.seed}\n{self.data.sequence.tasks[number].name}"
-        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:4], "big")
+    def shown(self, nearness: float) -> str:
+        return f"{nearness:.1%}"
 
     def plan(self, number: int) -> Plan:
         """Cross-entropy among the task's own classes, on what is its own, or on the whole model."""
@@ -148,9 +119,6 @@ class BankLearner(Learner):
             parameter.data = parameter.data.to(inner.config.dtype or parameter.dtype).to(parameter.dtype)
         self.banked.freeze()
 
-    def kept_bytes(self) -> dict[str, int]:
-        return {"banks": sum(bank.nbytes for bank in self.banked.banks)}
-
     def answers(self, number: int, tasks: Sequence[int]) -> Tensor:
         """Each example's, by the bank of the task among `tasks` that is the least in doubt about it."""
         logits_NC = self._of_bank(number, tasks[0])
@@ -159,17 +127,6 @@ class BankLearner(Learner):
             for task in tasks[1:]:
                 logits_NC = torch.where((chosen_N == task)[:, None], self._of_bank(number, task), logits_NC)
         return logits_NC
-
-    def identified(self, number: int, tasks: Sequence[int], *, by_views: bool = True) -> Tensor:
-        """`(N,)`: of a task's held-out examples, the task among some that each is taken for.
-
-        Args:
-            number: of the task whose examples they are.
-            tasks: among which is chosen.
-            by_views: whether other views of an example count as well, where the method has any.
-        """
-        doubts_TN = torch.stack([self._doubt(number, task, by_views and self.method.views > 0) for task in tasks])
-        return torch.tensor(list(tasks))[doubts_TN.argmin(dim=0)]
 
     def _of_bank(self, number: int, task: int) -> Tensor:
         """`(N, C)` of the sequence's classes, those of other tasks at minus infinity."""
@@ -185,16 +142,14 @@ class BankLearner(Learner):
             self._said[number, task] = logits_of(self.model, self.data.heldout[number], dtype=self.data.dtype)
         return self._said[number, task]
 
-    def _doubt(self, number: int, task: int, by_views: bool) -> Tensor:
-        if (at := (number, task, by_views)) not in self._doubts:
-            logits_NC = self._logits(number, task)
-            if by_views:
-                self.banked.use(self.before + task)
-                others = (self._view(number, view) for view in range(self.method.views))
-                made = (logits_of(self.model, view, dtype=self.data.dtype) for view in others)
-                logits_NC = over_views(logits_NC, made, self.method.plain_views)
-            self._doubts[at] = entropies(logits_NC, self.method.temperature)
-        return self._doubts[at]
+    def doubt(self, number: int, task: int, by_views: bool) -> Tensor:
+        logits_NC = self._logits(number, task)
+        if by_views:
+            self.banked.use(self.before + task)
+            others = (self._view(number, view) for view in range(self.method.views))
+            made = (logits_of(self.model, view, dtype=self.data.dtype) for view in others)
+            logits_NC = over_views(logits_NC, made, self.method.plain_views)
+        return entropies(logits_NC, self.method.temperature)
 
     def _view(self, number: int, view: int) -> Examples:
         """A task's held-out examples, augmented in ways that every bank is shown alike."""
@@ -203,57 +158,3 @@ class BankLearner(Learner):
         images_NCHW = torch.from_numpy(examples.images_NCHW)
         how = policy(self.method.augment, images_NCHW.shape[1])
         return replace(examples, images_NCHW=augmented(images_NCHW, how, seed=seed).numpy())
-
-    def end(self) -> None:
-        """Leaves the frozen model, its banks beside it, and how well tasks were told."""
-        if len(self.data.sequence.tasks) > 1:
-            self._note_identified()
-        if self.parent != "none":
-            self._note_parents()
-        self.banked.note()
-        self.banked.restore()
-
-    def _note_identified(self) -> None:
-        """The confusion of tasks, and the share of examples whose task was told, by one view and by several."""
-        names = [task.name for task in self.data.sequence.tasks]
-        tasks = range(len(names))
-        views = f"{self.method.plain_views + self.method.views} views"
-        ways = {"one view": False} | ({views: True} if self.method.views else {})
-        taken = {way: [self._taken_for(number, by) for number in tasks] for way, by in ways.items()}
-        for way, counts_TT in taken.items():
-            right, count = sum(counts_T[n] for n, counts_T in enumerate(counts_TT)), sum(map(sum, counts_TT))
-            low, high = wilson_interval(right, count)
-            what: Any = {"model": self.data.model, "metric": f"tasks told, {way}", "count": count}
-            journal.note_metric(Row(value=right / count, low=low, high=high, **what))
-        rows = [
-            (name, *(" / ".join(_share(counts_TT[n], other) for counts_TT in taken.values()) for other in tasks))
-            for n, name in enumerate(names)
-        ]  # fmt: skip
-        by = f": by {' / by '.join(ways)}" if len(ways) > 1 else ""
-        journal.note_table(f"Which task examples were taken for, each row a task{by}", ("", *names), rows)
-
-    def _taken_for(self, number: int, by_views: bool) -> list[int]:
-        """Of a task's held-out examples, how many are taken for each task."""
-        tasks = range(len(self.data.sequence.tasks))
-        chosen_N = self.identified(number, tasks, by_views=by_views)
-        return [int((chosen_N == task).sum()) for task in tasks]
-
-    def _note_parents(self) -> None:
-        """What each task began as, and what it could have begun as."""
-        banks, most = self.banked.banks, max(map(len, self._similar.values()), default=0)
-        rows = [
-            (
-                bank.name,
-                bank.parent or ("the whole model" if self._is_whole(number) else "the frozen model"),
-                *(f"{s:.1%}" for s in similar),
-                *[""] * (most - len(similar)),
-            )
-            for number, bank in enumerate(banks[self.before :])
-            for similar in [self._similar.get(number, [])]
-        ]
-        title = "What each task began as" + (", and how well its classes lie apart in each model" if most else "")
-        journal.note_table(title, ("", "began as", *(bank.name for bank in banks[:most])), rows)
-
-
-def _share(counts_T: Sequence[int], task: int) -> str:
-    return f"{counts_T[task] / sum(counts_T):.1%}"
