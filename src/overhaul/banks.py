@@ -13,7 +13,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,14 @@ from torch import Tensor, nn
 from overhaul import journal
 from overhaul.errors import UserError, did_you_mean
 from overhaul.interop.classifier import INPUTS, classes_of, head_of, name_classes
+from overhaul.kinds import is_classifier
 
 FOLDER = "banks"
 """Where they lie, beside the weights."""
 _KEY = "overhaul"
 """Under which a bank's file has what is not a tensor."""
+_TOLD = ("method", "settings", "base", "task", "classes", "parent")
+"""What is told of every bank."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,15 +40,17 @@ class Bank:
 
     Attributes:
         name: of the task.
-        classes: names of its classes, in the order of its head's rows.
+        classes: names of its classes, in the order of its head's rows; none of a language model, which keeps its own.
         tensors: by the dotted names that they have in the model with its sockets.
         parent: the task whose bank it began as; None for the frozen model.
+        beside: what else its file says of it: plain data.
     """
 
     name: str
     classes: tuple[str, ...]
     tensors: Mapping[str, Tensor]
     parent: str | None = None
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_values(self) -> int:
@@ -103,7 +108,7 @@ class Banked:
     """A frozen model with banks, one of which is in use at a time; changing to another one copies nothing.
 
     Args:
-        model: a classifier; sockets are put into it, in place.
+        model: a classifier, or a language model, whose banks have no head; sockets are put into it, in place.
         sockets: where banks go.
 
     Raises:
@@ -122,39 +127,44 @@ class Banked:
             UserError: the model has no place for them.
         """
         model, sockets = self.model, self.sockets
-        self.fingerprint, self._head = fingerprint(model), head_of(model)[0]
+        self.fingerprint = fingerprint(model)
+        self._head = head_of(model)[0] if is_classifier(model) else None
         sockets.fit(model)
-        head = [f"{self._head}.{name}" for name, _ in model.get_submodule(self._head).named_parameters()]
-        self._places = {name: _tensor(model, name) for name in (*sockets.names(model), *head)}
-        self._base, self._parent = self._taken("", classes_of(model)), None
+        head = [] if self._head is None else model.get_submodule(self._head).named_parameters(self._head)
+        self._places = {name: _tensor(model, name) for name in (*sockets.names(model), *(name for name, _ in head))}
+        self._base, self._parent = self._taken(""), None
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained of a task."""
         return [place for place in self._places.values() if isinstance(place, nn.Parameter)]
 
-    def begin(self, classes: Sequence[str], parent: int | None = None) -> None:
-        """Makes the model ready for a new task, with new tensors in the sockets and a new head.
+    def begin(self, classes: Sequence[str] = (), parent: int | None = None) -> None:
+        """Makes the model ready for a new task, with new tensors in the sockets and, of a classifier, a new head.
 
         Args:
-            classes: of the task.
+            classes: of the task; a language model has none.
             parent: the place of the bank that it begins as; None for the frozen model.
         """
         source = self._base if parent is None else self.banks[parent]
         self._put(source)
-        old: Any = self.model.get_submodule(self._head)
-        made = nn.Linear(old.in_features, len(classes), bias=old.bias is not None).to(old.weight)
-        head = {f"{self._head}.{name}": tensor.data for name, tensor in made.named_parameters()}
+        head = {} if self._head is None else self._new_head(self._head, len(classes))
         tensors = {name: tensor.clone() for name, tensor in source.tensors.items()}
         self._put(Bank("", tuple(classes), tensors | self.sockets.begin(self.model) | head))
         self._parent = None if parent is None else source.name
 
-    def keep(self, name: str) -> Bank:
+    def _new_head(self, where: str, rows: int) -> dict[str, Tensor]:
+        old: Any = self.model.get_submodule(where)
+        made = nn.Linear(old.in_features, rows, bias=old.bias is not None).to(old.weight)
+        return {f"{where}.{name}": tensor.data for name, tensor in made.named_parameters()}
+
+    def keep(self, name: str, beside: Mapping[str, Any] | None = None) -> Bank:
         """Adds what is in the sockets as the bank of a task.
 
         Args:
             name: of the task; no other bank has it.
+            beside: what else is to be known of it, as plain data.
         """
-        self.banks.append(bank := replace(self._taken(name, classes_of(self.model)), parent=self._parent))
+        self.banks.append(bank := replace(self._taken(name), parent=self._parent, beside=dict(beside or {})))
         return bank
 
     def use(self, place: int) -> None:
@@ -202,11 +212,14 @@ class Banked:
     def _put(self, bank: Bank) -> None:
         for name, place in self._places.items():
             place.data = bank.tensors[name]
+        if self._head is None:
+            return
         head: Any = self.model.get_submodule(self._head)
         head.out_features = len(bank.classes)
         name_classes(self.model, bank.classes)
 
-    def _taken(self, name: str, classes: tuple[str, ...]) -> Bank:
+    def _taken(self, name: str) -> Bank:
+        classes = () if self._head is None else classes_of(self.model)
         return Bank(name, classes, {at: place.detach().clone() for at, place in self._places.items()})
 
     def merge(self) -> nn.Module:
@@ -223,7 +236,7 @@ class Banked:
         for place, bank in enumerate(self.banks):
             told = {
                 "method": self.sockets.method, "settings": self.sockets.settings(), "base": self.fingerprint,
-                "task": bank.name, "classes": bank.classes, "parent": bank.parent,
+                "task": bank.name, "classes": bank.classes, "parent": bank.parent, **bank.beside,
             }  # fmt: skip
             note_file(place, told, bank.tensors)
 
@@ -242,7 +255,14 @@ class Banked:
                 )
             device = next(self.model.parameters()).device
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-            self.banks.append(Bank(told["task"], tuple(told["classes"]), tensors, told.get("parent")))
+            beside = {name: value for name, value in told.items() if name not in _TOLD}
+            self.banks.append(Bank(told["task"], tuple(told["classes"]), tensors, told.get("parent"), beside))
+
+    def settle(self) -> None:
+        """Gives all banks the precision that the model has in memory: to be used, and not to be written again."""
+        for number, bank in enumerate(self.banks):
+            tensors = {name: tensor.to(self._base.tensors[name].dtype) for name, tensor in bank.tensors.items()}
+            self.banks[number] = replace(bank, tensors=tensors)
 
 
 def note_file(place: int, told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,11 @@ Behind = Literal["spatial", "all", "scaled", "none"]
 NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation; those of language models are known by their name."""
+    return isinstance(module, NORMS) or type(module).__name__.endswith("RMSNorm")
+
+
 class Reprogramming(Sockets):
     """A kernel for each channel behind frozen convolutions, and normalisations of a task's own.
 

@@ -11,10 +11,12 @@ from overhaul.banks import Sockets
 from overhaul.errors import UserError
 from overhaul.interop.attention import FUSED, SEPARATE
 from overhaul.interop.classifier import head_of
+from overhaul.kinds import is_classifier
 from overhaul.layers import swap
 from overhaul.layers.reweighted import Form, Reweighted
-from overhaul.sockets.reprogramming import NORMS
+from overhaul.sockets.reprogramming import is_norm
 
+Init = Literal["drawn", "parent", "unchanged"]
 
 class Reweighting(Sockets):
     """Kernels over the frozen weights of attention, and normalisations and pooling of a task's own.
@@ -24,7 +26,8 @@ class Reweighting(Sockets):
         kernel: numbers of a side, odd.
         dilation: distance of the weights under neighbouring numbers of a kernel.
         norms: whether normalisations, and the attention that pools tokens, are a task's own.
-        init: what a task's kernels begin as: `drawn` at random, or its `parent`'s.
+        init: what a task's kernels begin as: `drawn` at random, its `parent`'s, or those that leave the frozen weights
+            `unchanged`.
     """
 
     method = "contracon"
@@ -36,7 +39,7 @@ class Reweighting(Sockets):
         kernel: int = 15,
         dilation: int = 1,
         norms: bool = True,
-        init: Literal["drawn", "parent"] = "drawn",
+        init: Init = "drawn",
     ) -> None:
         self.form: Form | Literal["none"] = form
         self.kernel, self.dilation, self.norms, self.init = kernel, dilation, norms, init
@@ -71,7 +74,11 @@ class Reweighting(Sockets):
     def begin(self, model: nn.Module) -> dict[str, Tensor]:
         if self.init == "parent":
             return {}
-        return {f"{name}.{own}": tensor for name, layer in _reweighted(model) for own, tensor in layer.drawn().items()}
+        found: dict[str, Tensor] = {}
+        for name, layer in _reweighted(model):
+            made = layer.drawn() if self.init == "drawn" else layer.unchanged()
+            found |= {f"{name}.{own}": tensor for own, tensor in made.items()}
+        return found
 
     def merge(self, model: nn.Module) -> None:
         swap(model, [name for name, _ in _reweighted(model)], lambda layer: layer.merge())
@@ -126,10 +133,10 @@ def _refuse_others(model: nn.Module) -> None:
 
 def task_own(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Normalisations, the last one too, and linear layers of one output that are not the head: the pooling's scores."""
-    head = head_of(model)[0]
+    head = head_of(model)[0] if is_classifier(model) else None
     for name, module in model.named_modules():
         is_pool = type(module) is nn.Linear and module.out_features == 1 and name != head
-        if is_pool or isinstance(module, NORMS) or type(module).__name__.endswith("RMSNorm"):
+        if is_pool or is_norm(module):
             yield name, module
 
 
