@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from overhaul import disk, library, models, packed, pretrained
+from overhaul import disk, models, packed, pretrained, text_banks
 from overhaul.errors import UserError
 from overhaul.kinds import Kind, class_of, kind_of, kind_of_model, processor_of
 from overhaul.layers import Packed, merge_all, swap
@@ -99,7 +99,7 @@ def load(
         dtype: of the weights in memory; None keeps that on disk.
         device: where to put the model.
         kinds: the kinds of model that are asked for.
-        with_library: whether a directory's library of increments answers too, by what a text is like.
+        with_library: whether a directory's library of increments, or its banks, answer too, by what a text is like.
 
     Raises:
         UserError: no such model, no config, one of another kind, a damaged file, a format of quantized weights that is
@@ -132,8 +132,8 @@ def load(
         read_adapter(model, adapter, packed=bool(packing))
         model.eval()
     model = model.to(device)
-    if with_library and library.is_there(path):
-        library.attached(model, path)
+    if with_library:
+        text_banks.attach(model, path)
     return Artifact(
         model=model,
         processor=processor,

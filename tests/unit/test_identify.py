@@ -1,13 +1,15 @@
-"""Doubt: entropies against torch's, and heads of other widths."""
+"""Doubt: entropies against torch's, heads of other widths, texts."""
 
 from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch.distributions import Categorical
+from torch.nn.functional import cross_entropy
 
-from overhaul.identify import entropies, over_views
+from overhaul.identify import Telling, doubt_of_text, entropies, kept, over_views
 
 
 def test_entropies_are_those_of_torch_as_a_share_of_the_largest():
@@ -39,3 +41,39 @@ def test_logits_are_averaged_not_probabilities():
     made = over_views(plain, others, 2)
     assert torch.allclose(made, by_hand, atol=1e-6)
     assert not torch.allclose(made.softmax(1), mixed, atol=1e-2)
+
+
+# Texts.
+
+
+def test_a_text_is_doubted_as_much_as_its_next_tokens_are_on_average():
+    logits_TV, ids_T = torch.randn(6, 9), torch.randint(9, (6,))
+
+    by_entropy = doubt_of_text(logits_TV, (), ids_T, Telling())
+    by_loss = doubt_of_text(logits_TV, (), ids_T, Telling(by="loss", temperature=2.0))
+    assert by_entropy == pytest.approx(float(Categorical(logits=logits_TV).entropy().mean()) / math.log(9), abs=1e-6)
+    assert by_loss == pytest.approx(float(cross_entropy(logits_TV[:-1] / 2, ids_T[1:])), abs=1e-6)
+    assert doubt_of_text(logits_TV[:1], (), ids_T[:1], Telling(by="loss")) == pytest.approx(
+        float(entropies(logits_TV[:1])), abs=1e-6
+    )
+
+
+def test_a_view_counts_where_it_has_tokens():
+    plain_TV, view_KV, ids_T = torch.randn(5, 7), torch.randn(3, 7), torch.randint(7, (5,))
+    places_K = torch.tensor([0, 2, 3])
+    mean_TV = plain_TV.clone()
+    mean_TV[places_K] = (2 * plain_TV[places_K] + view_KV) / 3
+
+    found = doubt_of_text(plain_TV, [(places_K, view_KV)], ids_T, Telling(plain_views=2))
+    assert found == pytest.approx(doubt_of_text(mean_TV, (), ids_T, Telling()), abs=1e-6)
+
+
+def test_views_are_without_other_tokens_each_and_never_without_the_first():
+    views = [kept(400, 0.25, view) for view in range(20)]
+
+    assert all(int(view[0]) == 0 for view in views)
+    assert 0.7 < sum(map(len, views)) / (20 * 400) < 0.8
+    assert not torch.equal(views[0], views[1])
+    assert torch.equal(kept(400, 0.25, 3), views[3])
+    assert torch.equal(kept(9, 0.0, 1), torch.arange(9))
+    assert kept(1, 0.99, 0).tolist() == [0]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from overhaul.banking import BankLearning
+from overhaul.errors import UserError
+from overhaul.kinds import Kind, is_classifier
 from overhaul.method import BatchSize, Fraction, Natural, NonNegative, PeakRate, Positive
 
 if TYPE_CHECKING:
     from torch import nn
 
     from overhaul.banks import Sockets
-    from overhaul.learners.learner import Learner
-    from overhaul.task_data import TaskData
 
 
 class ConTraCon(BankLearning):
@@ -25,7 +26,14 @@ class ConTraCon(BankLearning):
         "arXiv:2308.11357"
     )
 
-    batch_size: BatchSize = 256
+    by_kind: ClassVar[Mapping[str, tuple[Any, Any]]] = {
+        "batch_size": (256, 4), "first_task": ("whole", "frozen"), "parent": ("first", "none"),
+        "init": ("drawn", "unchanged"),
+    }  # fmt: skip
+
+    batch_size: BatchSize | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        None, description="Images or windows of a step; 256, of a language model 4."
+    )
     lr: PeakRate = 8e-4
     weight_decay: NonNegative = Field(6e-7, description="Decoupled weight decay.")
     optimizer: Literal["sgd", "adamw"] = Field("adamw", description="Update rule; it begins anew with each task.")  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -36,16 +44,20 @@ class ConTraCon(BankLearning):
     views: Natural = Field(
         10, description="Augmented copies of an example whose logits are averaged before a task is told by them."
     )
-    first_task: Literal["whole", "frozen"] = Field(
-        "whole",
-        description="Whether the first task of a model trains all of it, after which it is frozen; or the model is "
-        "frozen as it is given. One that has banks is frozen.",
+    first_task: Literal["whole", "frozen"] | None = Field(
+        None,
+        description="Whether the first task of a model trains all of it, after which it is frozen (whole, the "
+        "default); or the model is frozen as it is given, as one is that has banks, and every language model.",
     )
-    parent: Literal["first", "most_similar"] = Field(
-        "first", description="The task whose norms and pooling a new one begins with."
+    parent: Literal["none", "first", "most_similar"] | None = Field(
+        None,
+        description="The task whose norms and pooling a new one begins with: the first (default), the one whose bank "
+        "knows the new task best, or none, but the frozen model (default of a language model).",
     )
-    init: Literal["drawn", "parent"] = Field(
-        "drawn", description="What a task's kernels and gates begin as: drawn at random, or those of its parent."
+    init: Literal["drawn", "parent", "unchanged"] | None = Field(
+        None,
+        description="What a task's kernels and gates begin as: drawn at random (default), those of its parent, or such "
+        "that they change nothing (default of a language model).",
     )
     form: Literal["both", "kernels", "gates", "none"] = Field(
         "both", description="What the frozen weights go through: kernels beside gates, either alone, or nothing."
@@ -58,18 +70,31 @@ class ConTraCon(BankLearning):
     def _fits(self) -> Self:
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel {self.kernel} has no middle; use {self.kernel - 1} or {self.kernel + 1}")
-        if self.form == "gates" and self.init == "parent":
+        if self.form == "gates" and self.init in ("parent", "unchanged"):
             raise ValueError("form gates cannot begin as the frozen model, whose gate is infinite; use init drawn")
         return self
 
-    def sockets(self) -> Sockets:
+    def check(self, model: nn.Module, data: Any) -> None:
+        """Refuses what there is only of classifiers."""
+        super().check(model, data)
+        if is_classifier(model):
+            return
+        if self.first_task == "whole":
+            raise UserError(
+                "--first-task whole trains a model that knows nothing yet, and a language model comes trained",
+                hint="without it: the model is frozen as it is given",
+            )
+        if self.form == "gates" and self.init != "drawn":
+            raise UserError(
+                "--form gates cannot begin as the frozen model, whose gate is infinite", hint="with --init drawn"
+            )
+
+    def sockets(self, kind: Kind = Kind.IMAGE_CLASSIFIER) -> Sockets:
         from overhaul.sockets.reweighting import Reweighting
 
-        how: dict[str, Any] = {name: getattr(self, name) for name in ("form", "kernel", "dilation", "norms", "init")}
+        method, names = self.of_kind(kind), ("form", "kernel", "dilation", "norms", "init")
+        how: dict[str, Any] = {name: getattr(method, name) for name in names}
         return Reweighting(**how)
 
-    def learner(self, model: nn.Module, data: TaskData) -> Learner:
-        from overhaul.learners.banked import BankLearner
-
-        how: dict[str, Any] = {"whole_first": self.first_task == "whole", "parent": self.parent}
-        return BankLearner(self, model, data, self.sockets(), **how)
+    def begins(self) -> dict[str, Any]:
+        return {"whole_first": self.first_task == "whole", "parent": self.parent}

@@ -93,6 +93,21 @@ def test_what_is_merged_says_what_it_said(make_tiny: Any, name: str, bias: bool)
     assert set(model.state_dict()) == names
 
 
+def test_what_is_drawn_is_another_model_and_with_a_parent_weights_begin_unchanged_too(tiny: Path):
+    model: Any = artifact.load(tiny).model
+    logits = model(IDS).logits
+    drawn = Banked(model, Reweighting(kernel=5))
+    drawn.begin()
+    assert not torch.allclose(model(IDS).logits, logits, atol=1e-2)
+
+    unchanged = Banked(drawn.restore(), Reweighting(kernel=5, init="unchanged", norms=False))
+    unchanged.begin()
+    moved(unchanged).keep("one")
+    unchanged.begin(parent=0)
+    assert torch.equal(model(IDS).logits, logits)
+    assert unchanged.keep("two").parent == "one"
+
+
 def test_kernels_over_time_are_in_no_weights(tiny: Path):
     banked = Banked(artifact.load(tiny).model, Channels(kernel=2))
     with pytest.raises(UserError, match="kernels over 2 tokens cannot be put into the weights"):
