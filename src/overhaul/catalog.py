@@ -294,6 +294,11 @@ def find(verb: str, name: str) -> Entry:
     return next(entry for entry in methods(verb) if entry.name == name)
 
 
+def known(verb: str, name: str) -> Entry | None:
+    """The entry of a step of a lineage; None where a command took it that is no method, such as `learn export`."""
+    return next((entry for entry in methods(verb) if entry.name == name), None)
+
+
 def changes(entry: Entry) -> bool:
     """Whether the method writes a model (and not numbers only)."""
     from overhaul.method import Measure

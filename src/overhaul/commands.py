@@ -232,9 +232,10 @@ def learn_export_command(arguments: list[str]) -> None:
     quiet_libraries()
     from overhaul.learn_export import export
 
-    classes = export(given.model, given.task, given.out)
+    classes = export(given.model, given.task, given.out, command=typed())
     told = ", ".join(classes[:5]) + (" and others" if len(classes) > 5 else "")
-    print(f"{given.task}: {len(classes)} classes, {told}\n\nwritten: {shlex.quote(str(given.out))}")
+    known = f"{len(classes)} classes, {told}" if classes else "its bank is in the weights"
+    print(f"{given.task}: {known}\n\nwritten: {shlex.quote(str(given.out))}")
 
 
 def blank_command(arguments: list[str]) -> None:

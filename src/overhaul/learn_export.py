@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
+import time
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from overhaul import artifact as artifacts
-from overhaul import banks, catalog
+from overhaul import machine, text_banks
 from overhaul.artifact import Artifact
 from overhaul.banks import Banked
+from overhaul.journal import Notes
+from overhaul.judge import Judge
 from overhaul.kinds import Kind
+from overhaul.lineage import LineageStep, Parent
 from overhaul.task_record import TASKS
+from overhaul.write import write_directory
+
+KINDS = (Kind.IMAGE_CLASSIFIER, Kind.CAUSAL_LM)
 
 
 def opened(model: str) -> Banked:
@@ -22,38 +31,52 @@ def opened(model: str) -> Banked:
     Raises:
         UserError: there are none, or they cannot be read.
     """
-    return _opened(model)[1]
+    made = artifacts.load(model, kinds=KINDS)
+    return text_banks.read(made.model, made.path)
 
 
-def _opened(model: str) -> tuple[Artifact, Banked]:
-    made = artifacts.load(model, kinds=(Kind.IMAGE_CLASSIFIER,))
-    name, settings = banks.made_with(made.path)
-    method: Any = catalog.find("learn", name).load()(**settings)
-    banked = Banked(made.model, method.sockets())
-    banked.read(made.path)
-    return made, banked
-
-
-def export(model: str, task: str, out: Path) -> tuple[str, ...]:
-    """Writes a task's model into a new directory: the weights with its bank in them, its head, its classes by name.
+def export(model: str, task: str, out: Path, *, command: str = "") -> tuple[str, ...]:
+    """Writes a task's model into a new directory: the weights with its bank in them, and its head and classes, if any.
 
     Args:
         model: a directory with banks.
         task: the name of one of them.
         out: the new directory.
+        command: what was typed, for the record.
 
     Returns:
-        The classes, in the order of the logits.
+        The classes, in the order of the logits; none of a language model.
 
     Raises:
-        UserError: there are no banks, none of that task, or they have no such form, as those of learn clr.
+        UserError: there are no banks, none of that task, or they have no such form, as kernels behind convolutions.
     """
-    made, banked = _opened(model)
+    began = time.perf_counter()
+    made = artifacts.load(model, kinds=KINDS)
+    judge = Judge(None, None, made.processor, torch.float32)
+    before = judge.chain(made)
+    # In the precision that they were learnt in: it is the sum that is rounded.
+    banked = Banked(made.model, text_banks.sockets_of(made.model, made.path))
+    banked.read(made.path)
     artifacts.check_out(out, parent=made.path)
     banked.use(place := banked.find(task))
-    banked.merge()
-    with artifacts.stage(out) as directory:
-        artifacts.write_model(made, directory)
-        (directory / TASKS).unlink(missing_ok=True)  # it tells of all tasks, and this model knows one
-        artifacts.write_record(made, directory, {"task": task, "exported_from": str(made.path.resolve())})
+    changed = made.changed(banked.merge(), _step(made, task, command, time.perf_counter() - began))
+    after = judge.after(changed, before, (), "learn", "export")
+    write_directory(changed, out, facts=(*before, after), history=None, judge=judge, notes=Notes())
+    (out / TASKS).unlink(missing_ok=True)  # it tells of all tasks, and this model knows one
     return banked.banks[place].classes
+
+
+def _step(made: Artifact, task: str, command: str, seconds: float) -> LineageStep:
+    return LineageStep(
+        verb="learn",
+        method="export",
+        fields={"task": task},
+        non_default=("task",),
+        parents=(Parent(path=str(made.path.resolve()), hash=made.weights_sha256),),
+        seconds=round(seconds, 3),
+        peak_rss_bytes=machine.peak_rss_bytes(),
+        versions=machine.versions(),
+        hardware=machine.hardware(next(made.model.parameters()).device),
+        command=command,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )

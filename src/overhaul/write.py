@@ -19,6 +19,7 @@ from overhaul.journal import Notes, TableNote
 from overhaul.judge import Judge
 from overhaul.kinds import Kind
 from overhaul.lineage import LineageStep, nested_fields
+from overhaul.method import Method
 from overhaul.report.card import CardData, Relation, banked_snippet, image_snippet, model_card, overhaul_snippet
 from overhaul.report.facts import HELDOUT, LOSS_ON, Facts, Report, curves_of_history
 from overhaul.report.figures import curves_png
@@ -82,7 +83,8 @@ def write_directory(
             (directory / written.file).write_text(written.text, encoding="utf-8")
         artifacts.write_record(made, directory, extra)
         recipe_yaml = replay(made.lineage, out)
-        (directory / "recipe.yaml").write_text(recipe_yaml)
+        if recipe_yaml:
+            (directory / "recipe.yaml").write_text(recipe_yaml)
         curves = reconstruction_curves(notes) if notes.parts else _curves(history, facts)
         report = build_report(
             made.lineage, facts, curves, recipe_yaml, tables=notes.tables, training=told, tasks=notes.tasks
@@ -183,10 +185,17 @@ def build_report(
 
 
 def replay(lineage: Sequence[LineageStep], out: Path) -> str:
-    """The recipe that makes the directory again from the model the chain began with."""
-    base = lineage[0].parents[0].path
+    """The recipe that makes the directory again from the model the chain began with.
+
+    What was taken by a command that is no method can be in no recipe: it begins behind the last of these, and is empty
+    where nothing came after.
+    """
+    behind = max((n for n, step in enumerate(lineage, 1) if not catalog.known(step.verb, step.method)), default=0)
+    if behind == len(lineage):
+        return ""
+    base = lineage[behind].parents[0].path
     steps: list[tuple[str, str, dict[str, Any]]] = []
-    for step in lineage:
+    for step in lineage[behind:]:
         # All fields, not only the chosen ones: a later version may have other defaults.
         steps.append((step.verb, step.method, {**nested_fields(step.fields), **step.options}))
     return recipe.to_yaml(base, steps, out=f"{out.name}-again")
@@ -206,7 +215,7 @@ def card(made: Artifact, report: Report, out: Path, *, adapter: bool, tasks: Seq
     named = pretrained.NAMED.get(base)
     read = (data for step in made.lineage for data in (step.data, *step.beside) if data)
     used = {data.name: data for data in read}
-    methods = dict.fromkeys(catalog.find(step.verb, step.method).load() for step in made.lineage)
+    methods = _methods(made.lineage)
     relation: Relation = "adapter" if adapter else "quantized" if packed.is_quantized(made.model) else "finetune"
     return model_card(
         report,
@@ -235,8 +244,14 @@ def _is_stock(made: Artifact) -> bool:
     if not packed.is_packed(made.model):
         return True
     model: Any = made.model
-    writers = [catalog.find(step.verb, step.method).load() for step in made.lineage]
-    return "quant_method" in model.config.quantization_config and all(method.writes_stock for method in writers)
+    stock = "quant_method" in model.config.quantization_config
+    return stock and all(method.writes_stock for method in _methods(made.lineage))
+
+
+def _methods(lineage: Sequence[LineageStep]) -> list[type[Method]]:
+    """The methods of the steps, each once; commands that are none are left out."""
+    entries = (catalog.known(step.verb, step.method) for step in lineage)
+    return list(dict.fromkeys(entry.load() for entry in entries if entry))
 
 
 def inherited_license(path: Path) -> str:
