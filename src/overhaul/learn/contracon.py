@@ -28,7 +28,7 @@ class ConTraCon(BankLearning):
 
     by_kind: ClassVar[Mapping[str, tuple[Any, Any]]] = {
         "batch_size": (256, 4), "first_task": ("whole", "frozen"), "parent": ("first", "none"),
-        "init": ("drawn", "unchanged"),
+        "init": ("drawn", "unchanged"), "kernel": (15, 7),
     }  # fmt: skip
 
     batch_size: BatchSize | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -62,13 +62,15 @@ class ConTraCon(BankLearning):
     form: Literal["both", "kernels", "gates", "none"] = Field(
         "both", description="What the frozen weights go through: kernels beside gates, either alone, or nothing."
     )
-    kernel: Positive = Field(15, description="Numbers of a side of the kernels, odd.")
+    kernel: Positive | None = Field(
+        None, description="Numbers of a side of the kernels, odd; 15, of a language model 7."
+    )
     dilation: Positive = Field(1, description="Distance of the weights under neighbouring numbers of a kernel.")
     norms: bool = Field(True, description="Whether each task has normalisations and pooling of its own.")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.kernel % 2 == 0:
+        if self.kernel is not None and self.kernel % 2 == 0:
             raise ValueError(f"kernel {self.kernel} has no middle; use {self.kernel - 1} or {self.kernel + 1}")
         if self.form == "gates" and self.init in ("parent", "unchanged"):
             raise ValueError("form gates cannot begin as the frozen model, whose gate is infinite; use init drawn")

@@ -209,7 +209,11 @@ def test_an_exported_task_is_a_stock_model(learnt: Path, tmp_path: Path):
     assert not (tmp_path / "one" / "tasks.json").exists()
     assert not (tmp_path / "one" / "banks").exists()
     assert artifact.verify(tmp_path / "one")
-    assert artifact.read_record(tmp_path / "one")["task"] == "invert"
+    step = artifact.read_record(tmp_path / "one")["lineage"][-1]
+    assert (step["verb"], step["method"], step["fields"]) == ("learn", "export", {"task": "invert"})
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "learn export with task invert" in card
+    assert "AutoModelForImageClassification" in card
 
 
 def test_what_cannot_be_exported(learnt: Path, vit: Path, bars: Path, tmp_path: Path):

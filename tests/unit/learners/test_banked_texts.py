@@ -1,4 +1,4 @@
-"""Banks beside a language model: what is kept, which text is taken for which task, what is exported, what is refused."""
+"""Banks beside a language model: what is kept, which text is taken for which task, what is exported and refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Channel-wise reprogramming of a language model: how many numbers, what it equals, what it looks at, what is refused."""
+"""Channel-wise reprogramming of a language model: how many numbers, what it equals, looks at, and refuses."""
 
 from __future__ import annotations
 
