@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from command import overhaul, refused
 from overhaul import artifact, banks, task_record
-from overhaul.evaluate import generate
+from overhaul.evaluate import generate, perplexity
 from overhaul.generation import continuations
 from overhaul.learn_export import opened
-from overhaul.text_banks import TELLING, doubts
+from overhaul.text_banks import TELLING, Answering, doubts
 
 FLAGS = ("--steps", "30", "--batch-size", "4", "--seq-len", "32", "--dtype", "fp32", "--heldout", "8", "--lr", "0.02",
          "--views", "2", "--identify-by", "loss")  # fmt: skip
@@ -101,6 +102,30 @@ def test_a_text_is_answered_by_its_own_bank_and_so_is_what_follows_it(learnt: tu
         assert generate(model, told.processor, prompt, tokens=8) == generate(
             banked.model, told.processor, prompt, tokens=8
         )
+
+
+def test_while_a_text_is_written_on_it_is_told_once(learnt: tuple[str, Path], monkeypatch: pytest.MonkeyPatch):
+    asked, tasks = [], Answering.tasks
+    monkeypatch.setattr(Answering, "tasks", lambda self, texts: asked.append(len(texts)) or tasks(self, texts))
+    made = artifact.load(learnt[1], with_library=True)
+    generate(made.model, made.processor, SUM, tokens=8)
+
+    assert asked == [1]
+
+
+def test_what_is_measured_is_read_window_by_window(learnt: tuple[str, Path]):
+    _, out = learnt
+    made, banked = artifact.load(out, with_library=True), opened(str(out))
+    windows_NT = torch.stack([torch.tensor(made.processor(text * 9)["input_ids"])[:32] for text in (SUM, CODE)])
+    called: Any = banked.model
+    losses = []
+    with torch.no_grad():
+        for task, window_T in enumerate(windows_NT):
+            banked.use(task)
+            losses.append(float(called(window_T[None], labels=window_T[None]).loss))
+
+    measured = perplexity(made.model, windows_NT, batch_size=2).estimate.value
+    assert measured == pytest.approx(math.exp(sum(losses) / 2), rel=1e-4)
 
 
 def test_texts_of_several_tasks_share_a_batch(learnt: tuple[str, Path]):
