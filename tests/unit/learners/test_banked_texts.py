@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from command import overhaul, refused
+from command import overhaul, python, refused
 from overhaul import artifact, banks, task_record
 from overhaul.evaluate import generate, perplexity
 from overhaul.generation import continuations
@@ -233,6 +234,37 @@ def test_a_bank_is_the_same_wherever_in_an_order_it_is_learnt(
     files = [banks.files(tmp_path / "one"), banks.files(tmp_path / "other")[::-1]]
     for one, other in zip(*files, strict=True):
         assert one.read_bytes() == other.read_bytes()
+
+
+KILLED_IN_THE_SECOND_TASK = """
+import os, signal, sys
+from overhaul import checkpoint, cli
+write, count = checkpoint.write, []
+def and_die(root, step, **rest):
+    count.append(step)
+    if len(count) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(root, step, **rest)
+checkpoint.write = and_die
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_run_that_was_killed_resumes_to_the_same_bytes(tiny_model: Path, texts: tuple[Path, Path], tmp_path: Path):
+    flags = ("--steps", "3", "--batch-size", "2", "--seq-len", "32", "--dtype", "fp32", "--heldout", "2",
+             "--kernel", "5", "--parent", "most_similar", "--save-every", "1")  # fmt: skip
+
+    def words(out: str) -> list[object]:
+        return ["learn", "contracon", tiny_model, "-o", tmp_path / out, "--tasks", *texts, *flags]
+
+    assert overhaul(*words("whole")).code == 0
+    assert python(KILLED_IN_THE_SECOND_TASK, *words("killed")).code == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "banks").exists()
+    resumed = overhaul(*words("killed"), "--resume")
+    assert resumed.code == 0, resumed.err
+
+    files = [banks.files(tmp_path / name) for name in ("whole", "killed")]
+    assert [one.read_bytes() for one in files[0]] == [other.read_bytes() for other in files[1]]
 
 
 def test_a_model_in_bf16_is_answered_in_bf16(make_tiny: Any, texts: tuple[Path, Path], tmp_path: Path):
