@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ class TextBankLearner(BankKeeper):
     def begin(self, number: int) -> None:
         """Puts new tensors in; what is drawn at random until the next task begins is the task's own."""
         if number == 0:
-            self.losses.note(self.model, "before")
+            self.losses.take(partial(self.data.said, self.model), "before")
         torch.manual_seed(self._seed(number))
         self.banked.begin(parent=self._parent_of(number))
 
@@ -94,9 +95,8 @@ class TextBankLearner(BankKeeper):
 
     def learnt(self, number: int) -> None:
         self.banked.keep(self.data.sequence.tasks[number].name, {TELLING: asdict(self.method.telling())})
-        tasks, learnt = range(len(self.data.sequence.tasks)), range(number + 1)
-        losses = (float(self.said(task, learnt).nll_N.double().mean()) for task in tasks)
-        self.losses.take(losses, f"after {self.data.sequence.tasks[number].name}")
+        learnt = range(number + 1)
+        self.losses.take(lambda task: self.said(task, learnt), f"after {self.data.sequence.tasks[number].name}")
 
     def right(self, number: int, tasks: Sequence[int]) -> Tensor:
         return self.said(number, tasks).right_N
@@ -128,9 +128,6 @@ class TextBankLearner(BankKeeper):
         self.model.eval()
         with machine.autocast(next(self.model.parameters()).device, self.data.dtype):
             return doubts(self.model, self.data.asked(number), how if by_views else replace(how, views=0))
-
-    def answers(self, number: int, tasks: Sequence[int]) -> Tensor:
-        raise NotImplementedError("a language model chooses among words, not among classes")
 
     def end(self) -> None:
         self.losses.tell()

@@ -106,7 +106,7 @@ class ByWord(Answering):
 
     def begin(self, number: int) -> tuple[str, ...]:
         if number == 0:
-            self._note("before")
+            self.losses.take(self.said, "before")
         return ()
 
     def forget(self) -> None:
@@ -122,12 +122,7 @@ class ByWord(Answering):
         return self.said(number).right_N
 
     def learnt(self, number: int) -> None:
-        self._note(f"after {self.data.sequence.tasks[number].name}")
-
-    def _note(self, when: str) -> None:
-        """Takes the loss on all texts."""
-        numbers = range(len(self.data.sequence.tasks))
-        self.losses.take((float(self.said(number).nll_N.double().mean()) for number in numbers), when)
+        self.losses.take(self.said, f"after {self.data.sequence.tasks[number].name}")
 
     def end(self) -> None:
         self.losses.tell()
@@ -167,9 +162,15 @@ class Losses:
         self.data = data
         self.rows: list[tuple[str, list[float]]] = []
 
-    def take(self, losses: Iterable[float], when: str) -> None:
-        """Takes the losses on all texts, in nats a token, from who has them."""
-        self.rows.append((when, list(losses)))
+    def take(self, said: Callable[[int], Said], when: str) -> None:
+        """Takes the losses on all texts.
+
+        Args:
+            said: what is said of a task's held-out text.
+            when: between which tasks.
+        """
+        numbers = range(len(self.data.sequence.tasks))
+        self.rows.append((when, [float(said(number).nll_N.double().mean()) for number in numbers]))
 
     def tell(self) -> None:
         """The table for the report: a column for each text."""

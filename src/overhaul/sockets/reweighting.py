@@ -18,6 +18,7 @@ from overhaul.sockets.reprogramming import is_norm
 
 Init = Literal["drawn", "parent", "unchanged"]
 
+
 class Reweighting(Sockets):
     """Kernels over the frozen weights of attention, and normalisations and pooling of a task's own.
 
