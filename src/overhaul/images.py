@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from overhaul import image_files, image_sets, image_tables
 from overhaul.errors import UserError, did_you_mean
 from overhaul.image_files import Pictures, Size
 from overhaul.image_sets import ImageSetInfo, named_image_sets
+from overhaul.split import held_out
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageSet", "ImageSetInfo", "Labelled", "named_image_sets", "open_images"]
 
-HELDOUT_SHARE = 0.2
-"""Of the pictures of each class, where the source does not say itself what is held out."""
 LISTED = 5
 """Names in a note or an error; of the others, how many there are."""
 NOTHING_READ = "a folder for each class, an .npz, Parquet, or a directory that datasets saved"
@@ -44,6 +43,15 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.labels_N)
+
+    def chosen(self, kept_N: NDArray[np.bool_]) -> Labelled:
+        """Some of them."""
+        domains_N = None if self.domains_N is None else self.domains_N[kept_N]
+        return Labelled(images_NHWC=self.images_NHWC[kept_N], labels_N=self.labels_N[kept_N], domains_N=domains_N)
+
+    def relabelled(self, places_C: NDArray[np.int64]) -> Labelled:
+        """The same with other labels: for each one that there is, its new one."""
+        return replace(self, labels_N=places_C[self.labels_N])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -173,34 +181,15 @@ def _without_empty_classes(found: Pictures) -> Pictures:
 
 
 def _held_out(found: Pictures, digests: Sequence[bytes]) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
-    """A fifth of each class, by content or group: neither order nor machine changes who is held out.
-
-    Equal images go the same way. One with several labels is trained on: it could not be told right or wrong.
-    """
+    """A fifth of each class, by content or group. One with several labels is trained on: it could not be told right."""
     import numpy as np
 
-    labels_of: dict[bytes, set[int]] = defaultdict(set)
-    for digest, label in zip(digests, found.labels_N.tolist(), strict=True):
-        labels_of[digest].add(label)
-    keys = [hashlib.sha256(group.encode()).digest() for group in found.groups] or digests
-    places: dict[int, dict[bytes, list[int]]] = defaultdict(lambda: defaultdict(list))
-    contradictory = 0
-    for place, (key, label) in enumerate(zip(keys, found.labels_N.tolist(), strict=True)):
-        if len(labels_of[digests[place]]) > 1:
-            contradictory += 1
-        else:
-            places[label][key].append(place)
-    heldout_N = np.zeros(len(keys), bool)
-    for groups in places.values():
-        wanted = max(1, round(HELDOUT_SHARE * sum(map(len, groups.values()))))
-        for _, members in sorted(groups.items())[:-1]:  # never all of a class
-            heldout_N[members] = True
-            wanted -= len(members)
-            if wanted <= 0:
-                break
+    groups = [hashlib.sha256(group.encode()).digest() for group in found.groups]
+    heldout, contradictory = held_out(found.labels_N.tolist(), digests, groups)
     if not contradictory:
-        return heldout_N, ()
-    return heldout_N, (f"{contradictory:,} images that also occur in another class are trained on, never held out",)
+        return np.array(heldout), ()
+    told = f"{contradictory:,} images that also occur in another class are trained on, never held out"
+    return np.array(heldout), (told,)
 
 
 def _repeated(heldout_N: NDArray[np.bool_], digests: Sequence[bytes]) -> tuple[str, ...]:

@@ -91,7 +91,7 @@ class TaskSequence:
         tasks = []
         for number, task in enumerate(self.tasks):
             back_N = np.random.default_rng(number).permutation(len(task.train)) < share * len(task.train)
-            tasks.append(replace(task, train=_chosen(task.train, ~back_N), heldout=_chosen(task.train, back_N)))
+            tasks.append(replace(task, train=task.train.chosen(~back_N), heldout=task.train.chosen(back_N)))
         return replace(self, tasks=tuple(tasks), fingerprint=_hash([self.fingerprint, "validating", share]))
 
     def classes_of(self, tasks: Sequence[int]) -> tuple[int, ...]:
@@ -181,12 +181,12 @@ def _divided(images: ImageSet, split: int, order: int | None) -> tuple[list[Task
         raise UserError(f"split {split} of {images.name}", allowed=f"1 to {count}, as it has {count} classes")
     order_C = np.arange(count) if order is None else _permutation(count, order)
     places_C = np.argsort(order_C)
-    train, heldout = (_relabelled(part, places_C) for part in (images.train, images.heldout))
+    train, heldout = (part.relabelled(places_C) for part in (images.train, images.heldout))
     classes = tuple(images.classes[number] for number in order_C)
     tasks = []
     for group in np.array_split(np.arange(count), split):
         own = tuple(int(place) for place in group)
-        parts = [_chosen(part, np.isin(part.labels_N, group)) for part in (train, heldout)]
+        parts = [part.chosen(np.isin(part.labels_N, group)) for part in (train, heldout)]
         tasks.append(Task(name=_listed([classes[p] for p in own]), classes=own, train=parts[0], heldout=parts[1]))
     return tasks, classes
 
@@ -203,7 +203,7 @@ def _joined(sets: Sequence[ImageSet]) -> tuple[list[Task], tuple[str, ...]]:
     for images in sets:
         places_C = len(classes) + np.arange(len(images.classes))
         classes += [f"{images.name}/{name}" if len(sets) > 1 else name for name in images.classes]
-        train, heldout = (_relabelled(part, places_C) for part in (images.train, images.heldout))
+        train, heldout = (part.relabelled(places_C) for part in (images.train, images.heldout))
         own = tuple(int(place) for place in places_C)
         tasks.append(Task(name=images.name, classes=own, train=train, heldout=heldout))
     return tasks, tuple(classes)
@@ -272,7 +272,7 @@ def _domain(name: str, images: ImageSet) -> Callable[[Labelled], Labelled]:
 
     def chosen(part: Labelled) -> Labelled:
         assert part.domains_N is not None
-        return _chosen(part, part.domains_N == place)
+        return part.chosen(part.domains_N == place)
 
     return chosen
 
@@ -291,15 +291,6 @@ def _permuted(images_NHWC: NDArray[np.uint8], order_P: NDArray[np.int64]) -> NDA
     return flat_NPC[:, order_P].reshape(images_NHWC.shape)
 
 
-def _relabelled(part: Labelled, places_C: NDArray[np.int64]) -> Labelled:
-    return replace(part, labels_N=places_C[part.labels_N])
-
-
-def _chosen(part: Labelled, kept_N: NDArray[np.bool_]) -> Labelled:
-    domains_N = None if part.domains_N is None else part.domains_N[kept_N]
-    return Labelled(images_NHWC=part.images_NHWC[kept_N], labels_N=part.labels_N[kept_N], domains_N=domains_N)
-
-
 def _as_they_come(tasks: Sequence[Task], classes: tuple[str, ...]) -> tuple[list[Task], tuple[str, ...]]:
     """The same tasks with classes numbered in the order in which tasks bring them up."""
     import numpy as np
@@ -310,8 +301,8 @@ def _as_they_come(tasks: Sequence[Task], classes: tuple[str, ...]) -> tuple[list
         Task(
             name=task.name,
             classes=tuple(sorted(int(places_C[place]) for place in task.classes)),
-            train=_relabelled(task.train, places_C),
-            heldout=_relabelled(task.heldout, places_C),
+            train=task.train.relabelled(places_C),
+            heldout=task.heldout.relabelled(places_C),
         )
         for task in tasks
     ]
