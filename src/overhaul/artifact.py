@@ -465,7 +465,8 @@ def write_model(artifact: Artifact, directory: Path) -> None:
     if masks:
         save_file(masks, directory / MASKS, metadata=shapes)
     copy_companions(artifact.path, directory)
-    if not (directory / PROCESSORS[artifact.kind][1]).exists():
+    # A classifier of texts finds their end by the padding, which its tokenizer may not have had before.
+    if artifact.kind is Kind.TEXT_CLASSIFIER or not (directory / PROCESSORS[artifact.kind][1]).exists():
         artifact.processor.save_pretrained(directory)
 
 

@@ -204,6 +204,18 @@ def read_columns(path: Path | str, names: Sequence[str]) -> list[tuple[str, ...]
     return rows
 
 
+def records(path: Path) -> Iterator[Record]:
+    """The records of a file or a directory one by one, whatever their columns; files of other kinds are passed over.
+
+    Raises:
+        UserError: nothing is there, or it cannot be read as what its suffix says.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist", allowed="a file or a directory")
+    found: Iterator[Record | None] = _directory(path) if path.is_dir() else _file(path, alone=True)
+    return (record for record in found if record is not None)
+
+
 def json_line(columns: Mapping[str, Any]) -> str:
     """A line of a `.jsonl` file with its end: letters as they are, unless one is half of a surrogate pair."""
     line = json.dumps(columns, ensure_ascii=False)

@@ -95,7 +95,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     beside, watched = _further(method, options, corpus)
     for note in (note for text in (corpus, sequence, *beside.values()) if text for note in text.notes):
         say(f"note: {note}")
-    parent = artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype), kinds=method.kinds)
+    parent = method.opened(artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype), kinds=method.kinds))
     refuse_unfit(method, parent)
     # A pipeline sees what was given even where it reads none of it: private data in the wrong place is worth a word.
     text = (corpus or NO_CORPUS) if isinstance(method, Pipeline) else corpus if needs_data else None
@@ -163,7 +163,8 @@ def _task_data(
     how: dict[str, Any] = {"seed": options.seed, "model": parent.name, "dtype": dtype}
     if isinstance(sequence, TextSequence):
         return TextTaskData(sequence, parent.processor, method.seq_len, measured=method.heldout, **how)
-    return TaskData(sequence, parent.processor, channels_of(parent.model), **how)
+    extent = channels_of(parent.model) if sequence.unit == "images" else method.seq_len
+    return TaskData(sequence, parent.processor, extent, **how)
 
 
 def measured_by(step: Step) -> tuple[str, ...]:
@@ -373,7 +374,7 @@ def _refuse_track(tracker: str, method: Training) -> None:
 
 
 def _data_used(corpus: Corpus | TaskSequence | TextSequence, tokens: int) -> DataUsed:
-    unit = "images" if isinstance(corpus, TaskSequence) else "tokens"
+    unit = corpus.unit if isinstance(corpus, TaskSequence) else "tokens"
     return DataUsed(name=corpus.name, fingerprint=corpus.fingerprint, tokens=tokens, licence=corpus.licence, unit=unit)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from overhaul.interop.classifier import INPUTS
+from overhaul.interop.classifier import INPUTS, classified
 
 Labels = Literal["weighted", "empirical", "exact", "sampled"]
 """Over which labels: those given, each by its probability (Mammoth's); those given; all, each by its probability; one
@@ -56,15 +57,18 @@ def diagonal(
     def of_label(parameters: dict[str, Tensor], inputs: dict[str, Tensor], label: Tensor) -> Tensor:
         return log_probabilities(parameters, inputs).gather(0, label[None])[0]  # vmap has no plain indexing
 
-    gradients = vmap(grad(of_label), in_dims=(None, 0, 0), randomness="different")
+    gradients: Any = vmap(grad(of_label), in_dims=(None, 0, 0), randomness="different")
     for batch in batches:
         inputs = {name: batch[name].to(device) for name in INPUTS if name in batch}
+        if "input_ids" in inputs:
+            # vmap does not go through the masks of attention.
+            gradients, at_once = partial(_of_one_text, model), 1
         given_B = batch["labels"].to(device)
         for start in range(0, len(given_B), at_once):
             part = {name: tensor[start : start + at_once] for name, tensor in inputs.items()}
             given = given_B[start : start + at_once]
             with torch.no_grad():
-                probabilities_BC = model(**part).logits.float().softmax(dim=-1)
+                probabilities_BC = classified(model, part).logits.float().softmax(dim=-1)
             for label_B, weight_B in _weighted(labels, given, probabilities_BC, dice):
                 # The fused kernels of attention know no gradients of single examples.
                 with sdpa_kernel(SDPBackend.MATH):
@@ -76,6 +80,16 @@ def diagonal(
     if not count:
         raise ValueError("no example to take the Fisher information from")
     return {name: total / count for name, total in found.items()}
+
+
+def _of_one_text(
+    model: nn.Module, trained: Mapping[str, Tensor], text: Mapping[str, Tensor], label_B: Tensor
+) -> dict[str, Tensor]:
+    """Gradients of `log p(label | text)`, each with a leading axis of 1."""
+    log_C = classified(model, text).logits[0].float().log_softmax(dim=-1)
+    own = dict(model.named_parameters())
+    found = torch.autograd.grad(log_C[label_B[0]], [own[name] for name in trained], materialize_grads=True)
+    return {name: gradient[None] for name, gradient in zip(trained, found, strict=True)}
 
 
 def _weighted(

@@ -88,7 +88,7 @@ def tasks_differ(one: Run, other: Run) -> str:
         return told
     data, theirs = one.step.data, other.step.data
     if data and theirs and data.fingerprint != theirs.fingerprint:
-        return f"the same names, but other images in {data.name} ({data.fingerprint}, {theirs.fingerprint})"
+        return f"the same names, but other examples in {data.name} ({data.fingerprint}, {theirs.fingerprint})"
     return ""
 
 
@@ -195,7 +195,7 @@ def _rows(label: str, records: Sequence[TaskRecord]) -> list[Row]:
         low, high, count = min(values), max(values), len(records)
         matrix = records[0].matrices[metric.kind]
         # Of a text what is right is a share of each window's tokens, of which there is no such interval.
-        whole = all(task.unit == "images" for task in records[0].tasks)
+        whole = all(task.unit != "tokens" for task in records[0].tasks)
         if len(records) == 1 and whole and metric.name in (ACCURACY, OVER_ALL):
             low, high = mean_interval(matrix) if metric.name == ACCURACY else _over_all(values[0], matrix)
             count = sum(matrix.num_examples)

@@ -26,6 +26,7 @@ from overhaul.method import (
 if TYPE_CHECKING:
     from torch import nn
 
+    from overhaul.artifact import Artifact
     from overhaul.learners.learner import Learner
     from overhaul.task_data import TaskData
     from overhaul.task_record import TaskCost
@@ -44,7 +45,7 @@ class Learning(Training):
     tasks: Names = Field(
         (),
         description="Image sets, names or paths: each a task with classes of its own, or one to split or vary; of a "
-        "language model corpora.",
+        "language model corpora, or labelled texts.",
     )
     split: Positive | None = Field(None, description="Tasks that the classes of one set are divided into.")
     variants: Names = Field(
@@ -60,7 +61,9 @@ class Learning(Training):
         description="Share of each task's training examples that is measured, and not trained on, in place of the "
         "held-out ones.",
     )
-    heldout: Positive = Field(64, description="Of a language model: windows, or questions, that a task is measured on.")
+    heldout: Positive = Field(
+        64, description="Windows, or questions, that a task is measured on; of labelled texts those of each class."
+    )
     steps: Steps = Field(200, description="Optimizer steps of each task.")
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Passes over each task's examples; replaces --steps when given."
@@ -120,9 +123,13 @@ class Learning(Training):
 
     def _reads_text(self) -> bool:
         """Whether the model is a language model, by its directory."""
+        return self._kind() is Kind.CAUSAL_LM
+
+    def _kind(self) -> Kind | None:
+        """What the model does, by its directory."""
         from overhaul import artifact
 
-        return self._start is not None and artifact.kind_at(self._start) is Kind.CAUSAL_LM
+        return None if self._start is None else artifact.kind_at(self._start)
 
     def _texts(self) -> TaskSequence | TextSequence:
         import numpy as np
@@ -224,3 +231,79 @@ class SharedLearning(Learning):
         description="Which parameters beside the head: all, qkv (queries, keys and values), or patterns of names "
         "such as '*.layer.3.*'.",
     )
+    label_by: Literal["field", "corpus"] = Field(
+        "field", description="What tells the class of a text: a column of a table, or the corpus that it is a piece of."
+    )
+    label_field: str | None = Field(
+        None,
+        description="Column of the label, where tasks are tables of labelled texts: a language model gets a head. A "
+        "classifier of texts reads label by itself.",
+    )
+    text_field: str = Field("text", description="Column of the text beside it.")
+    class_texts: Positive | None = Field(
+        None, description="Labelled texts of a class that are trained on, at most, chosen by content; none: all."
+    )
+
+    @model_validator(mode="after")
+    def _labels_are_of_one_kind(self) -> Self:
+        if self.label_by == "corpus" and self.label_field is not None:
+            raise ValueError("label_field is of tables, and label_by corpus takes a corpus as a class; leave one out")
+        if self.label_by == "corpus" and self.text_field != "text":
+            raise ValueError("text_field is of tables, and label_by corpus takes a corpus as a class; leave it out")
+        return self
+
+    def _is_labelled(self) -> bool:
+        """Whether the tasks are texts with labels."""
+        asked = self.label_by == "corpus" or self.label_field is not None
+        return asked or self._kind() is Kind.TEXT_CLASSIFIER
+
+    def sequence(self) -> TaskSequence | TextSequence:
+        """The tasks, read: labelled texts where labels are told or the model classifies texts.
+
+        Raises:
+            UserError: none is named, one cannot be read, or what is asked for does not fit it.
+        """
+        from overhaul.errors import UserError
+
+        if self._is_labelled():
+            return self._labelled()
+        for name in ("text_field", "class_texts"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is of labelled texts", hint="--label-field, or --label-by corpus"
+                )
+        return super().sequence()
+
+    def _labelled(self) -> TaskSequence | TextSequence:
+        from overhaul.errors import UserError
+        from overhaul.labelled_texts import open_classes, open_labelled
+        from overhaul.tasks import tasks_of_texts
+
+        if self._kind() is Kind.IMAGE_CLASSIFIER:
+            raise UserError("labels of texts are told, and this is an image classifier", hint="a language model")
+        if self.variants:
+            raise UserError("variants is of image sets, and these are texts", hint="without it")
+        if not self.tasks:
+            raise UserError("no texts are named", hint="--tasks topics.jsonl")
+        if len(set(self.tasks)) < len(self.tasks):
+            twice = next(path for path in self.tasks if self.tasks.count(path) > 1)
+            raise UserError(f"{twice} is named twice", hint="each once")
+        how: dict[str, Any] = {"limit": self.class_texts, "heldout": self.heldout}
+        if self.label_by == "corpus":
+            # A word has a token and a half, or two: most pieces are as long as what is read.
+            sets = open_classes(self.tasks, words=max(1, self.seq_len // 2), **how)
+        else:
+            column = self.label_field or "label"
+            sets = [open_labelled(path, label=column, text=self.text_field, **how) for path in self.tasks]
+        return self._shortened(tasks_of_texts(sets, name=" ".join(self.tasks), split=self.split, order=self.order))
+
+    def opened(self, made: Artifact) -> Artifact:
+        """A language model that is to tell classes gets a head; texts can be filled up to one length."""
+        from overhaul.interop.classifier import can_pad, with_head
+
+        if made.kind is Kind.IMAGE_CLASSIFIER or not self._is_labelled():
+            return made
+        if made.kind is Kind.CAUSAL_LM:
+            made = replace(made, model=with_head(made.model))
+        can_pad(made.model, made.processor)
+        return made

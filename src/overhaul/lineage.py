@@ -17,7 +17,7 @@ class Parent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataUsed:
-    """A corpus that a step read: its content hash, and how many tokens, or images, the step took from it.
+    """A corpus that a step read: its content hash, and how many tokens, images or texts the step took from it.
 
     Every pass of a training over the text counts. Windows that are taken once and kept, as statistics and layer-wise
     reconstruction do, count once, however often they are used.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from overhaul.artifact import Artifact
     from overhaul.data import Data
     from overhaul.stream import Stream
     from overhaul.table import Table
@@ -94,6 +95,10 @@ class Method(Settings, ABC):
         Raises `UserError` where the directory does not tell it.
         """
         return self
+
+    def opened(self, made: Artifact) -> Artifact:
+        """The model as the method works on it, such as with a head of another kind; most take it as it is."""
+        return made
 
     def check(self, model: nn.Module, data: Data | None) -> None:
         """Raises `UserError` for what model and data show before anything is measured or changed.

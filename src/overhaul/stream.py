@@ -330,10 +330,10 @@ def num_tokens(item: Any) -> int:
     return len(item.ids if isinstance(item, Encoded) else item["input_ids"])
 
 
-def num_items(batch: Mapping[str, torch.Tensor]) -> int:
-    """What a micro-batch is counted by: tokens where it has some, else examples."""
+def num_items(batch: Mapping[str, torch.Tensor], unit: str = "tokens") -> int:
+    """What a micro-batch is counted by: tokens where it has some and they are what is counted, else examples."""
     ids = batch.get("input_ids")
-    return len(next(iter(batch.values()))) if ids is None else ids.numel()
+    return ids.numel() if ids is not None and unit == "tokens" else len(next(iter(batch.values())))
 
 
 class Batch(Stream):

@@ -1,20 +1,25 @@
-"""A task sequence as one model sees it: pixels, batches, held-out examples."""
+"""A task sequence as one model sees it: pixels or tokens, batches, held-out examples."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from overhaul.errors import UserError
+from overhaul.images import Labelled
 from overhaul.interop.pixels import normalized, sized
+from overhaul.labelled_texts import LabelledTexts
 from overhaul.method import Training
+from overhaul.progress import say
 from overhaul.stream import Stream
 from overhaul.tasks import TaskSequence
 
@@ -25,28 +30,86 @@ SCORED_AT_ONCE = 256
 """Held-out examples of a pass."""
 
 
+class Batched(ABC):
+    """Labelled examples as a model reads them."""
+
+    labels_N: NDArray[np.int64]
+    """Places in the sequence's classes."""
+    at_once: ClassVar[int] = SCORED_AT_ONCE
+    """Examples of a pass that only reads them."""
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @abstractmethod
+    def inputs(self, places: NDArray[np.int64] | slice) -> dict[str, Tensor]:
+        """What the model reads of some of them."""
+
+    def batch(self, places: NDArray[np.int64] | slice) -> dict[str, Tensor]:
+        """`inputs` and `labels`, `(B,)` int64, of some of them."""
+        return {**self.inputs(places), "labels": torch.from_numpy(self.labels_N[places])}
+
+    def in_order(self, places: NDArray[np.int64] | None = None) -> Iterator[dict[str, Tensor]]:
+        """Some of them once, in batches, as they are named; None for all, as they stand."""
+        for start in range(0, len(self) if places is None else len(places), self.at_once):
+            here = slice(start, start + self.at_once)
+            yield self.batch(here if places is None else places[here])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Examples:
-    """Labelled images as a model reads them: `(N, C, H, W)` of uint8, and `(N,)` places in the sequence's classes."""
+class Examples(Batched):
+    """Images: `(N, C, H, W)` of uint8."""
 
     images_NCHW: NDArray[np.uint8]
     labels_N: NDArray[np.int64]
     processor: Any
 
-    def __len__(self) -> int:
-        return len(self.labels_N)
+    def inputs(self, places: NDArray[np.int64] | slice) -> dict[str, Tensor]:
+        """`{"pixel_values": (B, C, H, W) float32}`."""
+        return {"pixel_values": normalized(self.images_NCHW[places], self.processor)}
 
-    def batch(self, places: NDArray[np.int64] | slice) -> dict[str, Tensor]:
-        """`{"pixel_values": (B, C, H, W) float32, "labels": (B,) int64}` of some of them."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextExamples(Batched):
+    """Texts as tokens, all filled up on the right to one width: `(N, T)`."""
+
+    ids_NT: NDArray[np.int64]
+    mask_NT: NDArray[np.int64]
+    labels_N: NDArray[np.int64]
+    at_once: ClassVar[int] = 32
+
+    def inputs(self, places: NDArray[np.int64] | slice) -> dict[str, Tensor]:
+        """`{"input_ids": (B, T) int64, "attention_mask": (B, T) int64}`."""
         return {
-            "pixel_values": normalized(self.images_NCHW[places], self.processor),
-            "labels": torch.from_numpy(self.labels_N[places]),
+            "input_ids": torch.from_numpy(self.ids_NT[places]),
+            "attention_mask": torch.from_numpy(self.mask_NT[places]),
         }
 
-    def in_order(self) -> Iterator[dict[str, Tensor]]:
-        """All of them once, in batches, as they stand."""
-        for start in range(0, len(self), SCORED_AT_ONCE):
-            yield self.batch(slice(start, start + SCORED_AT_ONCE))
+
+def encoded(part: LabelledTexts, tokenizer: Any, width: int) -> TextExamples:
+    """Texts as the tokenizer makes them by itself, cut at the end to a width.
+
+    Padding at their ends is no token of theirs: a classifier reads a text at its last token that is no padding.
+
+    Args:
+        part: the texts.
+        tokenizer: with a padding token.
+        width: tokens that are read.
+
+    Raises:
+        UserError: of a text nothing is left.
+    """
+    pad = tokenizer.pad_token_id
+    told = tokenizer(list(part.texts), truncation=True, max_length=width, verbose=False)["input_ids"]
+    ids_NT = np.full((len(part), width), pad, np.int64)
+    mask_NT = np.zeros((len(part), width), np.int64)
+    for row, own in enumerate(told):
+        while own and own[-1] == pad:
+            own.pop()
+        if not own:
+            raise UserError(f"the text {part.texts[row][:40]!r} has no token that is no padding", allowed="other text")
+        ids_NT[row, : len(own)], mask_NT[row, : len(own)] = own, 1
+    return TextExamples(ids_NT, mask_NT, part.labels_N)
 
 
 class ShuffledBatches(Stream):
@@ -60,7 +123,7 @@ class ShuffledBatches(Stream):
         fingerprint: of its examples.
     """
 
-    def __init__(self, examples: Examples, *, batch_size: int, seed: int, name: str, fingerprint: str) -> None:
+    def __init__(self, examples: Batched, *, batch_size: int, seed: int, name: str, fingerprint: str) -> None:
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.name, self.fingerprint = name, fingerprint
         self.restart(0)
@@ -89,12 +152,12 @@ class ShuffledBatches(Stream):
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task sequence with the image processor of the model that will learn it.
+    """A task sequence with the image processor, or the tokenizer, of the model that will learn it.
 
     Attributes:
         sequence: the tasks.
         processor: of the model.
-        channels: of the images that the model reads.
+        extent: how much of an example the model reads: channels of an image, or tokens of a text.
         seed: of the orders.
         model: how the user called the model, for tables.
         dtype: of matrix products when something is measured.
@@ -102,7 +165,7 @@ class TaskData:
 
     sequence: TaskSequence
     processor: Any
-    channels: int
+    extent: int
     seed: int = 0
     model: str = ""
     dtype: torch.dtype = torch.float32
@@ -122,21 +185,28 @@ class TaskData:
         return settings
 
     @cached_property
-    def train(self) -> tuple[Examples, ...]:
-        """What each task is learnt on."""
-        return tuple(self._seen(task.train.images_NHWC, task.train.labels_N) for task in self.sequence.tasks)
+    def train(self) -> tuple[Any, ...]:
+        """What each task is learnt on: `Examples`, or `TextExamples`."""
+        found = tuple(self._seen(task.train) for task in self.sequence.tasks)
+        texts = [one for one in found if isinstance(one, TextExamples)]
+        if full := sum(int(one.mask_NT.all(axis=1).sum()) for one in texts):
+            total = sum(map(len, texts))
+            say(f"note: {full:,} of {total:,} texts reach --seq-len {self.extent} tokens, and are read to there")
+        return found
 
     @cached_property
-    def heldout(self) -> tuple[Examples, ...]:
-        """What each task is measured on."""
-        return tuple(self._seen(task.heldout.images_NHWC, task.heldout.labels_N) for task in self.sequence.tasks)
+    def heldout(self) -> tuple[Any, ...]:
+        """What each task is measured on: `Examples`, or `TextExamples`."""
+        return tuple(self._seen(task.heldout) for task in self.sequence.tasks)
 
     def num_heldout(self, number: int) -> int:
         """Examples that a task is measured on."""
         return len(self.sequence.tasks[number].heldout)
 
-    def _seen(self, images_NHWC: NDArray[np.uint8], labels_N: NDArray[np.int64]) -> Examples:
-        return Examples(sized(images_NHWC, self.processor, self.channels), labels_N, self.processor)
+    def _seen(self, part: Labelled | LabelledTexts) -> Batched:
+        if isinstance(part, LabelledTexts):
+            return encoded(part, self.processor, self.extent)
+        return Examples(sized(part.images_NHWC, self.processor, self.extent), part.labels_N, self.processor)
 
     def batches(
         self, number: int, *, batch_size: int, own_labels: bool = False, seed: int | None = None

@@ -26,8 +26,8 @@ class TaskCost:
     Attributes:
         name: of the task.
         steps: of the optimizer.
-        images: read in them, or tokens of text; one that is read twice counts twice, one from a memory not at all.
-        unit: `images` or `tokens`.
+        images: read in them, or what `unit` says; one that is read twice counts twice, one from a memory not at all.
+        unit: `images`, labelled `texts`, or `tokens`.
         seconds: of training, and of what the method took note of afterwards; measuring is not in it.
         trained_parameters: how many.
         kept_bytes: by what it is, what was held of this task and those before when it was learnt, beside the model.

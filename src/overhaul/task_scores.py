@@ -19,13 +19,13 @@ from overhaul.evaluate import wilson_interval
 from overhaul.forgetting import AccuracyMatrix, average_accuracy
 from overhaul.interop.classifier import classified
 from overhaul.table import Row
-from overhaul.task_data import Examples, TaskData
+from overhaul.task_data import Batched, TaskData
 from overhaul.task_record import KINDS, TaskCost, TaskRecord
 from overhaul.text_task_data import TextTaskData
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, examples: Examples, *, dtype: torch.dtype) -> Tensor:
+def logits_of(model: nn.Module, examples: Batched, *, dtype: torch.dtype) -> Tensor:
     """`(N, C)` float32 on the CPU, of all examples in their order; the model is left in evaluation mode."""
     device = next(model.parameters()).device
     model.eval()

@@ -1,7 +1,7 @@
 """Task sequences: labelled examples that a model learns one task after the other.
 
-Three kinds are common (van de Ven and Tolias, 2019): of every task other classes, of one set (class-incremental) or of
-several; or the same classes in pictures that look otherwise (domain-incremental).
+Examples are images or texts. Three kinds are common (van de Ven and Tolias, 2019): of every task other classes, of one
+set (class-incremental) or of several; or the same classes in pictures that look otherwise (domain-incremental).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from overhaul.errors import UserError, did_you_mean
 from overhaul.images import ImageSet, Labelled, open_images
+from overhaul.labelled_texts import LabelledTexts, TextSet, joined
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,8 +36,8 @@ class Task:
 
     name: str
     classes: tuple[int, ...]
-    train: Labelled
-    heldout: Labelled
+    train: Labelled | LabelledTexts
+    heldout: Labelled | LabelledTexts
 
     @property
     def num_classes(self) -> int:
@@ -52,9 +53,10 @@ class TaskSequence:
         name: how the user called it.
         tasks: one after the other; all images have one size.
         classes: of all tasks, in the order in which they come up, so that a head grows at its end.
-        licence: what the images may be used under.
+        licence: what the examples may be used under.
         notes: what was left out, one sentence each.
         fingerprint: hash of all examples, in order.
+        unit: what the examples are: `images` or `texts`.
     """
 
     name: str
@@ -63,6 +65,7 @@ class TaskSequence:
     licence: str
     notes: tuple[str, ...]
     fingerprint: str
+    unit: str = "images"
 
     @property
     def has_same_classes(self) -> bool:
@@ -147,6 +150,45 @@ def open_tasks(
     )
 
 
+def tasks_of_texts(
+    sets: Sequence[TextSet], *, name: str, split: int | None = None, order: int | None = None
+) -> TaskSequence:
+    """A sequence of labelled texts: a task for each set, or the classes of all sets divided.
+
+    Args:
+        sets: of which no two have a class in common.
+        name: how the user called them.
+        split: tasks that the classes are divided into, as in `open_tasks`.
+        order: seed of the order of the classes before they are divided, or of the sets.
+
+    Raises:
+        UserError: a class is in two sets, there is one class in all, or what is asked for does not fit.
+    """
+    whole = joined(sets)
+    if len(whole.classes) < 2:
+        raise UserError(f"{name} has the class {', '.join(whole.classes)} alone", allowed="two classes or more")
+    tasks, classes = _divided(whole, split, order) if split is not None else _joined(sets)
+    if order is not None and split is None:
+        tasks = [tasks[place] for place in _permutation(len(tasks), order)]
+        tasks, classes = _as_they_come(tasks, classes)
+    return TaskSequence(
+        name=name,
+        tasks=tuple(tasks),
+        classes=classes,
+        licence=whole.licence,
+        notes=(*whole.notes, *_repeated(whole)),
+        fingerprint=_fingerprint(sets, tasks, classes),
+        unit="texts",
+    )
+
+
+def _repeated(whole: TextSet) -> tuple[str, ...]:
+    """What is held out of one set and trained on in another, under another label."""
+    trained = set(whole.train.texts)
+    count = sum(text in trained for text in whole.heldout.texts)
+    return (f"{count:,} held-out texts are trained on in another task, under another label",) if count else ()
+
+
 def _refuse_what_does_not_fit(paths: Sequence[str], split: int | None, variants: Sequence[str]) -> None:
     if not paths:
         raise UserError("no image set is named", hint="tasks fashion-mnist")
@@ -172,7 +214,7 @@ def _refuse_unlike(sets: Sequence[ImageSet]) -> None:
             raise UserError(f"images of {one.name} have {c} channels and those of {other.name} {channels}")
 
 
-def _divided(images: ImageSet, split: int, order: int | None) -> tuple[list[Task], tuple[str, ...]]:
+def _divided(images: ImageSet | TextSet, split: int, order: int | None) -> tuple[list[Task], tuple[str, ...]]:
     """The classes in groups; places in the sequence's classes are those in the order that was asked for."""
     import numpy as np
 
@@ -195,14 +237,15 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 2 else f"{names[0]} to {names[-1]}"
 
 
-def _joined(sets: Sequence[ImageSet]) -> tuple[list[Task], tuple[str, ...]]:
-    """A task for each set, whose classes are new ones: `digits/3` is not `mnist/3`."""
+def _joined(sets: Sequence[ImageSet] | Sequence[TextSet]) -> tuple[list[Task], tuple[str, ...]]:
+    """A task for each set, whose classes are new ones: of images `digits/3` is not `mnist/3`."""
     import numpy as np
 
     tasks, classes = list[Task](), list[str]()
     for images in sets:
         places_C = len(classes) + np.arange(len(images.classes))
-        classes += [f"{images.name}/{name}" if len(sets) > 1 else name for name in images.classes]
+        alone = len(sets) == 1 or isinstance(images, TextSet)  # of texts no name is in two sets
+        classes += [name if alone else f"{images.name}/{name}" for name in images.classes]
         train, heldout = (part.relabelled(places_C) for part in (images.train, images.heldout))
         own = tuple(int(place) for place in places_C)
         tasks.append(Task(name=images.name, classes=own, train=train, heldout=heldout))
@@ -315,7 +358,7 @@ def _permutation(count: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(count)
 
 
-def _fingerprint(sets: Sequence[ImageSet], tasks: Sequence[Task], classes: tuple[str, ...]) -> str:
+def _fingerprint(sets: Sequence[ImageSet] | Sequence[TextSet], tasks: Sequence[Task], classes: tuple[str, ...]) -> str:
     """Of the sets, whose own fingerprints hold every pixel, and of what was made of them."""
     return _hash([*(one.fingerprint for one in sets), classes, *((task.name, task.classes) for task in tasks)])
 

@@ -60,7 +60,7 @@ class Plan:
         probes: numbers about the model by name, taken whenever it is evaluated.
         hands_on: whether its optimizer goes on in the next plan: then a checkpoint behind the last step holds it too.
         steps: so many, where plans of one method are not equally long; None for those of the settings.
-        unit: of what is counted: tokens, or images.
+        unit: of what is counted: tokens, or examples: images, texts.
         told: hears what was done, when all of it is; also where a run that is resumed finds it done.
     """
 
@@ -279,7 +279,7 @@ class _Run:
         self.plan.optimizer.step(closure)  # pyright: ignore - torch types the closure as returning float
         for watcher in self.plan.watchers:
             watcher.step(self.plan.model, step)
-        self.history.tokens += sum(num_items(batch) for batch in drawn)
+        self.history.tokens += sum(num_items(batch, self.plan.unit) for batch in drawn)
         means = {name: float(total) / max(counts[name], 1) for name, total in totals.items()}
         weights = {name: weight for name, (weight, _) in self.plan.objective.named().items()}
         self.plan.objective.stepped(means)

@@ -160,7 +160,7 @@ def test_directories_that_cannot_be_compared_are_one_clear_error(
     order = learn(root / "order", bars, "--order", "3")
     refused(told(made["none"], order), "learnt different tasks: task 1 is")
     pixels = learn(root / "pixels", write_bars(root / "others.npz", seed=1))
-    refused(told(made["none"], pixels), "the same names, but other images in")
+    refused(told(made["none"], pixels), "the same names, but other examples in")
     broken = damaged(made, tmp_path)
     (broken / "tasks.json").write_text('{"format": 1')
     refused(told(broken), "is not valid JSON")

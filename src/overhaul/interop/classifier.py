@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -38,23 +39,44 @@ def classified(model: nn.Module, batch: Mapping[str, Tensor], layers: Sequence[s
     Args:
         model: of transformers, with a linear head.
         batch: `{"pixel_values": (B, C, H, W)}` or `{"input_ids": (B, T), "attention_mask": (B, T)}`.
-        layers: whose output is kept, by their dotted names; `PENULTIMATE` for what the head reads.
+        layers: whose output is kept, by their dotted names; `PENULTIMATE` for what the head reads. Of texts it is the
+            mean over their tokens.
     """
     features: dict[str, Tensor] = {}
+    given = inputs_of(batch)
     with ExitStack() as hooks:
         for name in layers:
-            hook = _keep_output(model, name, features) if name else _keep_read(model, batch, features)
+            hook = _keep_output(model, name, given, features) if name else _keep_read(model, given, features)
             hooks.callback(hook.remove)
         called: Any = model
-        logits_BC = called(**{name: batch[name] for name in INPUTS if name in batch}).logits
+        logits_BC = called(**given).logits
     return Classified(logits_BC, features)
 
 
-def _keep_output(model: nn.Module, name: str, into: dict[str, Tensor]) -> RemovableHandle:
+def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch a classifier reads; of texts without the places at the end that are padding in all of them."""
+    given = {name: batch[name] for name in INPUTS if name in batch}
+    if "attention_mask" in given:
+        width = int(given["attention_mask"].sum(dim=1).max())  # padding is on the right
+        given |= {name: given[name][:, :width] for name in ("input_ids", "attention_mask")}
+    return given
+
+
+def _keep_output(model: nn.Module, name: str, batch: Mapping[str, Tensor], into: dict[str, Tensor]) -> RemovableHandle:
     def keep(_module: nn.Module, _given: Any, made: Any) -> None:
-        into[name] = made if isinstance(made, Tensor) else made[0]
+        output = made if isinstance(made, Tensor) else made[0]
+        mask_BT = batch.get("attention_mask")
+        if mask_BT is not None and output.shape[:2] == mask_BT.shape:
+            output = _of_all_tokens(output, mask_BT)
+        into[name] = output
 
     return model.get_submodule(name).register_forward_hook(keep)
+
+
+def _of_all_tokens(states_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """Their mean over the tokens of each text, so that padding says nothing."""
+    weights_BT1 = (mask_BT / mask_BT.sum(dim=1, keepdim=True)).to(states_BTD.dtype)[..., None]
+    return (states_BTD * weights_BT1).sum(dim=1)
 
 
 def _keep_read(model: nn.Module, batch: Mapping[str, Tensor], into: dict[str, Tensor]) -> RemovableHandle:
@@ -91,6 +113,67 @@ def head_of(model: nn.Module) -> tuple[str, nn.Linear]:
             allowed="classifiers that end in one linear layer",
         )
     return fitting[-1]
+
+
+def with_head(model: nn.Module) -> nn.Module:
+    """A causal language model's body, not copied, under a head for classes of which it has none yet.
+
+    Args:
+        model: of an architecture of which transformers has a classifier of texts.
+
+    Raises:
+        UserError: it has none.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    inner: Any = model
+    config = copy.deepcopy(inner.config)
+    config.id2label, config.label2id = {0: ""}, {"": 0}
+    try:
+        with torch.device("meta"):
+            made: Any = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise UserError(
+            f"transformers has no classifier of texts for the architecture {config.model_type!r}",
+            allowed="Llama, Mistral, Qwen, GPT-2 and others",
+        ) from error
+    where, head = head_of(made)
+    setattr(made, made.base_model_prefix, inner.base_model)
+    body = next(inner.base_model.parameters())
+    how: dict[str, Any] = {"bias": head.bias is not None, "device": body.device, "dtype": body.dtype}
+    empty = nn.Linear(head.in_features, 1, **how)
+    for name, parameter in list(empty.named_parameters()):
+        setattr(empty, name, nn.Parameter(parameter.detach()[:0]))
+    empty.out_features = 0
+    parent, _, child = where.rpartition(".")
+    setattr(made.get_submodule(parent), child, empty)
+    left = [name for name, tensor in (*made.named_parameters(), *made.named_buffers()) if tensor.is_meta]
+    if left:
+        raise UserError(
+            f"the classifier of {config.model_type!r} has more than a head beside the model, such as {left[0]}",
+            allowed="architectures whose classifier is the model and one linear layer",
+        )
+    name_classes(made, ())
+    made.num_labels = 0
+    return made.train(model.training)
+
+
+def can_pad(model: nn.Module, tokenizer: Any) -> None:
+    """Gives tokenizer and configuration one padding token, the tokenizer's or its end of text, where they have none.
+
+    Raises:
+        UserError: the tokenizer has neither.
+    """
+    config: Any = model.config
+    if tokenizer.pad_token_id is None:
+        if config.pad_token_id is not None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+        elif tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+        else:
+            raise UserError("the tokenizer has no token for padding, and none for the end of a text")
+    # A classifier finds the end of a text by it.
+    config.pad_token_id = tokenizer.pad_token_id
 
 
 def channels_of(model: nn.Module) -> int:

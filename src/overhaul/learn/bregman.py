@@ -50,7 +50,7 @@ class Bregman(SharedLearning):
         "Wang, Li, Shen, Huang: A Unified and General Framework for Continual Learning, ICLR 2024, arXiv:2403.13249"
     )
 
-    kinds: ClassVar[tuple[Kind, ...]] = (Kind.IMAGE_CLASSIFIER, Kind.CAUSAL_LM)
+    kinds: ClassVar[tuple[Kind, ...]] = (Kind.IMAGE_CLASSIFIER, Kind.TEXT_CLASSIFIER, Kind.CAUSAL_LM)
 
     output_term: OutputTerm = Field(
         "der++",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from overhaul.errors import UserError, did_you_mean
+from overhaul.kinds import Kind
 from overhaul.learning import SharedLearning
 from overhaul.method import Fraction, NonNegative, Positive, Rate
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
     from overhaul.learners.learner import Learner
     from overhaul.task_data import TaskData
+    from overhaul.tasks import TaskSequence
+    from overhaul.text_tasks import TextSequence
 
 
 class RehearsalFree(SharedLearning):
@@ -24,6 +27,8 @@ class RehearsalFree(SharedLearning):
         "Smith, Tian, Halbe, Hsu, Kira: A Closer Look at Rehearsal-Free Continual Learning, CVPR Workshops 2023, "
         "arXiv:2203.17269"
     )
+
+    kinds: ClassVar[tuple[Kind, ...]] = (Kind.IMAGE_CLASSIFIER, Kind.TEXT_CLASSIFIER, Kind.CAUSAL_LM)
 
     head: Literal["binary", "softmax"] = Field(
         "binary", description="Loss of new classes: each a binary classifier, or a softmax over all classes so far."
@@ -55,6 +60,13 @@ class RehearsalFree(SharedLearning):
         if not self.features and self.feature_layer:
             raise ValueError("feature_layer is of features, whose weight is 0; give features a weight")
         return self
+
+    def _texts(self) -> TaskSequence | TextSequence:
+        raise UserError(
+            "these texts have no labels, and what is learnt without rehearsal is classes",
+            allowed="tables with a column of labels, or corpora that are a class each",
+            hint="--label-field label, or --label-by corpus; learn bregman takes texts without labels",
+        )
 
     def check(self, model: nn.Module, data: Any) -> None:
         """Refuses a layer that there is not, classes that come twice, and Fisher information of no task before."""

@@ -16,7 +16,7 @@ from overhaul.interop.classifier import classes_of, head_of, set_classes
 from overhaul.objective import ClassCrossEntropy, Term, only
 from overhaul.progress import say
 from overhaul.stream import Stream
-from overhaul.task_data import SCORED_AT_ONCE, TaskData
+from overhaul.task_data import TaskData
 from overhaul.task_scores import logits_of
 
 if TYPE_CHECKING:
@@ -94,12 +94,11 @@ class Answering(ABC):
 class ByClass(Answering):
     """A head with a row for each class: of all tasks from the beginning, or of those so far."""
 
-    unit = "images"
     data: TaskData
 
     def __init__(self, method: SharedLearning, model: nn.Module, data: TaskData) -> None:
         super().__init__(method, model, data)
-        self.beforehand = method.classifier == "whole"
+        self.unit, self.beforehand = data.sequence.unit, method.classifier == "whole"
         self._asked: dict[int, Tensor] = {}
 
     def begin(self, number: int) -> tuple[str, ...]:
@@ -137,5 +136,4 @@ class ByClass(Answering):
         """From examples that the seed chooses."""
         examples = self.data.train[number]
         places = np.random.default_rng((self.data.seed, number)).permutation(len(examples))[:count]
-        batches = [examples.batch(places[at : at + SCORED_AT_ONCE]) for at in range(0, len(places), SCORED_AT_ONCE)]
-        return diagonal(self.model.eval(), batches, labels=labels, seed=self.data.seed)
+        return diagonal(self.model.eval(), examples.in_order(places), labels=labels, seed=self.data.seed)

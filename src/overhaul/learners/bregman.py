@@ -28,7 +28,6 @@ from overhaul.objective import Objective
 from overhaul.optim.refresh import Refresh, langevin, released
 from overhaul.posterior import Posterior
 from overhaul.reservoir import Reservoir, WithMemory
-from overhaul.task_data import SCORED_AT_ONCE
 from overhaul.task_scores import logits_of
 
 if TYPE_CHECKING:
@@ -162,5 +161,5 @@ class BregmanLearner(SharedLearner):
         """Offers the memory a task's examples, with the logits of the model as it is now."""
         examples = self.data.train[number]
         logits_NC = logits_of(self.model, examples, dtype=self.data.dtype)
-        for batch, logits_BC in zip(examples.in_order(), torch.split(logits_NC, SCORED_AT_ONCE), strict=True):
+        for batch, logits_BC in zip(examples.in_order(), torch.split(logits_NC, examples.at_once), strict=True):
             self.memory.insert(with_logits(batch, logits_BC))

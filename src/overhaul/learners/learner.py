@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +95,8 @@ class SharedLearner(Learner):
     def __init__(self, method: SharedLearning, model: nn.Module, data: TaskData) -> None:
         super().__init__(model, data)
         self.shared = method
-        with_what: type[Answering] = ByWord if isinstance(data, TextTaskData) else ByClass
-        self.answering = with_what(method, model, data)
+        with_what: Any = ByWord if isinstance(data, TextTaskData) else ByClass
+        self.answering: Answering = with_what(method, model, data)
         self.answers_beforehand = self.answering.beforehand
         self.head: frozenset[str] = frozenset()
         self.trained: frozenset[str] = frozenset()

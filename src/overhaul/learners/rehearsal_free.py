@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +16,6 @@ from overhaul.interop.classifier import PENULTIMATE, classified
 from overhaul.learners.before import Before
 from overhaul.learners.learner import SharedLearner
 from overhaul.objective import BinaryCrossEntropy, ClassCrossEntropy, Objective
-from overhaul.task_data import Examples
 
 if TYPE_CHECKING:
     from overhaul.learn.rehearsal_free import RehearsalFree
@@ -29,7 +29,9 @@ class RehearsalFreeLearner(SharedLearner):
         super().__init__(method, model, data)
         self.settings = method
         self.before = Before()
-        self.drift = FeatureDrift(_some(data.heldout[0], method.drift_examples), data.dtype)
+        first = data.heldout[0]
+        some = np.arange(min(method.drift_examples, len(first)))
+        self.drift = FeatureDrift(list(first.in_order(some)), data.dtype)
 
     def objective(self, number: int) -> Objective:
         """The loss of new classes, and the terms; in the first task there is nothing to hold to but given weights."""
@@ -80,12 +82,12 @@ class FeatureDrift:
     """How alike a model's features of the same examples are after each task and after the first.
 
     Args:
-        batch: the examples.
+        batches: the examples.
         dtype: of matrix products.
     """
 
-    def __init__(self, batch: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self.batch, self.dtype = batch, dtype
+    def __init__(self, batches: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> None:
+        self.batches, self.dtype = batches, dtype
         self.first: dict[str, Tensor] = {}
         self.rows: list[tuple[str, list[float]]] = []
 
@@ -94,10 +96,14 @@ class FeatureDrift:
         """Compares the features now, after a task; those after the first are what others are compared with."""
         device = next(model.parameters()).device
         model.eval()
-        with machine.autocast(device, self.dtype):
-            batch = {name: tensor.to(device) for name, tensor in self.batch.items()}
-            found = classified(model, batch, list(self.first) or layers_of(model)).features
-        features = {name: tensor.float().cpu() for name, tensor in found.items()}
+        layers = list(self.first) or layers_of(model)
+        found: dict[str, list[Tensor]] = {name: [] for name in layers}
+        for batch in self.batches:
+            with machine.autocast(device, self.dtype):
+                told = classified(model, {name: tensor.to(device) for name, tensor in batch.items()}, layers).features
+            for name, parts in found.items():
+                parts.append(told[name].float().cpu())
+        features = {name: torch.cat(parts) for name, parts in found.items()}
         if not self.first:
             self.first = features
         else:
@@ -118,7 +124,3 @@ def layers_of(model: nn.Module) -> list[str]:
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     blocks = [f"{name}.{number}" for name in outer for number in range(len(model.get_submodule(name)))]  # pyright: ignore[reportArgumentType]
     return [*blocks, PENULTIMATE]
-
-
-def _some(examples: Examples, count: int) -> dict[str, Tensor]:
-    return examples.batch(slice(0, count))

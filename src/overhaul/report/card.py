@@ -12,6 +12,7 @@ from overhaul.report.facts import Report
 from overhaul.report.sentences import limits, step_sentence, verdict
 from overhaul.report.tables import markdown_table
 
+_TASKS = {Kind.IMAGE_CLASSIFIER.value: "image-classification", Kind.TEXT_CLASSIFIER.value: "text-classification"}
 Relation = Literal["finetune", "adapter", "merge", "quantized"]
 
 
@@ -122,12 +123,13 @@ def _results(report: Report) -> list[dict[str, Any]]:
 
 def _task(report: Report) -> str:
     """What the hub calls what the model does."""
-    return "image-classification" if report.facts[-1].kind == Kind.IMAGE_CLASSIFIER.value else "text-generation"
+    return _TASKS.get(report.facts[-1].kind, "text-generation")
 
 
 def snippet_of(kind: str, name: str) -> str:
     """Python that uses a model of this kind with plain transformers."""
-    return image_snippet(name) if kind == Kind.IMAGE_CLASSIFIER.value else transformers_snippet(name)
+    of_kind = {Kind.IMAGE_CLASSIFIER.value: image_snippet, Kind.TEXT_CLASSIFIER.value: text_class_snippet}
+    return of_kind.get(kind, transformers_snippet)(name)
 
 
 def image_snippet(name: str, *, own_code: bool = False) -> str:
@@ -146,6 +148,18 @@ model = AutoModelForImageClassification.from_pretrained({name!r}{trusted})
 processor = AutoImageProcessor.from_pretrained({name!r})
 logits = model(**processor(Image.open("picture.png"), return_tensors="pt")).logits
 print(model.config.id2label[int(logits.argmax())])
+"""
+
+
+def text_class_snippet(name: str) -> str:
+    """Python that loads the text classifier `name` with plain transformers and names the classes of two texts."""
+    return f"""
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained({name!r})
+tokenizer = AutoTokenizer.from_pretrained({name!r})
+inputs = tokenizer(["One text.", "Another text, which is longer."], padding=True, return_tensors="pt")
+print([model.config.id2label[int(place)] for place in model(**inputs).logits.argmax(dim=-1)])
 """
 
 
