@@ -9,8 +9,18 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    CodeGenConfig,
+    CodeGenForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -19,7 +29,7 @@ from transformers import (
 
 from overhaul import artifact
 from overhaul.errors import UserError
-from overhaul.interop.classifier import PENULTIMATE, classes_of, classified, head_of, set_classes
+from overhaul.interop.classifier import PENULTIMATE, classes_of, classified, head_of, set_classes, with_head
 from overhaul.kinds import Kind, is_classifier, kind_of
 
 SHAPES = {
@@ -144,3 +154,59 @@ def test_a_head_keeps_its_type_and_place():
     assert name == "classifier.1"
     assert head.weight.dtype == torch.bfloat16
     assert isinstance(model.get_submodule(name), nn.Linear)
+
+
+DECODERS: dict[str, Any] = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)),
+    "gpt-neox": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50,
+            is_decoder=True,
+        )
+    ),
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
+            vocab_size=50,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_a_head_for_texts_goes_on_any_decoder_and_reads_its_last_token(architecture: str):
+    torch.manual_seed(0)
+    decoder = DECODERS[architecture]().eval()
+    model: Any = with_head(decoder)
+    model.config.pad_token_id = 0
+    assert set_classes(model, ("a", "b")) == ()
+
+    ids_BT = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]])
+    found = classified(model, {"input_ids": ids_BT, "attention_mask": (ids_BT != 0).long()}, (PENULTIMATE,))
+
+    assert is_classifier(model)
+    states_TD = decoder.base_model(input_ids=ids_BT[:1, :3]).last_hidden_state[0]
+    torch.testing.assert_close(found.features[PENULTIMATE][0], states_TD[-1], rtol=1e-4, atol=1e-5)
+    head = head_of(model)[1]
+    torch.testing.assert_close(found.logits, head(found.features[PENULTIMATE]))
+
+
+def test_an_architecture_without_a_classifier_of_texts_is_refused():
+    with pytest.raises(UserError, match="no classifier of texts for the architecture 'codegen'"):
+        with_head(CodeGenForCausalLM(CodeGenConfig(n_embd=16, n_layer=1, n_head=4, rotary_dim=2, vocab_size=50)))
+
+
+def test_an_encoder_that_classifies_texts_is_not_changed_by_padding():
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    model = BertForSequenceClassification(config).eval()
+    ids_BT = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]])
+    layers = ("bert.encoder.layer.0", PENULTIMATE)
+
+    together = classified(model, {"input_ids": ids_BT, "attention_mask": (ids_BT != 0).long()}, layers)
+
+    alone = classified(model, {"input_ids": ids_BT[:1, :3], "attention_mask": torch.ones(1, 3).long()}, layers)
+    torch.testing.assert_close(together.logits[:1], alone.logits, rtol=1e-4, atol=1e-5)
+    for name in layers:
+        assert together.features[name].shape == (2, 16)
+        torch.testing.assert_close(together.features[name][:1], alone.features[name], rtol=1e-4, atol=1e-5)
