@@ -33,7 +33,7 @@ STEPS = ("--steps", "60", "--batch-size", "2", "--seq-len", "256", "--save-every
 WINDOWS = 16
 METHODS = {
     "contracon": ("--lr", "3e-3", "--views", "4"),
-    "clr": ("--lr", "1e-2", "--views", "4"),
+    "clr": ("--lr", "2e-3", "--views", "4"),
 }
 """Rates that were not chosen on these texts."""
 CHANCE = 1 / len(TEXTS)
