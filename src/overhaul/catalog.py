@@ -37,6 +37,7 @@ VERBS = {
     "distill": "Train a model to predict what another one predicts.",
     "extend": "Go on pre-training: new text, new languages, without losing the old.",
     "learn": "Learn task after task without forgetting the ones before.",
+    "forget": "Take the influence of some data out of a model.",
     "measure": "Numbers with intervals.",
 }
 
@@ -85,6 +86,13 @@ ENTRIES = (
         "quantize.bct:Bct",
         "Store and compute everything in 8 or 4 bits with one scale per small block; needs no data.",
         8,
+    ),
+    Entry(
+        "forget",
+        "s3t",
+        "forget.s3t:S3T",
+        "Train adapters in shards and slices, so that an example can be taken out again exactly, and at once.",
+        6,
     ),
     Entry("adapt", "full", "adapt.full:Full", "Train every parameter; pruned weights stay zero."),
     Entry("adapt", "lora", "adapt.lora:LoRA", "Train low-rank increments of the linear layers."),

@@ -12,7 +12,7 @@ import sysconfig
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from platform import python_version
@@ -143,6 +143,39 @@ def open_corpus(spec: str | Path | CorpusSpec) -> Corpus:
     if spec.path != "-" and spec.limit is None and on_disk.is_large(Path(spec.path)):
         return _left_on_disk(name, spec)
     return _divided(name, "not stated", spec.path, read_rows(spec.path, spec.field, spec.limit))
+
+
+def open_whole(spec: CorpusSpec, tags: Sequence[str] = ()) -> Corpus:
+    """Reads a corpus of which nothing is held out: each row is there as it stands, whatever other rows there are.
+
+    Args:
+        spec: as `open_corpus`.
+        tags: columns that every row keeps beside its content.
+
+    Raises:
+        UserError: it does not exist, cannot be read or fetched, has no such column, or no row with text.
+    """
+    if spec.path in _NAMED or (spec.path != "-" and not Path(spec.path).exists()):
+        divided = open_corpus(spec)
+        if tags:
+            raise UserError(f"{spec.path} has no columns, and so no {tags[0]}", hint="without --tags")
+        rows = (*divided.train, *divided.calib, *divided.heldout)
+        return replace(divided, train=rows, calib=(), heldout=(), notes=(), fingerprint=fingerprint((rows, (), ())))
+    reading = documents.Reading(spec.path, spec.field, tags)
+    rows = tuple(itertools.islice(reading, spec.limit))
+    reading.refuse_nothing()
+    copies = len(rows) - len({row.id for row in rows})
+    return Corpus(
+        name="stdin" if spec.path == "-" else Path(spec.path).resolve().name,
+        licence="not stated",
+        source=spec.path,
+        bytes=sum(map(num_bytes, rows)),
+        train=rows,
+        calib=(),
+        heldout=(),
+        notes=replace(reading.notes, duplicates=copies).sentences(),
+        fingerprint=fingerprint((rows, (), ())),
+    )
 
 
 def every_row(path: str, field: str | None = None) -> Iterator[Row]:

@@ -14,7 +14,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,9 +50,13 @@ class Row(Mapping[str, Any]):
     """One document or example: a frozen mapping with the columns of one of `SHAPES`.
 
     Values are strings, except `messages`: a tuple of `Message`.
+
+    Attributes:
+        tags: other columns that were asked for, which are no content: equal rows may have different ones.
     """
 
     columns: tuple[tuple[str, str | tuple[Message, ...]], ...]
+    tags: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __getitem__(self, column: str) -> Any:
         for name, value in self.columns:
@@ -233,13 +237,18 @@ class Reading(Iterator[Row]):
         name: what is read, for messages.
     """
 
-    def __init__(self, path: Path | str, field: str | None = None) -> None:
+    def __init__(self, path: Path | str, field: str | None = None, tags: Sequence[str] = ()) -> None:
         """Begins to read.
+
+        Args:
+            path: what to read; `-` is standard input.
+            field: the column that holds the text, for rows in none of `SHAPES`.
+            tags: further columns that every row keeps beside its content.
 
         Raises:
             UserError: nothing is there.
         """
-        self.field, self.counts = field, Counter[str]()
+        self.field, self.tags, self.counts = field, tags, Counter[str]()
         self.failures: list[NotUtf8Error] = []
         if str(path) == "-":
             self.name, self._records = "standard input", iter(_stdin())
@@ -262,7 +271,7 @@ class Reading(Iterator[Row]):
                 self.counts["empty"] += 1
             else:
                 self.counts["rows"] += 1
-                return row
+                return replace(row, tags=_tags(record[0], record[1], self.tags)) if self.tags else row
         raise StopIteration
 
     @property
@@ -294,6 +303,16 @@ def _row(where: str, columns: Mapping[str, Any], field: str | None) -> Row | Non
             raise _wrong_columns(where, columns, field)
         row = Row(tuple((name, _value(where, name, columns[name])) for name in shape))
     return row if any(text.strip() for text, trained in row_text(row) if trained) else None
+
+
+def _tags(where: str, columns: Mapping[str, Any], names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The values of columns as text; a row may have none in one of them, but for a column that it lacks."""
+    if missing := [name for name in names if name not in columns]:
+        raise UserError(
+            f"{where} has no column {missing[0]!r}; its columns: {', '.join(map(str, columns)) or 'none'}",
+            hint="columns that every row has",
+        )
+    return tuple((name, str(columns[name])) for name in names if columns[name] is not None)
 
 
 def _value(where: str, name: str, given: Any) -> str | tuple[Message, ...]:

@@ -20,7 +20,7 @@ from torch import nn
 from overhaul import artifact as artifacts
 from overhaul import journal, machine, pretrained
 from overhaul.artifact import Artifact
-from overhaul.corpora import NO_CORPUS, Corpus, CorpusSpec, from_anywhere, open_corpus, open_several
+from overhaul.corpora import NO_CORPUS, Corpus, CorpusSpec, from_anywhere, open_corpus, open_several, open_whole
 from overhaul.data import Data
 from overhaul.dry_run import say_plan
 from overhaul.errors import Interrupted, UserError
@@ -54,9 +54,13 @@ class Outcome:
     facts: tuple[Facts, ...]
 
 
-def open_data(options: Options) -> Corpus:
-    """The corpus that the options name."""
-    return open_corpus(CorpusSpec(path=options.data or DEFAULT_CORPUS, field=options.field))
+def open_data(options: Options, method: Method | None = None) -> Corpus:
+    """The corpus that the options name, as a method reads it."""
+    spec = CorpusSpec(path=options.data or DEFAULT_CORPUS, field=options.field)
+    if method is None or method.holds_out:
+        return open_corpus(spec)
+    settings: Any = method
+    return open_whole(spec, settings.tags)
 
 
 def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome | None:
@@ -91,7 +95,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
             allowed="a corpus name, a file or a directory",
             hint="--data sample, or overhaul data list",
         )
-    corpus = open_data(options) if needs_data or options.data else None
+    corpus = open_data(options, method) if needs_data or options.data else None
     beside, watched = _further(method, options, corpus)
     for note in (note for text in (corpus, sequence, *beside.values()) if text for note in text.notes):
         say(f"note: {note}")
@@ -124,7 +128,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
         say_plan(step, parent, data, out, longest=longest(parent.model), dtype=dtype)
         return None
     # What a pipeline has no use for is not read by the back door either: --evaluate can still name it.
-    judged = None if isinstance(method, Pipeline) and not needs_data else corpus
+    judged = None if (isinstance(method, Pipeline) and not needs_data) or not method.holds_out else corpus
     if sequence:
         options = options.model_copy(update={"evaluate": "none"})
     judge = Judge.of(options, judged, parent.processor, dtype, (*beside.values(), *watched))
@@ -175,7 +179,7 @@ def measured_by(step: Step) -> tuple[str, ...]:
     """
     method, options = step.method, step.options
     reads = method.reads_data()
-    beside, watched = _further(method, options, open_data(options) if reads or options.data else None)
+    beside, watched = _further(method, options, open_data(options, method) if reads or options.data else None)
     losses = (f"{LOSS_ON} {text.name}" for text in (*beside.values(), *watched))
     on_text = [] if options.evaluate == "none" or method.measures() else [PERPLEXITY, LOSS]
     return (*method.measures(), *on_text, *losses)

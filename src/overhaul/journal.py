@@ -7,13 +7,15 @@ notes.layers[0].name, notes.layers[0].sparsity, notes.layers[0].error
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from overhaul.table import Row
@@ -94,6 +96,13 @@ class TextNote:
 
 
 @dataclass(frozen=True, slots=True)
+class FilesNote:
+    """What writes files of its own beside the weights, when it is given the directory that is being written."""
+
+    write: Callable[[Path], None]
+
+
+@dataclass(frozen=True, slots=True)
 class Notes:
     """The notes of one recording, in the order they were made."""
 
@@ -104,6 +113,7 @@ class Notes:
     rows: list[RowsNote] = field(default_factory=list)
     texts: list[TextNote] = field(default_factory=list)
     states: list[StateNote] = field(default_factory=list)
+    files: list[FilesNote] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     metrics: list[Row] = field(default_factory=list)
     tasks: list[TaskRecord] = field(default_factory=list)
@@ -168,6 +178,16 @@ def note_state(file: str, state: Mapping[str, Any]) -> None:
     """Adds what a run that goes on needs to the recording in progress; does nothing when there is none."""
     if (notes := _notes.get()) is not None:
         notes.states.append(StateNote(file=file, state=state))
+
+
+def note_files(write: Callable[[Path], None]) -> None:
+    """Adds what writes files of its own to the recording in progress; does nothing when there is none.
+
+    Args:
+        write: called with the directory that is being written.
+    """
+    if (notes := _notes.get()) is not None:
+        notes.files.append(FilesNote(write))
 
 
 def note_metric(row: Row) -> None:

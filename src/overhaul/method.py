@@ -62,6 +62,8 @@ class Method(Settings, ABC):
     """Whether it can begin with a model whose weights are stored as integers."""
     keeps_banks: ClassVar[bool] = False
     """Whether the banks of a directory are still good beside what it writes."""
+    holds_out: ClassVar[bool] = True
+    """Whether some of its data is held out to measure on; else it reads every row as it stands, with `tags`."""
     writes_stock: ClassVar[bool] = True
     """Whether plain transformers loads what it writes, with no other package."""
 

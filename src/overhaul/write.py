@@ -72,6 +72,8 @@ def write_directory(
         for beside in notes.tensors:
             (directory / beside.file).parent.mkdir(exist_ok=True)
             save_file(dict(beside.tensors), directory / beside.file, metadata=dict(beside.metadata))
+        for beside in notes.files:
+            beside.write(directory)
         for left in notes.states:
             checkpoint.save(left.state, directory / left.file)
         for records in notes.rows:

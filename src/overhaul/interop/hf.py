@@ -64,7 +64,8 @@ def outputs(model: nn.Module, batch: Mapping[str, Tensor], *, states: bool = Fal
 
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    words = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
+    return {name: batch[name] for name in (words, "attention_mask", "position_ids") if name in batch}
 
 
 @torch.no_grad()

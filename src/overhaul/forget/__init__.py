@@ -1,0 +1,1 @@
+"""Methods of `forget`, one per file."""

@@ -1,0 +1,156 @@
+"""What flows into the blocks that are trained: below them is the bare model, so it is computed once for all stages.
+
+Letters of shapes: T tokens of a window, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from overhaul import machine
+from overhaul.input_statistics import StopForward
+from overhaul.interop import hf
+from overhaul.layers import adapters_off
+from overhaul.progress import say
+from overhaul.walk import decoder_blocks
+
+SAME = 1e-3
+"""How far apart, over their norm, the last states may be with and without the blocks below: rounding is less."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """Part of one example, alone.
+
+    Attributes:
+        content: `{"input_ids": (T,), "labels": (T,)}` int64.
+        number: among all windows of the data.
+    """
+
+    content: Mapping[str, Tensor]
+    number: int
+
+
+class Below:
+    """The states between the blocks of the bare model, `(T, D)` for each window.
+
+    Each window is run alone, so that its states depend on no other one.
+
+    Args:
+        model: its adapters are left out.
+        dtype: of matrix products.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        blocks = list(decoder_blocks(model).items())
+        self._list = blocks[0][0].rpartition(".")[0]
+        self._blocks = [block for _, block in blocks]
+        self.places: tuple[int, ...] = ()
+        self._states: dict[int, dict[int, Tensor]] = {}
+
+    def try_out(self, places: Sequence[int], windows: Sequence[Window], *, gigabytes: float) -> None:
+        """Decides from which blocks on the model is run alone: nowhere, where that is no use or does not fit.
+
+        Args:
+            places: numbers of blocks, counted from 0.
+            windows: that will be asked for.
+            gigabytes: that their states may take.
+        """
+        if not places or not windows:
+            return
+        self.places = tuple(sorted(places))
+        size = sum(tensor.nbytes for tensor in self._run(windows[0]).values()) * len({w.number for w in windows})
+        if size > gigabytes * 1e9:
+            say(
+                f"note: states of all windows take {size / 1e9:.1f} GB, more than --cache-gb: each stage runs the whole"
+            )
+            self.places = ()
+        elif not all(self._is_same(windows[0], place) for place in places):
+            say(f"note: {type(self.model).__name__} does not run from the middle: each stage runs the whole")
+            self.places = ()
+        self._states.clear()
+
+    def _is_same(self, window: Window, place: int) -> bool:
+        with torch.no_grad(), machine.autocast(self._device, self.dtype), adapters_off(self.model):
+            whole_TD = hf.hidden_states(self.model, _one(window.content, self._device))[0].float()
+            self.cut(place)
+            try:
+                above_TD = hf.hidden_states(self.model, _one(self.with_states(window, place), self._device))[0].float()
+            finally:
+                self.whole(self.model)
+        return bool((above_TD - whole_TD).norm() <= SAME * whole_TD.norm())
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def with_states(self, window: Window, place: int) -> dict[str, Tensor]:
+        """A window's content, with what flows into a block where the model is run from there on.
+
+        Args:
+            window: one of those that were tried.
+            place: number of the block.
+        """
+        if place not in self.places:
+            return dict(window.content)
+        if window.number not in self._states:
+            self._states[window.number] = self._run(window)
+        return {**window.content, "inputs_embeds": self._states[window.number][place]}
+
+    @torch.no_grad()
+    def _run(self, window: Window) -> dict[int, Tensor]:
+        """By block what flows into it; nothing above the last one is computed."""
+        found: dict[int, Tensor] = {}
+
+        def catch(place: int) -> Any:
+            def seen(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                states_BTD = args[0] if args else kwargs["hidden_states"]
+                found[place] = states_BTD[0].cpu().clone()
+                if place == self.places[-1]:
+                    raise StopForward
+
+            return seen
+
+        training = self.model.training
+        hooks = [self._blocks[place].register_forward_pre_hook(catch(place), with_kwargs=True) for place in self.places]
+        self.model.eval()
+        blocks = self._swapped(self._blocks)
+        try:
+            with machine.autocast(self._device, self.dtype), adapters_off(self.model):
+                hf.hidden_states(self.model, _one(window.content, self._device))
+        except StopForward:
+            pass
+        finally:
+            self._swapped(blocks)
+            for hook in hooks:
+                hook.remove()
+            self.model.train(training)
+        return found
+
+    def cut(self, place: int) -> None:
+        """Takes the blocks below one out, so that the model is run on what flows into it."""
+        if place in self.places:
+            self._swapped(self._blocks[place:])
+
+    def whole(self, model: nn.Module) -> nn.Module:
+        """Puts them back; returns the model."""
+        self._swapped(self._blocks)
+        return model
+
+    def _swapped(self, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+        """Gives the model other blocks; returns those that it had."""
+        where, _, name = self._list.rpartition(".")
+        parent: Any = self.model.get_submodule(where)
+        before = list(getattr(parent, name))
+        setattr(parent, name, nn.ModuleList(blocks))
+        return before
+
+
+def _one(content: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor[None].to(device) for name, tensor in content.items() if name != "labels"}

@@ -1,0 +1,185 @@
+"""Adapters trained stage by stage, from the top of a model downwards, each on more slices (S3T, ICLR 2025).
+
+A stage trains the adapters of one group of blocks, on all slices that its sequence has so far. Those above it are there
+and frozen, those below are not there yet. Whatever it depends on is of these slices: its tensors are the same, bit for
+bit, whether or not other data exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from overhaul.errors import UserError
+from overhaul.layers import swap
+from overhaul.layers.lora import LoRALinear, refuse_pruned, start_at_zero
+from overhaul.objective import CrossEntropy
+from overhaul.optim.build import build
+from overhaul.schedules import schedule
+from overhaul.select import select_linears
+from overhaul.stream import Batch, Encoded, Map, Repeat, Rows, Shuffle, padded
+from overhaul.train import Plan
+from overhaul.unlearning.below import Below, Window
+from overhaul.unlearning.sequences import Order, prefixes
+from overhaul.unlearning.slices import Member, divided
+from overhaul.walk import decoder_blocks
+
+if TYPE_CHECKING:
+    from overhaul.data import Data
+    from overhaul.forget.s3t import S3T
+
+
+def groups_of(num_blocks: int, num_stages: int, *, uneven: bool = False) -> tuple[range, ...]:
+    """The blocks whose adapters each stage trains, the first stage's at the top.
+
+    Args:
+        num_blocks: of the model.
+        num_stages: L.
+        uneven: whether the first stages may have one block more than the last.
+
+    Raises:
+        UserError: there are fewer blocks than stages, or they do not divide.
+    """
+    each, over = divmod(num_blocks, num_stages)
+    if not each:
+        raise UserError(f"{num_stages} slices for {num_blocks} blocks", allowed=f"1 to {num_blocks} slices")
+    if over and not uneven:
+        even = ", ".join(str(n) for n in range(1, num_blocks + 1) if num_blocks % n == 0)
+        raise UserError(
+            f"{num_blocks} blocks in {num_stages} stages of {each} leave {over} over",
+            allowed=f"slices that divide them: {even}",
+            hint="--uneven, which gives the first stages one block more",
+        )
+    found, end = [], num_blocks
+    for stage in range(num_stages):
+        begin = end - each - (stage < over)
+        found.append(range(begin, end))
+        end = begin
+    return tuple(found)
+
+
+class Stagewise:
+    """Trains every beginning of every sequence of every shard, once.
+
+    Args:
+        method: how.
+        model: adapters are put over its layers, in place.
+        data: all of whose rows are trained on.
+
+    Raises:
+        UserError: blocks or examples do not divide, a target fits no layer, or the model is pruned.
+    """
+
+    def __init__(self, method: S3T, model: nn.Module, data: Data) -> None:
+        self.method, self.model, self.data = method, model, data
+        self.members = divided(data.corpus.train, method.shards, method.slices, seed=data.seed)
+        self.orders = (method.orders(),) * method.shards
+        blocks = decoder_blocks(model)
+        self.groups = groups_of(len(blocks), method.slices, uneven=method.uneven)
+        names = select_linears(model, method.targets)
+        refuse_pruned(model, names, hint="a model that was not pruned")
+        own = [tuple(f"{block}." for number, block in enumerate(blocks) if number in group) for group in self.groups]
+        self.names = [[name for name in names if name.startswith(blocks)] for blocks in own]
+        model.requires_grad_(False)
+        self.layers = swap(model, names, lambda old: LoRALinear.from_linear(old, method.rank, method.scaled()))
+        self.kept: dict[tuple[int, Order], dict[str, Tensor]] = {}
+        count = itertools.count()
+        self.windows = {cell: list(self._windows(members, count)) for cell, members in self.members.items()}
+        self.below = Below(model, data.dtype)
+        if method.cache:
+            self.below.try_out(
+                [group.start for group in self.groups if group.start],
+                [window for windows in self.windows.values() for window in windows],
+                gigabytes=method.cache_gb,
+            )
+
+    def all(self) -> Iterator[tuple[int, Order]]:
+        """What is trained: shards with beginnings of their sequences, each behind those that it goes on from."""
+        for shard, orders in enumerate(self.orders):
+            for order in prefixes(orders):
+                yield shard, order
+
+    def _windows(self, members: Sequence[Member], count: Iterator[int]) -> Iterator[Window]:
+        """The examples of a slice, each cut into windows of its own: none is read after another."""
+        width = self.method.seq_len
+        for member in members:
+            document = self.data.encode(member.row)
+            for at in range(0, len(document.ids), width):
+                part = Encoded(document.ids[at : at + width], document.trained[at : at + width])
+                if part.trained[1:].any():
+                    yield from [Window(padded(part, width), next(count))] * member.copies
+
+    def plan(self, shard: int, order: Order) -> Plan:
+        """How the stage of a beginning is trained, on top of those that it begins with."""
+        method, stage = self.method, len(order) - 1
+        torch.manual_seed(seed := self._seed(shard, order))  # what a model drops is the stage's own too
+        trained = self._put(shard, order, torch.Generator().manual_seed(seed))
+        windows = [window for place in order for window in self.windows[shard, place]]
+        if not windows:
+            raise UserError(
+                f"no example of shard {shard} and slices {', '.join(map(str, order))} has two tokens to learn from",
+                allowed="longer examples",
+            )
+        told = " ".join(map(str, (shard, *order)))
+        rows = Rows(windows, name=f"shard and slices {told}", fingerprint=hashlib.sha256(told.encode()).hexdigest())
+        first = self.groups[stage].start
+        shuffled = Map(Repeat(Shuffle(rows, seed=seed)), lambda window: self.below.with_states(window, first), name="")
+        a_step = method.batch_size * method.accumulate
+        self.below.cut(first)
+        return Plan(
+            model=self.model,
+            objective=CrossEntropy(),
+            stream=Batch(shuffled, batch_size=method.batch_size),
+            optimizer=build(method, trained, model=self.model),
+            schedule=schedule(method.schedule, method.warmup),
+            finish=self.below.whole,
+            steps=method.steps if method.epochs is None else max(1, round(method.epochs * len(windows) / a_step)),
+        )
+
+    def _put(self, shard: int, order: Order, dice: torch.Generator) -> list[nn.Parameter]:
+        """Puts the adapters of a beginning into the layers, the last ones new; returns these."""
+        stage, trained = len(order) - 1, []
+        for number, names in enumerate(self.names):
+            kept = self.kept[shard, order[: number + 1]] if number < stage else {}
+            for name in names:
+                layer: Any = self.layers[name]
+                layer.enabled = number <= stage
+                layer.lora_A.requires_grad_(number == stage)
+                layer.lora_B.requires_grad_(number == stage)
+                if number < stage:
+                    layer.lora_A.data, layer.lora_B.data = kept[f"{name}.lora_A"], kept[f"{name}.lora_B"]
+                elif number == stage:
+                    A_RI, B_OR = start_at_zero(layer, layer.rank, dice)
+                    layer.lora_A.data, layer.lora_B.data = A_RI.to(layer.weight.device), B_OR.to(layer.weight.device)
+                    trained += [layer.lora_A, layer.lora_B]
+        return trained
+
+    def _seed(self, shard: int, order: Order) -> int:
+        """Of everything that is drawn in a stage: by the run's seed and the stage, not by what came before it."""
+        told = f"{self.data.seed}\n{shard}\n{order}"
+        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:4], "big")
+
+    def keep(self, shard: int, order: Order) -> None:
+        """Takes the adapters that were just trained."""
+        self.kept[shard, order] = {
+            f"{name}.{own}": getattr(self.layers[name], own).detach().clone()
+            for name in self.names[len(order) - 1]
+            for own in ("lora_A", "lora_B")
+        }
+
+    def restore(self) -> None:
+        """The model as it was, without adapters."""
+        swap(self.model, list(self.layers), _plain)
+
+
+def _plain(layer: LoRALinear) -> nn.Linear:
+    """The frozen layer under an adapter, with its own parameters."""
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = layer.weight
+    linear.register_parameter("bias", layer.bias)
+    return linear.train(layer.training)
