@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from overhaul import disk, models, packed, pretrained, text_banks
+from overhaul.deletion import ensemble
 from overhaul.errors import UserError
 from overhaul.kinds import Kind, class_of, kind_of, kind_of_model, processor_of
 from overhaul.layers import Packed, merge_all, swap
@@ -134,6 +135,7 @@ def load(
     model = model.to(device)
     if with_library:
         text_banks.attach(model, path)
+        ensemble.attach(model, path)
     return Artifact(
         model=model,
         processor=processor,

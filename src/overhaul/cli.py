@@ -34,6 +34,9 @@ COMMANDS = {
     "compare": "Compare model directories: quality, size, speed, what changed where.",
     "learn report": "Runs of tasks side by side: accuracies, what was forgotten, what each task took.",
     "learn export": "One task of a model with banks, as a model of its own.",
+    "forget delete": "Take examples out of a model that forget s3t trained, at once and exactly.",
+    "forget status": "What is left of such a model.",
+    "forget verify": "Whether such a model is as its audit log tells.",
     "blank": "An image classifier with random weights, for images of your size.",
     "bundle": "Keep of an adapter's data what moves the adapter to another model later.",
     "show": "Facts and lineage of a model directory.",
@@ -93,10 +96,11 @@ def _dispatch(arguments: list[str]) -> None:
     length = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     verb, rest = " ".join(arguments[:length]), arguments[length:]
     if verb in COMMANDS:
-        from overhaul import commands, data_commands
+        from overhaul import commands, data_commands, forget_commands
 
         name = f"{verb.replace(' ', '_')}_command"
-        getattr(data_commands if verb == "data" else commands, name)(rest)
+        own = {"data": data_commands, "forget": forget_commands}
+        getattr(own.get(arguments[0], commands), name)(rest)
     elif verb in catalog.VERBS:
         if not rest or rest[0] in ("-h", "--help"):
             print(_methods_of(verb))

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from overhaul.data import Data
+    from overhaul.deletion.sequences import Order
     from overhaul.train import Plan
-    from overhaul.unlearning.sequences import Order
 
 
 class S3T(Training):
@@ -89,7 +89,7 @@ class S3T(Training):
         Raises:
             UserError: the file of probabilities cannot be read, or has other ones.
         """
-        from overhaul.unlearning.sequences import conditional, cyclic, drawn, matched
+        from overhaul.deletion.sequences import conditional, cyclic, drawn, matched
 
         match self.sequences:
             case "cyclic":

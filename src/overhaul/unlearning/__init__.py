@@ -1,1 +1,1 @@
-"""Taking data out of a model again: which sequences are trained for it, and which of them a deletion leaves."""
+"""Training that data can be taken out of again; what is kept is in `overhaul.deletion`."""

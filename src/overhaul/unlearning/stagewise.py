@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from overhaul.deletion.sequences import Order, prefixes
 from overhaul.errors import UserError
 from overhaul.layers import swap
 from overhaul.layers.lora import LoRALinear, refuse_pruned, start_at_zero
@@ -25,7 +26,6 @@ from overhaul.select import select_linears
 from overhaul.stream import Batch, Encoded, Map, Repeat, Rows, Shuffle, padded
 from overhaul.train import Plan
 from overhaul.unlearning.below import Below, Window
-from overhaul.unlearning.sequences import Order, prefixes
 from overhaul.unlearning.slices import Member, divided
 from overhaul.walk import decoder_blocks
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from overhaul import banks, journal
-from overhaul.unlearning.book import FOLDER, STAGES, Book, Example, Stage, key_of, sha256
-from overhaul.unlearning.sequences import Order
+from overhaul.deletion.book import FOLDER, STAGES, Book, Example, Stage, key_of, sha256
+from overhaul.deletion.sequences import Order
 
 if TYPE_CHECKING:
     from overhaul.unlearning.stagewise import Stagewise
@@ -48,6 +48,7 @@ def settings_of(run: Stagewise) -> dict[str, Any]:
         "rank": run.method.rank,
         "scale": run.method.scaled() / run.method.rank,
         "layers": run.names,
+        "tags": list(run.method.tags),
     }
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from command import overhaul
+from overhaul.deletion.book import FOLDER, Book, key_of
 from overhaul.documents import Row, text_row
-from overhaul.unlearning.book import FOLDER, Book, key_of
 from overhaul.unlearning.slices import cell_of, divided
 from overhaul.unlearning.stagewise import groups_of
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from overhaul.deletion import audit
+from overhaul.deletion.audit import Entry
+from overhaul.deletion.book import BOOK, FOLDER, STAGES, Book, Example, Stage, key_of, sha256
+from overhaul.deletion.sequences import cyclic, prefixes
 from overhaul.errors import UserError
-from overhaul.unlearning import audit
-from overhaul.unlearning.audit import Entry
-from overhaul.unlearning.book import BOOK, FOLDER, STAGES, Book, Example, Stage, key_of, sha256
-from overhaul.unlearning.sequences import cyclic, prefixes
 
 SECRET = b"secret"
 ORDERS = (cyclic(2, 2), cyclic(2, 2))
@@ -175,7 +175,7 @@ def test_a_directory_without_a_book_is_refused(tmp_path: Path):
 _KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from overhaul.unlearning.book import Book, key_of
+from overhaul.deletion.book import Book, key_of
 
 for number, directory in enumerate(sys.argv[1:]):
     child = os.fork()

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from overhaul.deletion import audit
+from overhaul.deletion.audit import Entry
+from overhaul.deletion.sequences import Order
+from overhaul.deletion.survivors import Survivors
 from overhaul.errors import UserError
-from overhaul.unlearning import audit
-from overhaul.unlearning.audit import Entry
-from overhaul.unlearning.sequences import Order
-from overhaul.unlearning.survivors import Survivors
 
 FOLDER = "s3t"
 """Where all of it lies, beside the weights."""
@@ -236,6 +236,23 @@ class Book:
         rows = self._sql.execute("select number, what, hash from audit order by number")
         return tuple(Entry(number, json.loads(what), seal) for number, what, seal in rows)
 
+    def cells(self, keys: Sequence[Key]) -> dict[tuple[int, int], int]:
+        """The slices that examples are in, each with how many rows of the data they are there.
+
+        Raises:
+            UserError: one of them is not in.
+        """
+        found: dict[tuple[int, int], int] = {}
+        for key in keys:
+            row = self._sql.execute(
+                "select shard, slice, copies from examples where key = ? and deleted is null", (key,)
+            ).fetchone()
+            if row is None:
+                raise UserError(f"example {key.hex()[:16]} is not in this model's data")
+            shard, place, copies = row
+            found[shard, place] = found.get((shard, place), 0) + copies
+        return found
+
     def delete(self, keys: Sequence[Key], told: Mapping[str, Any]) -> Entry:
         """Takes examples out: their stages are no longer used, and are erased.
 
@@ -253,15 +270,7 @@ class Book:
             UserError: one of them is not in.
         """
         with self._at_once():
-            hit: dict[tuple[int, int], int] = {}
-            for key in keys:
-                row = self._sql.execute(
-                    "select shard, slice, copies from examples where key = ? and deleted is null", (key,)
-                ).fetchone()
-                if row is None:
-                    raise UserError(f"example {key.hex()[:16]} is not in this model's data")
-                shard, place, copies = row
-                hit[shard, place] = hit.get((shard, place), 0) + copies
+            hit = self.cells(keys)
             before = self._state()
             self._sql.executemany("insert or ignore into hit values (?, ?)", hit)
             left = self.survivors()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from overhaul.unlearning.sequences import Order
+from overhaul.deletion.sequences import Order
 
 
 class Survivors:

@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from overhaul.unlearning.sequences import (
+from overhaul.deletion.sequences import (
     conditional,
     cyclic,
     diversity,
@@ -19,7 +19,7 @@ from overhaul.unlearning.sequences import (
     prefixes,
     score,
 )
-from overhaul.unlearning.survivors import Survivors
+from overhaul.deletion.survivors import Survivors
 
 
 @pytest.mark.parametrize("num_slices", [1, 2, 3, 4, 5])

@@ -1,0 +1,143 @@
+"""One model that answers as the mean of a shard's each: its adapters on top of weights that all of them share.
+
+Letters of shapes: B texts, S shards, T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from overhaul import banks
+from overhaul.deletion.book import FOLDER, Book, Stage
+from overhaul.deletion.sequences import Order
+from overhaul.errors import UserError
+from overhaul.interop import hf
+from overhaul.layers import swap
+from overhaul.layers.joint import Choice, JointlyAdapted
+
+_ROWS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+"""Arguments of a decoder that have a row for each text."""
+
+
+class Ensemble:
+    """Puts the adapters of every shard that has some beside a model's layers; each text is read once with each.
+
+    A decoder's last states are averaged over shards, and so are its logits, which are linear in them.
+
+    Args:
+        model: as it lies in the directory; changed in place.
+        directory: that `forget s3t` wrote.
+
+    Raises:
+        UserError: nothing is left of any shard, the book or a file is damaged, or the weights are not those that the
+            adapters were trained on.
+    """
+
+    def __init__(self, model: nn.Module, directory: Path) -> None:
+        self.model, self.directory = model, directory
+        with Book(directory) as book:
+            self.settings = book.settings
+        if banks.fingerprint(model) != self.settings["base"]:
+            raise UserError(
+                f"the adapters in {directory} were trained on other weights than those beside them",
+                hint="the directory as it was written",
+            )
+        if not hf.has_linear_head(model):
+            raise UserError(
+                f"the logits of {type(model).__name__} are more than a linear map of its states",
+                allowed="models with a plain output embedding",
+            )
+        self.choice = Choice()
+        names = [name for group in self.settings["layers"] for name in group]
+        how: dict[str, Any] = {"entries": self.settings["shards"], "rank": self.settings["rank"]}
+        self.layers = swap(model, names, lambda old: JointlyAdapted(old, self.choice, **how))
+        self.serving: dict[int, Order] = {}
+        self._changed_at = -1
+        self.refresh()
+        body: Any = hf.body(model)
+        body.register_forward_pre_hook(self._spread, with_kwargs=True)
+        body.register_forward_hook(self._join)
+
+    def refresh(self) -> None:
+        """Takes up what was deleted since: from the next text on nothing of it is used.
+
+        Raises:
+            UserError: nothing is left.
+        """
+        path = self.directory / FOLDER
+        with Book(self.directory) as book:
+            number = len(book.entries())
+            if number == self._changed_at:
+                return
+            left = book.survivors()
+            serving = {shard: left.serving(shard) for shard in range(len(book.orders)) if left.serving(shard)}
+            if not serving:
+                raise UserError(
+                    f"nothing is left of {self.directory}: every shard has lost its last stage to deletions",
+                    allowed="the weights beside it as they are, with none of the data in them",
+                    hint="overhaul forget s3t on what is left of the data",
+                )
+            there = {(stage.shard, stage.sequence): stage for stage in book.stages()}
+            tensors = {shard: _adapters(path, there, shard, order) for shard, order in serving.items()}
+        for name, layer in self.layers.items():
+            down_SRI, up_SRO = torch.zeros_like(layer.down_PRI), torch.zeros_like(layer.up_PRO)
+            for shard, own in tensors.items():
+                if f"{name}.lora_A" in own:
+                    down_SRI[shard] = own[f"{name}.lora_A"]
+                    up_SRO[shard] = own[f"{name}.lora_B"].t()
+            layer.down_PRI = nn.Parameter(down_SRI, requires_grad=False)
+            layer.up_PRO = nn.Parameter(up_SRO, requires_grad=False)
+        self.serving, self._changed_at = serving, number
+
+    def _spread(
+        self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Every text once for each shard: the rows of one shard behind those of another."""
+        shards = list(self.serving)
+        args = tuple(arg.repeat(len(shards), *[1] * (arg.dim() - 1)) if torch.is_tensor(arg) else arg for arg in args)
+        given = {
+            name: value.repeat(len(shards), *[1] * (value.dim() - 1))
+            if name in _ROWS and torch.is_tensor(value)
+            else value
+            for name, value in given.items()
+        }
+        words: Any = next(value for value in (*args, *(given.get(name) for name in _ROWS)) if torch.is_tensor(value))
+        device, count = words.device, len(words) // len(shards)
+        entries_N1 = torch.tensor(shards, device=device).repeat_interleave(count)[:, None]
+        self.choice.take(entries_N1, torch.full(entries_N1.shape, self.settings["scale"], device=device))
+        return args, given
+
+    def _join(self, _module: nn.Module, _args: tuple[Any, ...], made: Any) -> Any:
+        states_NTD = made.last_hidden_state
+        made.last_hidden_state = states_NTD.view(len(self.serving), -1, *states_NTD.shape[1:]).mean(dim=0)
+        return made
+
+
+def _adapters(folder: Path, there: Mapping[tuple[int, Order], Stage], shard: int, order: Order) -> dict[str, Tensor]:
+    """The tensors of all stages of a beginning."""
+    found: dict[str, Tensor] = {}
+    for length in range(1, len(order) + 1):
+        found |= load_file(folder / there[shard, order[:length]].file)
+    return found
+
+
+def is_there(directory: Path) -> bool:
+    """Whether a directory has adapters of shards."""
+    return (directory / FOLDER).is_dir()
+
+
+def attach(model: nn.Module, directory: Path) -> None:
+    """Lets a model answer with the adapters of its directory, as their mean; a directory without any has none.
+
+    Args:
+        model: as it lies there; changed in place.
+        directory: the model's.
+    """
+    if is_there(directory):
+        Ensemble(model, directory)
