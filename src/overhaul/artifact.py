@@ -100,7 +100,7 @@ def load(
         dtype: of the weights in memory; None keeps that on disk.
         device: where to put the model.
         kinds: the kinds of model that are asked for.
-        with_library: whether a directory's library of increments, or its banks, answer too, by what a text is like.
+        with_library: whether what lies beside the weights answers too: a library, banks, adapters of shards.
 
     Raises:
         UserError: no such model, no config, one of another kind, a damaged file, a format of quantized weights that is
@@ -133,9 +133,8 @@ def load(
         read_adapter(model, adapter, packed=bool(packing))
         model.eval()
     model = model.to(device)
-    if with_library:
-        text_banks.attach(model, path)
-        ensemble.attach(model, path)
+    for beside in (text_banks, ensemble) if with_library else ():
+        beside.attach(model, path)
     return Artifact(
         model=model,
         processor=processor,

@@ -6,6 +6,7 @@ from typing import Any
 
 from overhaul import banks
 from overhaul.artifact import Artifact
+from overhaul.deletion import ensemble
 from overhaul.errors import UserError
 from overhaul.generation import longest
 from overhaul.method import Method, Training
@@ -14,7 +15,7 @@ from overhaul.packed import format_of, is_packed, is_quantized, trains_adapters
 
 def refuse_unfit(method: Method, parent: Artifact) -> None:
     """Raises `UserError` for a method that would spoil the model, or that the model is no input for."""
-    for refuse in (_refuse_packed, _refuse_banks, _refuse_adapter_of_adapter, _refuse_long_windows):
+    for refuse in (_refuse_packed, _refuse_banks, _refuse_deletable, _refuse_adapter_of_adapter, _refuse_long_windows):
         refuse(method, parent)
 
 
@@ -45,6 +46,16 @@ def _refuse_banks(method: Method, parent: Artifact) -> None:
             f"{parent.name} has banks of {len(names)} tasks, such as {names[0]}, which fit no other weights than these",
             allowed="the method that they were learnt with, which adds tasks",
             hint="change the model first, and learn the tasks on what comes out",
+        )
+
+
+def _refuse_deletable(_method: Method, parent: Artifact) -> None:
+    """Raises `UserError` where weights would change under adapters from which examples can be deleted."""
+    if ensemble.is_there(parent.path):
+        raise UserError(
+            f"{parent.name} has adapters from which examples can be deleted, and they fit no other weights than these",
+            allowed="forget delete, status and verify; generate and measure",
+            hint="change the model first, and train the adapters on what comes out",
         )
 
 

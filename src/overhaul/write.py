@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from overhaul import artifact as artifacts
 from overhaul import banks, catalog, checkpoint, models, packed, pretrained, recipe
 from overhaul.artifact import Artifact
+from overhaul.deletion import ensemble
 from overhaul.journal import Notes, TableNote
 from overhaul.judge import Judge
 from overhaul.kinds import Kind
@@ -103,6 +104,7 @@ def write_directory(
                 out,
                 adapter=(directory / "adapter_config.json").exists(),
                 tasks=banks.tasks_of(directory),
+                deletable=ensemble.is_there(directory),
             )
         )
     return facts
@@ -203,7 +205,9 @@ def replay(lineage: Sequence[LineageStep], out: Path) -> str:
     return recipe.to_yaml(base, steps, out=f"{out.name}-again")
 
 
-def card(made: Artifact, report: Report, out: Path, *, adapter: bool, tasks: Sequence[str] = ()) -> str:
+def card(
+    made: Artifact, report: Report, out: Path, *, adapter: bool, tasks: Sequence[str] = (), deletable: bool = False
+) -> str:
     """The model card of the result.
 
     Args:
@@ -212,6 +216,7 @@ def card(made: Artifact, report: Report, out: Path, *, adapter: bool, tasks: Seq
         out: where it is written to.
         adapter: whether it is one.
         tasks: those of its banks.
+        deletable: whether it answers with adapters from which examples can be deleted.
     """
     base = made.lineage[0].parents[0].path
     named = pretrained.NAMED.get(base)
@@ -227,14 +232,16 @@ def card(made: Artifact, report: Report, out: Path, *, adapter: bool, tasks: Seq
         relation=relation,
         datasets=[CardData(name=data.name, license=data.licence or "unknown") for data in used.values()],
         citations=[method.paper for method in methods if method.paper],
-        use_snippet=_snippet(made, out.name, tasks),
+        use_snippet=_snippet(made, out.name, tasks, deletable=deletable),
     )
 
 
-def _snippet(made: Artifact, name: str, tasks: Sequence[str]) -> str:
+def _snippet(made: Artifact, name: str, tasks: Sequence[str], *, deletable: bool) -> str:
     """Python that uses the model where its card's own is not enough."""
     if not _is_stock(made):
         return overhaul_snippet(name)
+    if deletable:
+        return overhaul_snippet(name, with_library=True)
     if tasks:
         by_likeness = made.kind is Kind.CAUSAL_LM
         return overhaul_snippet(name, with_library=True) if by_likeness else banked_snippet(name, tasks[-1])
