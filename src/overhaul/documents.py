@@ -5,24 +5,18 @@ What is found is reported, never silently dropped: see `Notes`.
 
 from __future__ import annotations
 
-import codecs
-import csv
 import hashlib
-import io
 import json
-import re
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from overhaul.errors import UserError
+from overhaul.records import TABLE_SUFFIXES, TEXT_SUFFIXES, NotUtf8Error, Record, directory, file, standard_input
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-TABLE_SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".csv")
 SHAPES = (
     ("text",),
     ("prompt", "completion"),
@@ -31,11 +25,6 @@ SHAPES = (
     ("question", "answer"),
 )
 """Columns a row is recognised by; the first that fits wins, other columns are ignored."""
-
-PIECE_BYTES = 1 << 16
-"""Read of a large file at once."""
-
-_BETWEEN_DOCUMENTS = re.compile(r"\n(?:[ \t]*\n){2,}")
 
 
 class Message(NamedTuple):
@@ -143,20 +132,6 @@ class Rows:
     notes: Notes = Notes()
 
 
-class NotUtf8Error(UserError):
-    """Bytes that are not UTF-8, with the place of the first."""
-
-    def __init__(self, where: str, offset: int, byte: int) -> None:
-        super().__init__(
-            f"{where} is not UTF-8: byte 0x{byte:02x} at offset {offset:,}",
-            hint="iconv -f latin1 -t utf-8 OLD > NEW",
-        )
-
-
-Record = tuple[str, Mapping[str, Any] | NotUtf8Error]
-"""Where a record stands (file, or file:line), and its columns or why they cannot be read."""
-
-
 def read_rows(path: Path | str, field: str | None = None, limit: int | None = None) -> Rows:
     """All rows of a `Reading`, in memory.
 
@@ -194,7 +169,7 @@ def read_columns(path: Path | str, names: Sequence[str]) -> list[tuple[str, ...]
     if not path.is_file():
         raise UserError(f"{path} is no file", allowed=f"a table of {', '.join(names)}: {', '.join(TABLE_SUFFIXES)}")
     rows = []
-    for where, columns in _file(path, alone=True):
+    for where, columns in file(path, alone=True):
         if isinstance(columns, NotUtf8Error):
             raise columns
         if missing := [name for name in names if name not in columns or not _text(where, name, columns[name]).strip()]:
@@ -206,18 +181,6 @@ def read_columns(path: Path | str, names: Sequence[str]) -> list[tuple[str, ...]
     if not rows:
         raise UserError(f"{path} is empty", allowed=f"rows with {', '.join(names)}")
     return rows
-
-
-def records(path: Path) -> Iterator[Record]:
-    """The records of a file or a directory one by one, whatever their columns; files of other kinds are passed over.
-
-    Raises:
-        UserError: nothing is there, or it cannot be read as what its suffix says.
-    """
-    if not path.exists():
-        raise UserError(f"{path} does not exist", allowed="a file or a directory")
-    found: Iterator[Record | None] = _directory(path) if path.is_dir() else _file(path, alone=True)
-    return (record for record in found if record is not None)
 
 
 def json_line(columns: Mapping[str, Any]) -> str:
@@ -251,13 +214,13 @@ class Reading(Iterator[Row]):
         self.field, self.tags, self.counts = field, tags, Counter[str]()
         self.failures: list[NotUtf8Error] = []
         if str(path) == "-":
-            self.name, self._records = "standard input", iter(_stdin())
+            self.name, self._records = "standard input", iter(standard_input())
             return
         path = Path(path)
         if not path.exists():
             raise UserError(f"{path} does not exist", allowed="a file, a directory, or - for standard input")
         self.name = str(path)
-        self._records: Iterator[Record | None] = _directory(path) if path.is_dir() else _file(path, alone=True)
+        self._records: Iterator[Record | None] = directory(path) if path.is_dir() else file(path, alone=True)
 
     def __next__(self) -> Row:
         """The next row with text; raises `UserError` for what is not understood."""
@@ -338,173 +301,3 @@ def _wrong_columns(where: str, columns: Mapping[str, Any], field: str | None) ->
         allowed=" | ".join("+".join(shape) for shape in SHAPES) + ", or --field",
         hint=f"--field {text}",
     )
-
-
-def is_saved_dataset(path: Path) -> bool:
-    """Whether `datasets`' `save_to_disk` wrote the directory."""
-    return any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json"))
-
-
-def _directory(path: Path) -> Iterator[Record | None]:
-    """Records of every file below; None for a file of another kind."""
-    if is_saved_dataset(path):
-        yield from _saved_dataset(path)
-        return
-    for file in sorted(path.rglob("*")):
-        if not file.is_file() or any(part.startswith(".") for part in file.relative_to(path).parts):
-            continue
-        if file.name.lower().endswith(TEXT_SUFFIXES + TABLE_SUFFIXES):
-            yield from _file(file, alone=False)
-        else:
-            yield None
-
-
-def _file(path: Path, *, alone: bool) -> Iterator[Record]:
-    name, where = path.name.lower(), str(path)
-    if name.endswith(".jsonl"):
-        with path.open("rb") as file:
-            yield from _json_lines(where, file)
-    elif name.endswith(".jsonl.zst"):
-        yield from _json_lines(where, _lines(_decompressed(path)))
-    elif name.endswith(".csv"):
-        yield from _csv(path)
-    elif name.endswith(".parquet"):
-        yield from _parquet(path)
-    elif name.endswith(TEXT_SUFFIXES):
-        yield from _documents(where, path.read_bytes(), cut=alone and name.endswith(".txt"))
-    else:
-        raise UserError(f"{path}: unknown suffix {path.suffix!r}", allowed=", ".join(TEXT_SUFFIXES + TABLE_SUFFIXES))
-
-
-def _stdin() -> Iterator[Record]:
-    raw = sys.stdin.buffer.read()
-    lines = [line.lstrip() for line in raw.splitlines() if line.strip()]
-    if lines and all(line.startswith(b"{") for line in lines):
-        yield from _json_lines("standard input", io.BytesIO(raw))
-    else:
-        yield from _documents("standard input", raw, cut=True)
-
-
-def _decode(where: str, raw: bytes, start: int = 0) -> str | NotUtf8Error:
-    """Text with unix line ends, without a byte order mark; `raw` begins at byte `start` of its file."""
-    try:
-        return raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        return NotUtf8Error(where, start + error.start, raw[error.start])
-
-
-def _documents(where: str, raw: bytes, *, cut: bool) -> Iterator[Record]:
-    text = _decode(where, raw)
-    if isinstance(text, NotUtf8Error):
-        yield where, text
-        return
-    for document in _BETWEEN_DOCUMENTS.split(text.strip("\n")) if cut else [text]:
-        yield where, {"text": document}
-
-
-def _json_lines(where: str, lines: Iterable[bytes]) -> Iterator[Record]:
-    start = 0
-    for number, line in enumerate(lines, 1):
-        text = _decode(f"{where}:{number}", line, start)
-        start += len(line)
-        if isinstance(text, NotUtf8Error):
-            yield f"{where}:{number}", text
-        elif text.strip():
-            yield f"{where}:{number}", _json_object(f"{where}:{number}", text)
-
-
-def _json_object(where: str, line: str) -> Mapping[str, Any]:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not JSON: {error.msg} at column {error.colno}", allowed="one object a line"
-        ) from error
-    if not isinstance(found, dict):
-        raise UserError(f"{where} is a JSON {type(found).__name__}", allowed='one object a line, {"text": ...}')
-    return found
-
-
-def _decompressed(path: Path) -> Iterator[bytes]:
-    """The content piece by piece, frame after frame."""
-    import zstandard
-
-    frame = None
-    try:
-        with path.open("rb") as file:
-            while raw := file.read(PIECE_BYTES):
-                while raw:
-                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                    yield frame.decompress(raw)
-                    raw = frame.unused_data
-                    if frame.eof:
-                        frame = None
-        if frame is not None:  # the library itself returns half a frame without a word
-            raise zstandard.ZstdError("the file ends too early")
-    except zstandard.ZstdError as error:
-        raise UserError(f"{path} cannot be decompressed: {error}", allowed="a file written by zstd") from error
-
-
-def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines, with their ends, of what comes in pieces."""
-    rest = b""
-    for piece in pieces:
-        *lines, rest = (rest + piece).split(b"\n")
-        yield from (line + b"\n" for line in lines)
-    if rest:
-        yield rest
-
-
-def _csv(path: Path) -> Iterator[Record]:
-    if (bad := _not_utf8(path)) is not None:
-        yield str(path), bad
-        return
-    csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restkey="(more)")
-        for record in reader:
-            columns = {name: text.replace("\r\n", "\n") if isinstance(text, str) else text
-                       for name, text in record.items()}  # fmt: skip
-            yield f"{path}:{reader.line_num}", columns
-
-
-def _not_utf8(path: Path) -> NotUtf8Error | None:
-    """The first byte of a file that is not UTF-8."""
-    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
-    with path.open("rb") as file:
-        while True:
-            piece = file.read(PIECE_BYTES)
-            held = len(decoder.getstate()[0])
-            try:
-                decoder.decode(piece, final=not piece)
-            except UnicodeDecodeError as error:
-                return NotUtf8Error(str(path), start - held + error.start, error.object[error.start])
-            if not piece:
-                return None
-            start += len(piece)
-
-
-def _parquet(path: Path) -> Iterator[Record]:
-    from pyarrow import ArrowInvalid
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:{number}", record
-    except ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file: {error}") from error
-
-
-def _saved_dataset(path: Path) -> Iterator[Record]:
-    """What `datasets`' `save_to_disk` wrote; of a dictionary of splits, all of them."""
-    from datasets import Dataset, DatasetDict, load_from_disk
-
-    loaded = load_from_disk(str(path))
-    splits: Mapping[Any, Dataset] = loaded if isinstance(loaded, DatasetDict) else {"": loaded}
-    for name, split in splits.items():
-        for number, record in enumerate(split, 1):
-            yield f"{path / str(name)}:{number}", record  # pyright: ignore[reportReturnType]

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overhaul.corpora import Corpus, open_several
-from overhaul.documents import NotUtf8Error, Row, records, row_text
+from overhaul.documents import Row, row_text
 from overhaul.errors import UserError, did_you_mean
+from overhaul.records import NotUtf8Error, records
 from overhaul.split import held_out
 
 if TYPE_CHECKING:

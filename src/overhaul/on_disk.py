@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from overhaul import disk
-from overhaul.documents import TABLE_SUFFIXES, TEXT_SUFFIXES, Message, Notes, Reading, Row, is_saved_dataset
+from overhaul.documents import Message, Notes, Reading, Row
 from overhaul.errors import UserError
 from overhaul.fetch import cache_directory
 from overhaul.progress import say
+from overhaul.records import TABLE_SUFFIXES, TEXT_SUFFIXES, is_saved_dataset
 from overhaul.split import WithoutLeaks, num_bytes
 
 LARGE_BYTES = 256_000_000

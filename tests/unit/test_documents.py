@@ -12,9 +12,7 @@ import pytest
 import zstandard
 
 from overhaul.documents import (
-    PIECE_BYTES,
     Message,
-    NotUtf8Error,
     Reading,
     Row,
     json_line,
@@ -24,6 +22,7 @@ from overhaul.documents import (
     text_row,
 )
 from overhaul.errors import UserError
+from overhaul.records import PIECE_BYTES, NotUtf8Error
 
 RECORDS = [{"text": "first", "source": 1}, {"text": "second", "source": 2}]
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
 
-from overhaul.documents import TABLE_SUFFIXES
 from overhaul.method import Measure, Positive
+from overhaul.records import TABLE_SUFFIXES
 
 if TYPE_CHECKING:
     from torch import nn
