@@ -136,7 +136,9 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     changed, notes, history = _change(step, parent, others, data, dtype, out, judge, command)
     if not is_main_process():
         return None
-    after = judge.after(changed, before, notes.layers, step.entry.verb, step.entry.name)
+    after = judge.after(
+        changed, before, notes.layers, step.entry.verb, step.entry.name, answering=notes.answering_as_written
+    )
     after = replace(after, metrics=(*after.metrics, *notes.metrics))
     facts = (*before, after)
     facts = write_directory(changed, out, facts=facts, history=history, judge=judge, notes=notes)

@@ -8,7 +8,7 @@ notes.layers[0].name, notes.layers[0].sparsity, notes.layers[0].error
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -103,6 +103,13 @@ class FilesNote:
 
 
 @dataclass(frozen=True, slots=True)
+class AnsweringNote:
+    """A context in which the model answers with what will lie beside it, for measuring."""
+
+    inside: Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True)
 class Notes:
     """The notes of one recording, in the order they were made."""
 
@@ -114,9 +121,18 @@ class Notes:
     texts: list[TextNote] = field(default_factory=list)
     states: list[StateNote] = field(default_factory=list)
     files: list[FilesNote] = field(default_factory=list)
+    answering: list[AnsweringNote] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     metrics: list[Row] = field(default_factory=list)
     tasks: list[TaskRecord] = field(default_factory=list)
+
+    @contextmanager
+    def answering_as_written(self) -> Iterator[None]:
+        """Inside, the model answers with what will lie beside it."""
+        with ExitStack() as inside:
+            for note in self.answering:
+                inside.enter_context(note.inside())
+            yield
 
     @property
     def num_tokens(self) -> int:
@@ -188,6 +204,16 @@ def note_files(write: Callable[[Path], None]) -> None:
     """
     if (notes := _notes.get()) is not None:
         notes.files.append(FilesNote(write))
+
+
+def note_answering(inside: Callable[[], AbstractContextManager[None]]) -> None:
+    """Adds how the model is measured to the recording in progress; does nothing when there is none.
+
+    Args:
+        inside: makes a context in which the model answers with what will lie beside it.
+    """
+    if (notes := _notes.get()) is not None:
+        notes.answering.append(AnsweringNote(inside))
 
 
 def note_metric(row: Row) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from overhaul.table import Row
 
 PROMPTS = ("The capital of France is", "It was a bright morning, and the old man")
 PROMPT_TOKENS = 32
+Inside = Callable[[], AbstractContextManager[None]]
+"""Makes a context in which a model is measured."""
 TIMED_WINDOWS = 6
 """Held-out windows for a speed alone: three batches, so that the median is not the one that warms up."""
 
@@ -165,11 +168,26 @@ class Judge:
         return (self.of_directory(artifacts.load(first.path, device=device, dtype=machine.weights_dtype(self.dtype))),)
 
     def after(
-        self, changed: Artifact, before: Sequence[Facts], layers: Sequence[LayerNote], verb: str, method: str
+        self,
+        changed: Artifact,
+        before: Sequence[Facts],
+        layers: Sequence[LayerNote],
+        verb: str,
+        method: str,
+        *,
+        answering: Inside = nullcontext,
     ) -> Facts:
-        """Facts of the result of a step; bytes on disk are filled in once it is written."""
-        step = changed.lineage[-1]
-        facts = self.facts(changed.model, label=_label(verb, method, before), path="", errors=layers)
+        """Facts of the result of a step; bytes on disk are filled in once it is written.
+
+        Args:
+            changed: the result.
+            before: facts of the models that it was made from.
+            layers: what the method said about some.
+            verb, method: of the step.
+            answering: makes a context in which the model answers with what will lie beside it.
+        """
+        step, label = changed.lineage[-1], _label(verb, method, before)
+        facts = self.facts(changed.model, label=label, path="", errors=layers, answering=answering)
         trained = step.trainable_parameters
         return replace(
             facts,
@@ -181,8 +199,23 @@ class Judge:
             optimizer_bytes=step.optimizer_bytes,
         )
 
-    def facts(self, model: nn.Module, *, label: str, path: str, errors: Sequence[LayerNote] = ()) -> Facts:
+    def facts(
+        self,
+        model: nn.Module,
+        *,
+        label: str,
+        path: str,
+        errors: Sequence[LayerNote] = (),
+        answering: Inside = nullcontext,
+    ) -> Facts:
         """Everything about a model in memory that tables show."""
+        with answering():
+            quality, watched = self._quality(model, label, path), self._watched(model, path or label)
+        kind = kind_of_model(model).value if is_classifier(model) else ""
+        return Facts(label=label, path=path, kind=kind, metrics=watched, **counts(model, errors), **quality)
+
+    def _quality(self, model: nn.Module, label: str, path: str) -> dict[str, Any]:
+        """What is measured on the judge's own text; nothing without one."""
         quality: dict[str, Any] = {}
         if self.corpus is not None and self.windows is not None:
             num_windows, seq_len = self.windows.shape
@@ -199,9 +232,7 @@ class Judge:
                 "decode_tokens_per_second": _decode_speed(said),
                 "generations": tuple((prompt, one.text) for prompt, one in zip(PROMPTS, said, strict=True)),
             }
-        watched = self._watched(model, path or label)
-        kind = kind_of_model(model).value if is_classifier(model) else ""
-        return Facts(label=label, path=path, kind=kind, metrics=watched, **counts(model, errors), **quality)
+        return quality
 
     def timed(self, facts: Facts, model: nn.Module) -> Facts:
         """The facts with speeds that are measured now: those of a record may be from another machine or hour."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from command import overhaul
 from overhaul import artifact, forget_service
 from overhaul.deletion.book import FOLDER, STAGES, Book
-from overhaul.deletion.ensemble import Ensemble
+from overhaul.deletion.ensemble import Served
 from overhaul.documents import text_row
 from overhaul.interop import hf
 from overhaul.layers import swap
@@ -100,6 +100,19 @@ def test_generate_and_measure_answer_with_the_adapters(model: Path, make_tiny: C
     assert overhaul("generate", model, "--prompt", "Machine", "--tokens", "4").code == 0
 
 
+def test_the_report_is_of_the_model_with_its_adapters(make_tiny: Callable[..., Path], tmp_path: Path):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    flags = [*HOW[:-4], "--evaluate", "sample", "--evaluate-windows", "2", "--evaluate-seq-len", "32"]
+    data = tmp_path / "data.jsonl"
+    done = overhaul("forget", "s3t", make_tiny(), "-o", tmp_path / "out", "--data", data, *flags)
+    assert done.code == 0, done.err
+    before, after = artifact.read_record(tmp_path / "out")["facts"]
+    asked = ("--data", "sample", "--windows", "2", "--seq-len", "32", "--json")
+    told = json.loads(overhaul("measure", "perplexity", tmp_path / "out", *asked).out)["rows"][0]["value"]
+    assert after["perplexity"]["value"] == pytest.approx(told, rel=1e-5)
+    assert after["perplexity"]["value"] != before["perplexity"]["value"]
+
+
 def test_a_deletion_leaves_the_answers_of_what_is_left(model: Path, tmp_path: Path):
     """Both sequences of a shard are cut: behind the slice, and before anything."""
     told = delete(model, tmp_path, in_cell(0, 0))
@@ -112,7 +125,7 @@ def test_a_deletion_leaves_the_answers_of_what_is_left(model: Path, tmp_path: Pa
 
 def test_a_model_that_is_being_served_takes_up_a_deletion(model: Path, tmp_path: Path):
     made = artifact.load(model)
-    served = Ensemble(made.model, model)
+    served = Served(made.model, model)
     before = hf.hidden_states(made.model, {"input_ids": IDS_BT}).detach()
     delete(model, tmp_path, in_cell(0, 0))
     served.refresh()

@@ -5,7 +5,7 @@ Letters of shapes: B texts, S shards, T tokens, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,91 @@ _ROWS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 
 
 class Ensemble:
-    """Puts the adapters of every shard that has some beside a model's layers; each text is read once with each.
+    """Puts the adapters of shards beside a model's layers; each text is read once with each.
 
     A decoder's last states are averaged over shards, and so are its logits, which are linear in them.
+
+    Args:
+        model: with a bare layer under each adapter; changed in place.
+        layers: names of the layers that have adapters.
+        shards: how many there are.
+        rank: of the adapters.
+        scale: by which each increment B A is multiplied.
+
+    Raises:
+        UserError: the model's logits are not linear in its states.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str], *, shards: int, rank: int, scale: float) -> None:
+        if not hf.has_linear_head(model):
+            raise UserError(
+                f"the logits of {type(model).__name__} are more than a linear map of its states",
+                allowed="models with a plain output embedding",
+            )
+        self.model, self.scale, self.choice = model, scale, Choice()
+        self.layers = swap(model, layers, lambda old: JointlyAdapted(old, self.choice, entries=shards, rank=rank))
+        self.serving: tuple[int, ...] = ()
+        body: Any = hf.body(model)
+        self._hooks = (
+            body.register_forward_pre_hook(self._spread, with_kwargs=True),
+            body.register_forward_hook(self._join),
+        )
+
+    @classmethod
+    def of(cls, model: nn.Module, settings: Mapping[str, Any]) -> Ensemble:
+        """One for a book's settings; without adapters yet."""
+        names = [name for group in settings["layers"] for name in group]
+        return cls(model, names, **{name: settings[name] for name in ("shards", "rank", "scale")})
+
+    def take(self, adapters: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Answers with these from here on.
+
+        Args:
+            adapters: of each shard that has some, at least one: `LAYER.lora_A` (R, I) and `LAYER.lora_B` (O, R), of
+                those layers that have some.
+        """
+        for name, layer in self.layers.items():
+            down_SRI, up_SRO = torch.zeros_like(layer.down_PRI), torch.zeros_like(layer.up_PRO)
+            for shard, own in adapters.items():
+                if f"{name}.lora_A" in own:
+                    down_SRI[shard] = own[f"{name}.lora_A"]
+                    up_SRO[shard] = own[f"{name}.lora_B"].t()
+            layer.down_PRI = nn.Parameter(down_SRI, requires_grad=False)
+            layer.up_PRO = nn.Parameter(up_SRO, requires_grad=False)
+        self.serving = tuple(adapters)
+
+    def remove(self) -> None:
+        """Leaves the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        swap(self.model, list(self.layers), lambda layer: layer.linear)
+
+    def _spread(
+        self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Every text once for each shard: the rows of one shard behind those of another."""
+        shards = self.serving
+        args = tuple(arg.repeat(len(shards), *[1] * (arg.dim() - 1)) if torch.is_tensor(arg) else arg for arg in args)
+        given = {
+            name: value.repeat(len(shards), *[1] * (value.dim() - 1))
+            if name in _ROWS and torch.is_tensor(value)
+            else value
+            for name, value in given.items()
+        }
+        words: Any = next(value for value in (*args, *(given.get(name) for name in _ROWS)) if torch.is_tensor(value))
+        device, count = words.device, len(words) // len(shards)
+        entries_N1 = torch.tensor(shards, device=device).repeat_interleave(count)[:, None]
+        self.choice.take(entries_N1, torch.full(entries_N1.shape, self.scale, device=device))
+        return args, given
+
+    def _join(self, _module: nn.Module, _args: tuple[Any, ...], made: Any) -> Any:
+        states_NTD = made.last_hidden_state
+        made.last_hidden_state = states_NTD.view(len(self.serving), -1, *states_NTD.shape[1:]).mean(dim=0)
+        return made
+
+
+class Served:
+    """A model that answers with the adapters of its directory, and takes up what is deleted there.
 
     Args:
         model: as it lies in the directory; changed in place.
@@ -40,29 +122,16 @@ class Ensemble:
     """
 
     def __init__(self, model: nn.Module, directory: Path) -> None:
-        self.model, self.directory = model, directory
+        self.directory, self._entries = directory, -1
         with Book(directory) as book:
-            self.settings = book.settings
-        if banks.fingerprint(model) != self.settings["base"]:
+            settings = book.settings
+        if banks.fingerprint(model) != settings["base"]:
             raise UserError(
                 f"the adapters in {directory} were trained on other weights than those beside them",
                 hint="the directory as it was written",
             )
-        if not hf.has_linear_head(model):
-            raise UserError(
-                f"the logits of {type(model).__name__} are more than a linear map of its states",
-                allowed="models with a plain output embedding",
-            )
-        self.choice = Choice()
-        names = [name for group in self.settings["layers"] for name in group]
-        how: dict[str, Any] = {"entries": self.settings["shards"], "rank": self.settings["rank"]}
-        self.layers = swap(model, names, lambda old: JointlyAdapted(old, self.choice, **how))
-        self.serving: dict[int, Order] = {}
-        self._changed_at = -1
+        self.ensemble = Ensemble.of(model, settings)
         self.refresh()
-        body: Any = hf.body(model)
-        body.register_forward_pre_hook(self._spread, with_kwargs=True)
-        body.register_forward_hook(self._join)
 
     def refresh(self) -> None:
         """Takes up what was deleted since: from the next text on nothing of it is used.
@@ -70,10 +139,9 @@ class Ensemble:
         Raises:
             UserError: nothing is left.
         """
-        path = self.directory / FOLDER
         with Book(self.directory) as book:
             number = len(book.entries())
-            if number == self._changed_at:
+            if number == self._entries:
                 return
             left = book.survivors()
             serving = {shard: left.serving(shard) for shard in range(len(book.orders)) if left.serving(shard)}
@@ -84,39 +152,9 @@ class Ensemble:
                     hint="overhaul forget s3t on what is left of the data",
                 )
             there = {(stage.shard, stage.sequence): stage for stage in book.stages()}
-            tensors = {shard: _adapters(path, there, shard, order) for shard, order in serving.items()}
-        for name, layer in self.layers.items():
-            down_SRI, up_SRO = torch.zeros_like(layer.down_PRI), torch.zeros_like(layer.up_PRO)
-            for shard, own in tensors.items():
-                if f"{name}.lora_A" in own:
-                    down_SRI[shard] = own[f"{name}.lora_A"]
-                    up_SRO[shard] = own[f"{name}.lora_B"].t()
-            layer.down_PRI = nn.Parameter(down_SRI, requires_grad=False)
-            layer.up_PRO = nn.Parameter(up_SRO, requires_grad=False)
-        self.serving, self._changed_at = serving, number
-
-    def _spread(
-        self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Every text once for each shard: the rows of one shard behind those of another."""
-        shards = list(self.serving)
-        args = tuple(arg.repeat(len(shards), *[1] * (arg.dim() - 1)) if torch.is_tensor(arg) else arg for arg in args)
-        given = {
-            name: value.repeat(len(shards), *[1] * (value.dim() - 1))
-            if name in _ROWS and torch.is_tensor(value)
-            else value
-            for name, value in given.items()
-        }
-        words: Any = next(value for value in (*args, *(given.get(name) for name in _ROWS)) if torch.is_tensor(value))
-        device, count = words.device, len(words) // len(shards)
-        entries_N1 = torch.tensor(shards, device=device).repeat_interleave(count)[:, None]
-        self.choice.take(entries_N1, torch.full(entries_N1.shape, self.settings["scale"], device=device))
-        return args, given
-
-    def _join(self, _module: nn.Module, _args: tuple[Any, ...], made: Any) -> Any:
-        states_NTD = made.last_hidden_state
-        made.last_hidden_state = states_NTD.view(len(self.serving), -1, *states_NTD.shape[1:]).mean(dim=0)
-        return made
+            folder = self.directory / FOLDER
+            self.ensemble.take({shard: _adapters(folder, there, shard, order) for shard, order in serving.items()})
+        self._entries = number
 
 
 def _adapters(folder: Path, there: Mapping[tuple[int, Order], Stage], shard: int, order: Order) -> dict[str, Tensor]:
@@ -140,4 +178,4 @@ def attach(model: nn.Module, directory: Path) -> None:
         directory: the model's.
     """
     if is_there(directory):
-        Ensemble(model, directory)
+        Served(model, directory)

@@ -6,7 +6,8 @@ import datetime
 import getpass
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from overhaul import banks, journal
 from overhaul.deletion.book import FOLDER, STAGES, Book, Example, Stage, key_of, sha256
+from overhaul.deletion.ensemble import Ensemble
 from overhaul.deletion.sequences import Order
 
 if TYPE_CHECKING:
@@ -35,7 +37,22 @@ def note_service(run: Stagewise) -> None:
         "Who is where: each example by its content and the seed alone.", ("shard", "slice", "examples", "rows"), rows
     )
     settings = settings_of(run)
+    journal.note_answering(lambda: _answering(run, settings))
     journal.note_files(lambda directory: _write(run, settings, directory))
+
+
+@contextmanager
+def _answering(run: Stagewise, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, the model answers with the adapters of all stages of each shard's first sequence."""
+    ensemble = Ensemble.of(run.model, settings)
+    ensemble.take({
+        shard: {name: t for length in range(1, len(first) + 1) for name, t in run.kept[shard, first[:length]].items()}
+        for shard, (first, *_) in enumerate(run.orders)
+    })  # fmt: skip
+    try:
+        yield
+    finally:
+        ensemble.remove()
 
 
 def settings_of(run: Stagewise) -> dict[str, Any]:
