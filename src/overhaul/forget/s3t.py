@@ -50,7 +50,7 @@ class S3T(Training):
     uneven: bool = Field(False, description="Let the first stages have one block more, where blocks do not divide.")
     tags: Names = Field((), description="Columns of the data by which examples can be asked for, such as id or user.")
     cache: bool = Field(True, description="Compute once what flows into the blocks that are trained.")
-    cache_gb: Rate = Field(4.0, description="Memory that this may take.")
+    cache_gb: Rate = Field(4.0, description="Memory that this may take, of a shard.")
 
     @model_validator(mode="after")
     def _sequences_can_be_chosen(self) -> Self:

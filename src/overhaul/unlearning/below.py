@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from overhaul import machine
+from overhaul.errors import UserError
 from overhaul.input_statistics import StopForward
 from overhaul.interop import hf
 from overhaul.layers import adapters_off
@@ -55,25 +56,36 @@ class Below:
         self._states: dict[int, dict[int, Tensor]] = {}
 
     def try_out(self, places: Sequence[int], windows: Sequence[Window], *, gigabytes: float) -> None:
-        """Decides from which blocks on the model is run alone: nowhere, where that is no use or does not fit.
+        """Decides from which blocks on the model is run alone: nowhere, where it cannot be.
+
+        The model is tried on the first window.
 
         Args:
             places: numbers of blocks, counted from 0.
-            windows: that will be asked for.
+            windows: whose states are needed at one time.
             gigabytes: that their states may take.
+
+        Raises:
+            UserError: they take more.
         """
         if not places or not windows:
             return
         self.places = tuple(sorted(places))
         size = sum(tensor.nbytes for tensor in self._run(windows[0]).values()) * len({w.number for w in windows})
         if size > gigabytes * 1e9:
-            say(
-                f"note: states of all windows take {size / 1e9:.1f} GB, more than --cache-gb: each stage runs the whole"
+            # Doing without by itself would round otherwise, by how much other data there is.
+            raise UserError(
+                f"what flows into the trained blocks takes {size / 1e9:.1f} GB for {len(windows):,} windows",
+                allowed=f"up to --cache-gb {gigabytes:g}",
+                hint="--no-cache, or more shards",
             )
-            self.places = ()
-        elif not all(self._is_same(windows[0], place) for place in places):
+        if not all(self._is_same(windows[0], place) for place in places):
             say(f"note: {type(self.model).__name__} does not run from the middle: each stage runs the whole")
             self.places = ()
+        self.forget()
+
+    def forget(self) -> None:
+        """Lets go of all states: others will be asked for."""
         self._states.clear()
 
     def _is_same(self, window: Window, place: int) -> bool:

@@ -92,15 +92,17 @@ class Stagewise:
         self.windows = {cell: list(self._windows(members, count)) for cell, members in self.members.items()}
         self.below = Below(model, data.dtype)
         if method.cache:
-            self.below.try_out(
-                [group.start for group in self.groups if group.start],
-                [window for windows in self.windows.values() for window in windows],
-                gigabytes=method.cache_gb,
-            )
+            of_shards = [
+                [window for place in range(method.slices) for window in self.windows[shard, place]]
+                for shard in range(method.shards)
+            ]
+            places = [group.start for group in self.groups if group.start]
+            self.below.try_out(places, max(of_shards, key=len), gigabytes=method.cache_gb)
 
     def all(self) -> Iterator[tuple[int, Order]]:
         """What is trained: shards with beginnings of their sequences, each behind those that it goes on from."""
         for shard, orders in enumerate(self.orders):
+            self.below.forget()
             for order in prefixes(orders):
                 yield shard, order
 

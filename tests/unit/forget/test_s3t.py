@@ -149,6 +149,7 @@ def test_groups_of_blocks_from_the_top(blocks: int, count: int, uneven: bool, wa
         (("--targets", "nothing_proj"), "no linear layer is called 'nothing_proj'"),
         (("--tags", "nobody"), "has no column 'nobody'"),
         (("--eval-every", "1"), "is no model yet"),
+        (("--cache-gb", "0.000001"), "up to --cache-gb 1e-06"),
     ],
 )
 def test_what_does_not_fit_is_refused(
