@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench import (
     banks,
+    deletion,
     distill,
     half,
     int8,
@@ -44,6 +45,7 @@ BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "int8": int8.int8,
     "learn": learning.tasks,
     "banks": banks.banks,
+    "s3t": deletion.s3t,
     "spectra": spectra.spectra,
     "stream": stream.stream,
     "wanda": pruning.wanda,
