@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 Order = tuple[int, ...]
 
@@ -60,6 +59,8 @@ def matched(prior: Sequence[float], budget: int, *, exponent: float = 100.0) -> 
     Raises:
         ValueError: there are more, or the probabilities are none.
     """
+    from scipy.optimize import linear_sum_assignment  # every command that loads a model imports this module
+
     _check_prior(prior)
     slices = range(len(prior))
     if not 1 <= budget <= len(slices):
