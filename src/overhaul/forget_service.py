@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +176,4 @@ def verify(directory: Path, *, head: str | None = None) -> dict[str, Any]:
 def log(directory: Path) -> list[Mapping[str, Any]]:
     """The audit log, as plain data: every entry's number, hash and content."""
     with Book(directory) as book:
-        return [
-            {"number": entry.number, "hash": entry.hash, **json.loads(json.dumps(entry.what))}
-            for entry in book.entries()
-        ]
+        return [{"number": entry.number, "hash": entry.hash, **entry.what} for entry in book.entries()]

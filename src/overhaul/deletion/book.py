@@ -203,13 +203,12 @@ class Book:
             "select key, deleted from tags join examples using (key) where tag = ?",
             (_keyed(self._secret, *tag),),
         ).fetchall()
-        return Found(tuple(key for key, gone in rows if gone is None), tuple(key for key, gone in rows if gone))
+        return _found(rows)
 
     def find_content(self, content: str) -> Found:
         """The example with some content; neither there nor gone where the data had none."""
         key = self.key_of(content)
-        rows = self._sql.execute("select deleted from examples where key = ?", (key,)).fetchall()
-        return Found((key,) if rows and rows[0][0] is None else (), (key,) if rows and rows[0][0] is not None else ())
+        return _found(self._sql.execute("select key, deleted from examples where key = ?", (key,)).fetchall())
 
     def survivors(self) -> Survivors:
         """What may still be used."""
@@ -235,6 +234,11 @@ class Book:
         """The audit log."""
         rows = self._sql.execute("select number, what, hash from audit order by number")
         return tuple(Entry(number, json.loads(what), seal) for number, what, seal in rows)
+
+    def _last(self) -> Entry | None:
+        """The log's last entry."""
+        row = self._sql.execute("select number, what, hash from audit order by number desc limit 1").fetchone()
+        return Entry(row[0], json.loads(row[1]), row[2]) if row else None
 
     def cells(self, keys: Sequence[Key]) -> dict[tuple[int, int], int]:
         """The slices that examples are in, each with how many rows of the data they are there.
@@ -274,15 +278,16 @@ class Book:
             before = self._state()
             self._sql.executemany("insert or ignore into hit values (?, ?)", hit)
             left = self.survivors()
-            dead = [stage for stage in self.stages() if stage.sequence not in left.stages(stage.shard)]
+            alive = [left.stages(shard) for shard in range(len(self.orders))]
+            dead = [stage for stage in self.stages() if stage.sequence not in alive[stage.shard]]
             self._sql.executemany("insert or ignore into erasing values (?)", [(stage.file,) for stage in dead])
             self._sql.executemany(
                 "delete from stages where shard = ? and sequence = ?",
                 [(stage.shard, json.dumps(stage.sequence)) for stage in dead],
             )
-            number = len(self.entries()) + 1
+            last = self._last()
+            number = last.number + 1 if last else 1
             self._sql.executemany("update examples set deleted = ? where key = ?", [(number, key) for key in keys])
-            # What a deleted example could be asked for by is no longer needed to tell it from others.
             what = {
                 **told,
                 "done": "deleted",
@@ -310,9 +315,8 @@ class Book:
         return tuple(files)
 
     def _append(self, what: Mapping[str, Any]) -> Entry:
-        entries = self.entries()
         what = json.loads(json.dumps(what))
-        entry = Entry.after(entries[-1] if entries else None, what)
+        entry = Entry.after(self._last(), what)
         self._sql.execute("insert into audit values (?, ?, ?)", (entry.number, json.dumps(what), entry.hash))
         return entry
 
@@ -350,6 +354,11 @@ class Book:
                 "the stages in use are not those that the audit log ends with", allowed="the book as it was"
             )
         return count
+
+
+def _found(rows: Sequence[tuple[Key, int | None]]) -> Found:
+    """Of keys, each with the number of the entry that it was deleted by, or None."""
+    return Found(tuple(key for key, by in rows if by is None), tuple(key for key, by in rows if by is not None))
 
 
 def key_of(secret: bytes, content: str) -> Key:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from overhaul.deletion.sequences import Order, prefixes
 from overhaul.errors import UserError
-from overhaul.layers import swap
+from overhaul.layers import swap, to_linear
 from overhaul.layers.lora import LoRALinear, refuse_pruned, start_at_zero
 from overhaul.objective import CrossEntropy
 from overhaul.optim.build import build
@@ -176,12 +176,4 @@ class Stagewise:
 
     def restore(self) -> None:
         """The model as it was, without adapters."""
-        swap(self.model, list(self.layers), _plain)
-
-
-def _plain(layer: LoRALinear) -> nn.Linear:
-    """The frozen layer under an adapter, with its own parameters."""
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = layer.weight
-    linear.register_parameter("bias", layer.bias)
-    return linear.train(layer.training)
+        swap(self.model, list(self.layers), lambda layer: to_linear(layer.weight, layer.bias, training=layer.training))
