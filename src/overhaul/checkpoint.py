@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -65,7 +64,7 @@ def write(
     with disk.aside(target) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "model.safetensors")
         save(state, partial / "state.pt")
-        hashes = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+        hashes = {file.name: disk.sha256(file) for file in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "asked": asked, "sha256": hashes}, indent=1))
         shutil.rmtree(target, ignore_errors=True)
     # Later ones are damaged: the run went on from an earlier one.
@@ -95,7 +94,7 @@ def _is_whole(checkpoint: Checkpoint) -> bool:
     except json.JSONDecodeError:
         return False
     files = {name: checkpoint.path / name for name in hashes}
-    return all(file.is_file() and _sha256(file) == hashes[name] for name, file in files.items())
+    return all(file.is_file() and disk.sha256(file) == hashes[name] for name, file in files.items())
 
 
 def read(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
@@ -133,8 +132,3 @@ def refuse_changes(checkpoint: Checkpoint, asked: dict[str, Any], *, free: tuple
 def _all(root: Path) -> list[Checkpoint]:
     found = [path for path in root.glob("step-*") if (path / MANIFEST).is_file()]
     return sorted((Checkpoint(path, int(path.name.split("-")[1])) for path in found), key=lambda c: c.step)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

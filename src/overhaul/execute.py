@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import json
 import os
@@ -255,7 +254,7 @@ def _change(
         versions=machine.versions(),
         hardware=machine.hardware(next(model.parameters()).device),
         command=command,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=machine.now(),
     )
     return parent.changed(model, lineage), notes, history
 

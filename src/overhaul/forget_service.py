@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overhaul import documents
+from overhaul import documents, machine
 from overhaul.deletion.book import Book, Found, Key
 from overhaul.deletion.sequences import expected_deletions
 from overhaul.errors import UserError
-from overhaul.unlearning.writing import now, whoami
+from overhaul.unlearning.writing import whoami
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ def delete(
                 left.delete(*cell)
             rest, rows, seal = sum(len(left.stages(s)) for s in range(len(book.orders))), sum(hit.values()), None
         elif found.there:
-            told = {"by": by or whoami(), "at": now()} | ({"reason": reason} if reason else {})
+            told = {"by": by or whoami(), "at": machine.now()} | ({"reason": reason} if reason else {})
             entry = book.delete(found.there, told)
             left, rest, rows, seal = book.survivors(), len(book.stages()), entry.what["rows"], entry.hash
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import time
 from pathlib import Path
 
@@ -78,5 +77,5 @@ def _step(made: Artifact, task: str, command: str, seconds: float) -> LineageSte
         versions=machine.versions(),
         hardware=machine.hardware(next(made.model.parameters()).device),
         command=command,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=machine.now(),
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
+import hashlib
 import os
 import platform
 import random
@@ -82,6 +84,16 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def derived_seed(*told: object) -> int:
+    """A seed of 32 bits that follows from some things alone, whatever was drawn before."""
+    return int.from_bytes(hashlib.sha256("\n".join(map(str, told)).encode()).digest()[:4], "big")
+
+
+def now() -> str:
+    """The time, UTC, to the second, as records have it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def rng_state() -> dict[str, Any]:

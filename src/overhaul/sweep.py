@@ -7,7 +7,6 @@ of 1.1 billion parameters, and the best of them was moved to one of 8 billion.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import hashlib
 import itertools
 import json
@@ -400,7 +399,7 @@ def _write(swept: Swept, out: Path, command: str) -> None:
     """`sweep.json` and the page, each aside and renamed."""
     device = machine.pick_device("auto")
     environment = {**machine.versions(), "hardware": machine.hardware(device)}
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    date = machine.now()
     files = {FILE: json.dumps(swept.to_json() | {"typed": command, "date": date, "environment": environment}, indent=1)}
     if swept.ranked:
         title = f"sweep of {Path(swept.asked['recipe']).name}"

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from overhaul import disk
 from overhaul.deletion import audit
 from overhaul.deletion.audit import Entry
 from overhaul.deletion.sequences import Order
@@ -340,7 +341,7 @@ class Book:
         folder = self.path.parent
         for stage in self.stages():
             path = folder / stage.file
-            if not path.is_file() or sha256(path) != stage.sha256:
+            if not path.is_file() or disk.sha256(path) != stage.sha256:
                 raise UserError(f"{path} is not the file that was trained", hint="a sound copy of the directory")
         known = {stage.file for stage in self.stages()}
         there = sorted(f"{STAGES}/{path.name}" for path in (folder / STAGES).glob("*"))
@@ -374,9 +375,3 @@ def key_of(secret: bytes, content: str) -> Key:
 def _keyed(secret: bytes, *parts: str) -> bytes:
     told = json.dumps(parts, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return hmac.digest(secret, told, "sha256")[:16]
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

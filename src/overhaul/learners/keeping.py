@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from overhaul import journal
+from overhaul import journal, machine
 from overhaul.banks import Banked, Sockets
 from overhaul.errors import UserError
 from overhaul.evaluate import wilson_interval
@@ -84,8 +83,7 @@ class BankKeeper(Learner):
 
     def _seed(self, number: int) -> int:
         """By the run's seed and the task's name, so that a task's bank is the same wherever in an order it stands."""
-        told = f"{self.data.seed}\n{self.data.sequence.tasks[number].name}"
-        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:4], "big")
+        return machine.derived_seed(self.data.seed, self.data.sequence.tasks[number].name)
 
     def kept_bytes(self) -> dict[str, int]:
         return {"banks": sum(bank.nbytes for bank in self.banked.banks)}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from overhaul import machine
 from overhaul.deletion.sequences import Order, prefixes
 from overhaul.errors import UserError
 from overhaul.layers import swap, to_linear
@@ -163,8 +164,7 @@ class Stagewise:
 
     def _seed(self, shard: int, order: Order) -> int:
         """Of everything that is drawn in a stage: by the run's seed and the stage, not by what came before it."""
-        told = f"{self.data.seed}\n{shard}\n{order}"
-        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:4], "big")
+        return machine.derived_seed(self.data.seed, shard, order)
 
     def keep(self, shard: int, order: Order) -> None:
         """Takes the adapters that were just trained."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import getpass
 import json
 import os
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from overhaul import banks, journal
-from overhaul.deletion.book import FOLDER, STAGES, Book, Example, Stage, key_of, sha256
+from overhaul import banks, disk, journal, machine
+from overhaul.deletion.book import FOLDER, STAGES, Book, Example, Stage, key_of
 from overhaul.deletion.ensemble import Ensemble
 from overhaul.deletion.sequences import Order
 
@@ -78,7 +77,12 @@ def _write(run: Stagewise, settings: Mapping[str, Any], directory: Path) -> None
         for (shard, place), members in run.members.items()
         for member in members
     )
-    told = {"by": whoami(), "at": now(), "data": run.data.corpus.name, "fingerprint": run.data.corpus.fingerprint}
+    told = {
+        "by": whoami(),
+        "at": machine.now(),
+        "data": run.data.corpus.name,
+        "fingerprint": run.data.corpus.fingerprint,
+    }
     how: dict[str, Any] = {"settings": settings, "orders": run.orders, "secret": secret}
     Book.begin(directory, examples=examples, stages=stages, told=told, **how)
 
@@ -88,7 +92,7 @@ def _stage(directory: Path, shard: int, order: Order, tensors: Mapping[str, Tens
     path = directory / FOLDER / name
     kept = {own: tensor.cpu().contiguous() for own, tensor in tensors.items()}
     save_file(kept, path, metadata={"overhaul": json.dumps({"shard": shard, "sequence": order})})
-    return Stage(shard, order, name, sha256(path), path.stat().st_size)
+    return Stage(shard, order, name, disk.sha256(path), path.stat().st_size)
 
 
 def whoami() -> str:
@@ -97,8 +101,3 @@ def whoami() -> str:
         return getpass.getuser()
     except (OSError, KeyError):  # a container may run under a number without a name
         return f"user {os.getuid()}"
-
-
-def now() -> str:
-    """The time, to the second, UTC."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

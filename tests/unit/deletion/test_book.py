@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from overhaul import disk
 from overhaul.deletion import audit
 from overhaul.deletion.audit import Entry
-from overhaul.deletion.book import BOOK, FOLDER, STAGES, Book, Example, Stage, key_of, sha256
+from overhaul.deletion.book import BOOK, FOLDER, STAGES, Book, Example, Stage, key_of
 from overhaul.deletion.sequences import cyclic, prefixes
 from overhaul.errors import UserError
 
@@ -30,7 +31,7 @@ def begun(directory: Path) -> Path:
             name = f"{STAGES}/{shard}-{'-'.join(map(str, order))}.safetensors"
             path = directory / FOLDER / name
             path.write_bytes(bytes([shard, *order]) * 100)
-            stages.append(Stage(shard, order, name, sha256(path), path.stat().st_size))
+            stages.append(Stage(shard, order, name, disk.sha256(path), path.stat().st_size))
     examples = [
         Example(key_of(SECRET, text), *where, copies=1 + (text == "text 3"), tags=(("user", text[-1]), ("id", text)))
         for text, where in TEXTS.items()
