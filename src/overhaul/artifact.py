@@ -230,8 +230,7 @@ def read_tokenizer(ref: str | Path) -> Any:
 
 
 PROCESSORS = {
-    Kind.CAUSAL_LM: ("tokenizer", "tokenizer_config.json", "tokenizer.json and tokenizer_config.json"),
-    Kind.TEXT_CLASSIFIER: ("tokenizer", "tokenizer_config.json", "tokenizer.json and tokenizer_config.json"),
+    **dict.fromkeys(Kind, ("tokenizer", "tokenizer_config.json", "tokenizer.json and tokenizer_config.json")),
     Kind.IMAGE_CLASSIFIER: ("image processor", "preprocessor_config.json", "preprocessor_config.json"),
 }
 """Of each kind of model what reads its inputs, the file by which it is known, and all of its files."""

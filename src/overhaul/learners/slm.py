@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from overhaul import journal
+from overhaul import journal, pretrained
 from overhaul.corpora import CorpusSpec, open_corpus
 from overhaul.data import Data
+from overhaul.encoders import OWN, Encoder, OwnStates, SentenceEncoder
 from overhaul.errors import UserError
 from overhaul.learners.learner import Learner
 from overhaul.learners.text import note_told
@@ -96,6 +97,7 @@ class SlmLearner(Learner):
             groups=method.groups,
             query_tokens=method.query_tokens,
             unknown=method.unknown,
+            encoder=self._encoder(),
             centre_D=torch.zeros(()),
         )
         if method.start is not None:
@@ -109,6 +111,13 @@ class SlmLearner(Learner):
         self._said: dict[tuple[int, tuple[int, ...]], Said] = {}
         self._queries: dict[int, Tensor] = {}
         self._nearest: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _encoder(self) -> Encoder:
+        """What texts are known by; a named one is fetched."""
+        if self.method.encoder == OWN:
+            return OwnStates(self.model)
+        there = pretrained.resolve(self.method.encoder)
+        return SentenceEncoder(there, self.data.processor).to(next(self.model.parameters()).device)
 
     def _centre(self) -> Tensor:
         """The mean query of a text in general, which is that of the novels that come with the project."""
@@ -124,7 +133,12 @@ class SlmLearner(Learner):
         """Keys first, which are frozen then, and what they find."""
         queries_ND = self._task_queries(number)
         keys = Keys(first_keys(queries_ND, self.method.groups, self.method.entries))
-        yield self._key_plan(keys, queries_ND, number)
+        rows = Rows(
+            [{"queries": query_D} for query_D in queries_ND],
+            name=self.data.sequence.tasks[number].name,
+            fingerprint=self.data.sequence.fingerprint,
+        )
+        yield key_plan(self.method, keys, rows, seed=self.data.seed)
         self.keys_GPC = keys.keys_GPC.detach()
         yield self.plan(number)
 
@@ -137,21 +151,6 @@ class SlmLearner(Learner):
             if sum(map(len, found)) >= self.method.key_texts:
                 break
         return torch.cat(found)[: self.method.key_texts]
-
-    def _key_plan(self, keys: Keys, queries_ND: Tensor, number: int) -> Plan:
-        method, task = self.method, self.data.sequence.tasks[number]
-        rows = Rows(
-            [{"queries": query_D} for query_D in queries_ND], name=task.name, fingerprint=self.data.sequence.fingerprint
-        )
-        return Plan(
-            model=keys,
-            objective=KeyPull(method.top_k, method.masked),
-            stream=Batches(Repeat(Shuffle(rows, seed=self.data.seed)), batch_size=method.batch_size),
-            optimizer=torch.optim.AdamW(keys.parameters(), lr=method.key_lr, weight_decay=0.01),
-            schedule=schedule("linear", 0.0),
-            steps=method.key_steps,
-            unit="texts",
-        )
 
     def plan(self, number: int) -> Plan:
         """Next-token cross-entropy, with the task's own increments for what each text is like."""
@@ -182,7 +181,8 @@ class SlmLearner(Learner):
 
     def kept_bytes(self) -> dict[str, int]:
         tensors = [*self.library.keys, *(tensor for block in self.library.blocks for tensor in block.values())]
-        return {"library": sum(tensor.nbytes for tensor in tensors)}
+        library = sum(tensor.nbytes for tensor in tensors)
+        return {"library": library} | ({"encoder": of} if (of := self.library.encoder.nbytes) else {})
 
     def right(self, number: int, tasks: Sequence[int]) -> Tensor:
         return self.said(number, tasks).right_N
@@ -227,6 +227,26 @@ class SlmLearner(Learner):
         note_told(self.data, self.said, f"; {len(winners)} of {count} keys were ever the nearest")
         self.library.note()
         self.library.restore()
+
+
+def key_plan(method: Slm, keys: Keys, rows: Rows, *, seed: int) -> Plan:
+    """How the keys of a task are learnt.
+
+    Args:
+        method: how.
+        keys: as they begin.
+        rows: of each text its `queries` `(D,)`.
+        seed: of their order.
+    """
+    return Plan(
+        model=keys,
+        objective=KeyPull(method.top_k, method.masked),
+        stream=Batches(Repeat(Shuffle(rows, seed=seed)), batch_size=method.batch_size),
+        optimizer=torch.optim.AdamW(keys.parameters(), lr=method.key_lr, weight_decay=0.01),
+        schedule=schedule("linear", 0.0),
+        steps=method.key_steps,
+        unit="texts",
+    )
 
 
 def _rows(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:

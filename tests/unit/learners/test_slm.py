@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from command import overhaul, refused
 from overhaul import artifact, banks, task_record
+from overhaul.encoders import OwnStates
 from overhaul.layers.joint import Choice, JointlyAdapted
 from overhaul.library import Library, attached, outputs_of
 from overhaul.retrieval import find, first_keys, pull, similarities
@@ -37,7 +38,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def library(model: Any, **settings: Any) -> Library:
     how = {"rank": 2, "entries": 3, "top_k": 2, "groups": 4, "query_tokens": 16, "unknown": 0.0}
-    return Library(model, centre_D=torch.zeros(()), **{**how, **settings})
+    return Library(model, encoder=OwnStates(model), centre_D=torch.zeros(()), **{**how, **settings})
 
 
 # Increments.
