@@ -1,6 +1,6 @@
 """Which task a text is of, by its keys alone (Peng et al., 2024): with an encoder of sentences, and without one.
 
-German and English manual pages, code, news, and sums in words; pieces of 24 words, four keys a task. What is compared
+German and English manual pages, code, news, and sums in words; pieces of 48 words, four keys a task. What is compared
 is the share of held-out pieces whose nearest key is one of their own task, a piece at a time, and how many of the 20
 keys are ever the nearest: with groups and masking as they are meant, and without the one, the other, and both.
 """
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 SEEDS = (0, 1, 2)
 CORPORA = ("manpages-de", "manpages-en", "stdlib", "xsum")
-WORDS, TEXTS, HELD = 24, 96, 40
+WORDS, TEXTS, HELD = 48, 96, 40
 """Of a piece; pieces of a task that are learnt from and held out. A seed learns from two thirds of them."""
 KEYS = {
     "meant": {},

@@ -376,6 +376,8 @@ def test_bad_input_is_one_clear_error(cnn: Path, bars: Path, tiny: Path, tmp_pat
         refused(overhaul("learn", "bregman", cnn, *out, "--tasks", bars, *unread), text)
     blind = ("--refresh.every", 2, "--refresh.fisher", "none", "--fisher-examples", 9)
     refused(overhaul("learn", "bregman", cnn, *out, "--tasks", bars, *blind), "fisher_examples is of weight_term ewc")
+    seldom = ("--refresh.rate", "1e-4")
+    refused(overhaul("learn", "bregman", cnn, *out, "--tasks", bars, *seldom), "rate is of refresh learning")
     decay = ("--weight-term", "vcl", "--weight-decay", "0.1")
     refused(
         overhaul("learn", "bregman", cnn, *out, "--tasks", bars, *decay), "vcl has a prior in place of weight decay"

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from overhaul.errors import UserError
 from overhaul.kinds import Kind
-from overhaul.learning import SharedLearning
+from overhaul.learning import FISHER, Readers, SharedLearning
 from overhaul.method import Fraction, Natural, NonNegative, Positive, Rate, Settings
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ OutputTerm = Literal["none", "er", "der", "der++", "fdr", "lwf", "cpr", "kl-repl
 WeightTerm = Literal["none", "l2", "ewc", "vcl"]
 OF_MEMORY = ("er", "der", "der++", "fdr", "kl-replay")
 """Output terms whose reference is in the memory, which fdr fills when a task ends and the others as it is learnt."""
-FISHER = ("fisher", "fisher_examples", "fisher_decay")
-"""Settings of the Fisher information."""
 
 
 class Refreshing(Settings):
@@ -37,6 +35,13 @@ class Refreshing(Settings):
     noise: NonNegative = Field(1e-3, description="Of the noise; 1 in form paper is Langevin dynamics.")
     damping: Rate = Field(1e-3, description="Of the Fisher information's inverse.")
     fisher: Literal["diag", "none"] = Field("diag", description="Whether weights that matter are unlearnt less.")
+
+    @model_validator(mode="after")
+    def _says_how_often(self) -> Refreshing:
+        for name, field in type(self).model_fields.items():
+            if not self.every and getattr(self, name) != field.default:
+                raise ValueError(f"{name} is of refresh learning, which every 0 leaves out; give every, such as 2")
+        return self
 
 
 OF_TEXT = ("none", "er", "lwf", "kl-replay")
@@ -88,16 +93,7 @@ class Bregman(SharedLearning):
     )
     refresh: Refreshing = Field(Refreshing.model_validate({}), description="Unlearning before learning.")
 
-    @model_validator(mode="after")
-    def _settings_are_read_by_a_term(self) -> Bregman:
-        for names, is_read, reader in self._readers():
-            for name in names:
-                if not is_read and getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} is of {reader}; leave it out, or choose that")
-        return self
-
-    def _readers(self) -> tuple[tuple[tuple[str, ...], bool, str], ...]:
-        """Settings, whether a term reads them, and which one would."""
+    def readers(self) -> Readers:
         output, weight = self.output_term, self.weight_term
         return (
             (("alpha",), output != "none", "an output term"),

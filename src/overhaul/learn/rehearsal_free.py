@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from overhaul.errors import UserError, did_you_mean
 from overhaul.kinds import Kind
-from overhaul.learning import SharedLearning
+from overhaul.learning import FISHER, Readers, SharedLearning
 from overhaul.method import Fraction, NonNegative, Positive, Rate
 
 if TYPE_CHECKING:
@@ -49,17 +49,15 @@ class RehearsalFree(SharedLearning):
     fisher_decay: Fraction = Field(1.0, description="What is left of that of earlier tasks.")
     drift_examples: Positive = Field(256, description="Examples of the first task on which features are compared.")
 
-    @model_validator(mode="after")
-    def _settings_are_read_by_a_term(self) -> Self:
-        if not self.predictions and self.kd_temperature != 2.0:
-            raise ValueError("kd_temperature is of predictions, whose weight is 0")
-        if self.head == "binary" and self.kd_temperature != 2.0:
-            raise ValueError(
-                "kd_temperature is of a softmax, and head binary has none; use head softmax, or leave it out"
-            )
-        if not self.features and self.feature_layer:
-            raise ValueError("feature_layer is of features, whose weight is 0; give features a weight")
-        return self
+    def readers(self) -> Readers:
+        by = self.weight_term
+        return (
+            (("kd_temperature",), self.predictions > 0 and self.head == "softmax", "predictions with head softmax"),
+            (("feature_layer",), self.features > 0, "features, whose weight is 0"),
+            (("weights",), by != "none", "a weight term"),
+            (("anchor_first",), by == "l2", "weight_term l2"),
+            (FISHER, by == "ewc", "weight_term ewc"),
+        )
 
     def _texts(self) -> TaskSequence | TextSequence:
         raise UserError(
