@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,6 +53,12 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A sentence `did you mean X?` for the choice nearest to `word`, or an empty string."""
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else ""
+
+
+def refuse_twice(names: Sequence[str], hint: str) -> None:
+    """`UserError` where one of some names comes twice."""
+    if twice := next((name for place, name in enumerate(names) if name in names[:place]), None):
+        raise UserError(f"{twice} is named twice", hint=hint)
 
 
 def from_pydantic(error: ValidationError, *, where: str, fields: Iterable[str]) -> list[UserError]:

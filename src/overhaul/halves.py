@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 from pydantic import Field
 
 from overhaul.errors import UserError
+from overhaul.interop import attention
 from overhaul.method import Settings
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
 Level = Literal["category", "layer", "model"]
 
-_FUSED = ("c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv", "W_pack", "gate_up_proj")
+_FUSED = (*attention.FUSED, "gate_up_proj")
 """What modules are called that hold several of the matrices of other models in one."""
 
 

@@ -293,7 +293,7 @@ class SharedLearning(Learning):
         return super().sequence()
 
     def _labelled(self) -> TaskSequence | TextSequence:
-        from overhaul.errors import UserError
+        from overhaul.errors import UserError, refuse_twice
         from overhaul.labelled_texts import open_classes, open_labelled
         from overhaul.tasks import tasks_of_texts
 
@@ -303,9 +303,7 @@ class SharedLearning(Learning):
             raise UserError("variants is of image sets, and these are texts", hint="without it")
         if not self.tasks:
             raise UserError("no texts are named", hint="--tasks topics.jsonl")
-        if len(set(self.tasks)) < len(self.tasks):
-            twice = next(path for path in self.tasks if self.tasks.count(path) > 1)
-            raise UserError(f"{twice} is named twice", hint="each once")
+        refuse_twice(self.tasks, "each once")
         how: dict[str, Any] = {"limit": self.class_texts, "heldout": self.heldout}
         if self.label_by == "corpus":
             # A word has a token and a half, or two: most pieces are as long as what is read.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from overhaul.errors import UserError, did_you_mean
+from overhaul.errors import UserError, did_you_mean, refuse_twice
 from overhaul.images import ImageSet, Labelled, open_images
 from overhaul.labelled_texts import LabelledTexts, TextSet, joined
 
@@ -192,9 +192,7 @@ def _repeated(whole: TextSet) -> tuple[str, ...]:
 def _refuse_what_does_not_fit(paths: Sequence[str], split: int | None, variants: Sequence[str]) -> None:
     if not paths:
         raise UserError("no image set is named", hint="tasks fashion-mnist")
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if list(paths).count(path) > 1)
-        raise UserError(f"{twice} is named twice", hint="each set once, or variants of one set")
+    refuse_twice(paths, "each set once, or variants of one set")
     if split is not None and variants:
         raise UserError("split divides classes and variants keep them", hint="one of the two")
     if len(paths) > 1 and (split is not None or variants):

@@ -158,18 +158,9 @@ class TextTaskData:
             window = {name: tensor[None].to(device) for name, tensor in padded(one, len(one.ids)).items()}
             labels_N = window["labels"][0, 1:]
             with machine.autocast(device, self.dtype):
-                logits_NV = _logits(model, window)[labels_N != IGNORED].float()
+                logits_NV = hf.logits(model, window)[0, :-1][labels_N != IGNORED].float()
             labels_N = labels_N[labels_N != IGNORED]
             hits_N = logits_NV.argmax(dim=1) == labels_N
             right.append(float(hits_N.all()) if self.has_answers(number) else float(hits_N.double().mean()))
             nll.append(float(nn.functional.cross_entropy(logits_NV, labels_N)))
         return Said(torch.tensor(right), torch.tensor(nll))
-
-
-def _logits(model: nn.Module, window: Mapping[str, Tensor]) -> Tensor:
-    """`(T - 1, V)`: what follows each token of one window."""
-    made, head = hf.outputs(model, window), hf.head(model)
-    if head is None or made.hidden is None:
-        assert made.logits is not None
-        return made.logits[0, :-1]
-    return nn.functional.linear(made.hidden[0, :-1], head.weight, head.bias)

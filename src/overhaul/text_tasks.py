@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from overhaul.corpora import Corpus, open_several
-from overhaul.errors import UserError
+from overhaul.errors import UserError, refuse_twice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,7 +91,5 @@ def open_texts(paths: Sequence[str]) -> TextSequence:
     """
     if not paths:
         raise UserError("no corpus is named", hint="--tasks manpages-de stdlib")
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if list(paths).count(path) > 1)
-        raise UserError(f"{twice} is named twice", hint="each corpus once")
+    refuse_twice(paths, "each corpus once")
     return _sequence(" ".join(paths), [TextTask(corpus=corpus) for corpus in open_several(paths).values()])

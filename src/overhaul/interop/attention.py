@@ -6,7 +6,7 @@ from itertools import chain
 
 SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
 """The query, key and value layers of an attention, in this order."""
-FUSED = ("qkv", "c_attn", "in_proj", "in_proj_weight", "query_key_value", "qkv_proj", "Wqkv")
+FUSED = ("qkv", "c_attn", "in_proj", "in_proj_weight", "query_key_value", "qkv_proj", "Wqkv", "W_pack")
 """One matrix for all three. State space models call their input `in_proj` too, which is no attention."""
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 """The output projection; other layers are called so too, which are in no attention."""

@@ -63,6 +63,15 @@ def outputs(model: nn.Module, batch: Mapping[str, Tensor], *, states: bool = Fal
     return Outputs(None, made.logits, kept) if runs is model else Outputs(made.last_hidden_state, None, kept)
 
 
+def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """`(B, T, V)` of a causal language model, with the output embedding's effective weight."""
+    made, embedding = outputs(model, batch), head(model)
+    if embedding is None or made.hidden is None:
+        assert made.logits is not None
+        return made.logits
+    return nn.functional.linear(made.hidden, embedding.weight, embedding.bias)
+
+
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     words = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
     return {name: batch[name] for name in (words, "attention_mask", "position_ids") if name in batch}
