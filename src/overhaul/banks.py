@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -279,6 +279,12 @@ def note_file(place: int, told: Mapping[str, Any], tensors: Mapping[str, Tensor]
     journal.note_tensors(f"{FOLDER}/{place:03d}.safetensors", kept, metadata)
 
 
+def refuse_known(tasks: Iterable[str], known: Container[str]) -> None:
+    """`UserError` where one of some tasks is among those of which there are banks."""
+    if name := next((name for name in tasks if name in known), None):
+        raise UserError(f"there is a bank of a task named {name} already", allowed="tasks with other names")
+
+
 def read_files(directory: Path, own: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
     """What is told of each bank of a directory, and its tensors, the first task's first.
 
@@ -301,9 +307,18 @@ def first(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         UserError: there are none, or it is damaged.
     """
+    return _read(_some(directory)[0])
+
+
+def last(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is told of the bank of the task that was learnt last, and its tensors; raises as `first`."""
+    return _read(_some(directory)[-1])
+
+
+def _some(directory: Path) -> list[Path]:
     if not (there := files(directory)):
         raise UserError(f"{directory} has no banks", allowed="a directory that learn wrote, with banks of tasks")
-    return _read(there[0])
+    return there
 
 
 def files(directory: Path) -> list[Path]:
@@ -353,6 +368,21 @@ def _refuse_others(path: Path, told: Mapping[str, Any], own: Mapping[str, Any]) 
             f"{path} is a bank of another model: the weights beside it are not those that it was learnt on",
             hint="the directory as it was written; a bank fits no other weights",
         )
+
+
+FROZEN = "no task"
+"""Instead of a task's name: the frozen model answered."""
+
+
+def note_answered(model: nn.Module, tasks: Sequence[str]) -> None:
+    """Leaves with a model which task each row of the last batch was taken for; `FROZEN` stands for none."""
+    inner: Any = model
+    inner.answered_by = tuple(tasks)
+
+
+def answered_by(model: nn.Module) -> tuple[str, ...]:
+    """Which task each text that a model read last was taken for; none where nothing beside it answers."""
+    return getattr(model, "answered_by", ())
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -326,7 +326,7 @@ def generate_command(arguments: list[str]) -> None:
     if given.tokens < 1:
         raise UserError(f"--tokens {given.tokens}: nothing would be written", allowed="a whole number from 1")
     quiet_libraries()
-    from overhaul import artifact, evaluate, machine
+    from overhaul import artifact, banks, evaluate, machine, progress
 
     made = artifact.load(given.model, with_library=True)
     if given.chat and not made.processor.chat_template:
@@ -339,10 +339,13 @@ def generate_command(arguments: list[str]) -> None:
         text = evaluate.generate(
             made.model, made.processor, prompt, tokens=given.tokens, chat=given.chat, seed=given.seed
         )
+    answered = banks.answered_by(made.model)
     if given.json:
-        print_json({"model": given.model, "prompt": prompt, "text": text})
-    else:
-        print(text if given.chat else prompt + text)
+        print_json({"model": given.model, "prompt": prompt, "text": text} | ({"task": answered[0]} if answered else {}))
+        return
+    if answered:
+        progress.say(f"note: taken for a text of {answered[0]}")
+    print(text if given.chat else prompt + text)
 
 
 def list_command(arguments: list[str]) -> None:

@@ -28,6 +28,8 @@ from overhaul.retrieval import Found, find
 
 METHOD = "slm"
 CENTRE, KEYS = "centre_D", "keys_GPC"
+FINDING = ("top_k", "unknown")
+"""Settings of how entries are found, which a further task may have otherwise."""
 
 
 class Library:
@@ -73,6 +75,8 @@ class Library:
         self.query_tokens, self.unknown = query_tokens, unknown
         self.tasks: list[str] = []
         self.keys: list[Tensor] = []
+        self.finding: list[dict[str, Any]] = []
+        """How entries were found when each task was learnt; the last one's holds for a directory."""
         self.blocks: list[dict[str, Tensor]] = []
         names = outputs_of(model)
         self.layers = swap(model, names, lambda old: JointlyAdapted(old, self.choice, entries=entries, rank=rank))
@@ -103,6 +107,7 @@ class Library:
         """
         self.tasks.append(task)
         self.keys.append(keys_GPC.detach().clone())
+        self.finding.append({name: getattr(self, name) for name in FINDING})
         self.blocks.append({
             f"{name}.{own}": getattr(layer, own).detach().clone()
             for name, layer in self.layers.items()
@@ -145,6 +150,12 @@ class Library:
                 allowed_P[self.block_of(task)] = True
         return find(queries_BD, keys_GPC, self.top_k, allowed_P, self.unknown)
 
+    def tasks_of(self, found: Found) -> list[str]:
+        """Of each text the task whose entry was the nearest."""
+        nearest_B, is_known_B = found.entries_BK[:, 0] // self.entries, found.weights_BK.sum(dim=1) > 0
+        pairs = zip(nearest_B.tolist(), is_known_B.tolist(), strict=True)
+        return [self.tasks[place] if is_known else banks.FROZEN for place, is_known in pairs]
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Inside, the model is the frozen one."""
@@ -159,8 +170,8 @@ class Library:
         """Leaves all entries to be written beside the weights."""
         for place, task in enumerate(self.tasks):
             tensors = {CENTRE: self.centre_D, KEYS: self.keys[place], **self.blocks[place]}
-            told = {"method": METHOD, "settings": self.settings(), "base": self.fingerprint, "task": task,
-                    "top_k": self.top_k, "unknown": self.unknown}  # fmt: skip
+            told = {"method": METHOD, "settings": self.settings(), "base": self.fingerprint, "task": task}
+            told |= self.finding[place]
             banks.note_file(place, told, tensors)
         self.encoder.note()
 
@@ -175,6 +186,7 @@ class Library:
         for told, tensors in banks.read_files(directory, own):
             self.tasks.append(told["task"])
             self.keys.append(tensors.pop(KEYS).to(device))
+            self.finding.append({name: told[name] for name in FINDING})
             self.centre_D = tensors.pop(CENTRE)
             self.blocks.append({name: tensor.to(device) for name, tensor in tensors.items()})
 
@@ -220,10 +232,13 @@ def attached(model: nn.Module, directory: Path) -> nn.Module:
         model: as it lies in the directory.
         directory: with banks of `learn slm`.
     """
-    told, tensors = banks.first(directory)
+    told, tensors = banks.last(directory)
     settings: Mapping[str, Any] = told["settings"]
-    encoder = encoders.beside(directory, settings["encoder"], model)
-    how: dict[str, Any] = {**settings, "top_k": told["top_k"], "unknown": told["unknown"], "encoder": encoder}
+    how: dict[str, Any] = {
+        **settings,
+        **{name: told[name] for name in FINDING},
+        "encoder": encoders.beside(directory, settings["encoder"], model),
+    }
     library = Library(model, centre_D=tensors[CENTRE], **how)
     library.read(directory)
     library.use_all()
@@ -248,5 +263,6 @@ def _choosing(library: Library) -> Callable[..., None]:
         finally:
             busy.clear()
         library.choice.take(found.entries_BK, found.weights_BK)
+        banks.note_answered(library.model, library.tasks_of(found))
 
     return choose

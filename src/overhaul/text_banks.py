@@ -74,18 +74,11 @@ def doubts(model: nn.Module, texts: Sequence[Tensor], how: Telling) -> Tensor:
         ids_T = text[: how.tokens].to(device)
         places = [kept(len(ids_T), how.left_out, view).to(device) for view in range(how.views)]
         # Readings are filled up on the right, where a causal model does not look.
-        logits_BTV = _logits(model, pad_sequence([ids_T, *(ids_T[at] for at in places)], batch_first=True))
+        ids_BT = pad_sequence([ids_T, *(ids_T[at] for at in places)], batch_first=True)
+        logits_BTV = hf.logits(model, {"input_ids": ids_BT}).float()
         views = [(at, row_TV[: len(at)]) for at, row_TV in zip(places, logits_BTV[1:], strict=True)]
         found.append(doubt_of_text(logits_BTV[0], views, ids_T, how))
     return torch.tensor(found, dtype=torch.float64)
-
-
-def _logits(model: nn.Module, ids_BT: Tensor) -> Tensor:
-    made, head = hf.outputs(model, {"input_ids": ids_BT}), hf.head(model)
-    if head is None or made.hidden is None:
-        assert made.logits is not None
-        return made.logits.float()
-    return nn.functional.linear(made.hidden, head.weight, head.bias).float()
 
 
 def attach(model: nn.Module, directory: Path) -> None:
@@ -127,7 +120,9 @@ class Answering:
                 found.append(doubts(self.banked.model, texts, self.how))
         finally:
             self.stays = stayed
-        return torch.stack(found).argmin(dim=0)
+        tasks_B = torch.stack(found).argmin(dim=0)
+        banks.note_answered(self.banked.model, [self.banked.banks[place].name for place in tasks_B.tolist()])
+        return tasks_B
 
     def attach(self) -> None:
         """Changes what the model does when it is called, and when it generates."""

@@ -220,7 +220,7 @@ def test_banks_on_disk_say_what_they_said_in_training(learnt: tuple[Path, Path, 
 def test_what_a_bank_does_not_fit_is_refused(learnt: tuple[Path, Path, Path], tmp_path: Path):
     _, bars, out = learnt
     how = ("-o", tmp_path / "out", "--tasks", bars)
-    refused(overhaul("learn", "clr", out, *how, "--variants", "invert"), "a bank for a task named invert already")
+    refused(overhaul("learn", "clr", out, *how, "--variants", "invert"), "a bank of a task named invert already")
     refused(overhaul("learn", "clr", out, *how, "--kernel", "5"), "learnt with kernel 3, and this is 5")
     refused(overhaul("learn", "clr", out, *how, "--kernel", "4"), "kernel 4 has no middle; use 3 or 5")
     refused(

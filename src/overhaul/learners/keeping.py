@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from overhaul import journal, machine
-from overhaul.banks import Banked, Sockets
-from overhaul.errors import UserError
+from overhaul.banks import Banked, Sockets, refuse_known
 from overhaul.evaluate import wilson_interval
 from overhaul.learners.learner import Learner
 from overhaul.table import Row
@@ -48,9 +47,7 @@ class BankKeeper(Learner):
         if (start := method.start) is not None:
             self.banked.read(start)
         self.before = len(self.banked.banks)
-        there = {bank.name for bank in self.banked.banks}
-        if twice := [task.name for task in data.sequence.tasks if task.name in there]:
-            raise UserError(f"there is a bank for a task named {twice[0]} already", allowed="tasks with other names")
+        refuse_known((task.name for task in data.sequence.tasks), {bank.name for bank in self.banked.banks})
         self._doubts: dict[tuple[int, int, bool], Tensor] = {}
         self._similar: dict[int, list[float]] = {}
 

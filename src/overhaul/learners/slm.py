@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from overhaul import journal, pretrained
+from overhaul import banks, journal, pretrained
 from overhaul.corpora import CorpusSpec, open_corpus
 from overhaul.data import Data
 from overhaul.encoders import OWN, Encoder, OwnStates, SentenceEncoder
-from overhaul.errors import UserError
 from overhaul.learners.learner import Learner
 from overhaul.learners.text import note_told
 from overhaul.library import Library
@@ -103,8 +102,7 @@ class SlmLearner(Learner):
         if method.start is not None:
             self.library.read(method.start)
         self.before = len(self.library.tasks)
-        if twice := [task.name for task in data.sequence.tasks if task.name in self.library.tasks]:
-            raise UserError(f"there are entries for a task named {twice[0]} already", allowed="texts with other names")
+        banks.refuse_known((task.name for task in data.sequence.tasks), self.library.tasks)
         if not self.before:
             self.library.centre_D = self._centre()
         self.keys_GPC: Tensor | None = None

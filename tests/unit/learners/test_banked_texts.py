@@ -103,6 +103,7 @@ def test_a_text_is_answered_by_its_own_bank_and_so_is_what_follows_it(learnt: tu
         assert generate(model, told.processor, prompt, tokens=8) == generate(
             banked.model, told.processor, prompt, tokens=8
         )
+        assert banks.answered_by(model) == (("sums.jsonl", "code.jsonl")[task],)
 
 
 def test_while_a_text_is_written_on_it_is_told_once(learnt: tuple[str, Path], monkeypatch: pytest.MonkeyPatch):

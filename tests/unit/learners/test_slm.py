@@ -17,7 +17,7 @@ from overhaul import artifact, banks, task_record
 from overhaul.encoders import OwnStates
 from overhaul.layers.joint import Choice, JointlyAdapted
 from overhaul.library import Library, attached, outputs_of
-from overhaul.retrieval import find, first_keys, pull, similarities
+from overhaul.retrieval import Found, find, first_keys, pull, similarities
 
 FLAGS = ("--steps", "30", "--batch-size", "4", "--seq-len", "32", "--dtype", "fp32", "--heldout", "8", "--rank", "2",
          "--groups", "4", "--key-texts", "32", "--key-steps", "10")  # fmt: skip
@@ -234,17 +234,49 @@ def test_a_batch_filled_up_on_the_left_is_answered_row_by_row(learnt: tuple[Path
         assert torch.allclose(row[-1], model(input_ids=alone[None]).logits[0, -1], atol=1e-4)
 
 
+def test_generate_says_for_which_task_a_text_was_taken(learnt: tuple[Path, Path]):
+    _, out = learnt
+    for prompt, task in (("What is 3 plus 4 in numbers?", "sums.jsonl"), ("def f301(x): return x[301]", "code.jsonl")):
+        done = overhaul("generate", out, "--prompt", prompt, "--tokens", "2")
+        assert f"taken for a text of {task}" in done.told
+        told = json.loads(overhaul("generate", out, "--prompt", prompt, "--tokens", "2", "--json").out)
+        assert told["task"] == task
+
+
+def test_the_nearest_entry_says_the_task_and_a_text_unlike_everything_has_none(tiny: Path):
+    kept = library(artifact.load(tiny).model)
+    kept.tasks = ["a", "b"]  # of three entries each
+    found = Found(torch.tensor([[4, 1], [2, 3], [5, 0]]), torch.tensor([[0.6, 0.4], [1, 0], [0, 0]]), torch.zeros(3))
+
+    assert kept.tasks_of(found) == ["b", "a", banks.FROZEN]
+
+
 def test_a_further_task_adds_a_file_and_changes_none(learnt: tuple[Path, Path], tmp_path: Path):
     _, out = learnt
     (tmp_path / "more.jsonl").write_text(
         "\n".join(json.dumps({"text": f"Room {n} is empty. " * 20}) for n in range(100))
     )
-    done = overhaul("learn", "slm", out, "-o", tmp_path / "more", "--tasks", tmp_path / "more.jsonl", *FLAGS)
+    done = overhaul(
+        "learn",
+        "slm",
+        out,
+        "-o",
+        tmp_path / "more",
+        "--tasks",
+        tmp_path / "more.jsonl",
+        *FLAGS,
+        "--top-k",
+        "1",
+        "--unknown",
+        "0.1",
+    )
     assert done.code == 0, done.err
 
     assert banks.tasks_of(tmp_path / "more") == ["sums.jsonl", "code.jsonl", "more.jsonl"]
     for one, other in zip(banks.files(out), banks.files(tmp_path / "more"), strict=False):
         assert one.read_bytes() == other.read_bytes()
+    told = [banks.last(where)[0] for where in (out, tmp_path / "more")]
+    assert [(one["top_k"], one["unknown"]) for one in told] == [(2, 0.0), (1, 0.1)]
 
 
 def test_bad_input_is_one_clear_error(learnt: tuple[Path, Path], texts: tuple[Path, Path], tmp_path: Path):
@@ -257,7 +289,7 @@ def test_bad_input_is_one_clear_error(learnt: tuple[Path, Path], texts: tuple[Pa
     refused(tried(tiny, "--top-k", "9"), "top_k 9 is more than the 4 entries")
     refused(tried(tiny, "--groups", "7"), "7 groups do not divide the 64 numbers")
     refused(tried(tiny, "--rank", "0"), "rank")
-    refused(tried(out, *FLAGS), "there are entries for a task named sums.jsonl already")
+    refused(tried(out, *FLAGS), "there is a bank of a task named sums.jsonl already")
     refused(tried(out, *FLAGS, "--rank", "3"), "learnt with rank 2, and this is 3")
     refused(overhaul("adapt", "lora", out, "-o", tmp_path / "out", "--data", "sample"), "has banks of 2 tasks")
     assert not (tmp_path / "out").exists()
