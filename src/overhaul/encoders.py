@@ -66,9 +66,7 @@ class OwnStates(Encoder):
         self.model, self.width = model, hf.width(inner.config)
 
     def __call__(self, ids: Sequence[Tensor]) -> Tensor:
-        # Texts are filled up on the right, where a causal model does not look.
-        ids_BT, inside_BT = _filled(ids, next(self.model.parameters()).device)
-        return _mean(hf.hidden_states(self.model, {"input_ids": ids_BT}).float(), inside_BT)
+        return hf.mean_states(self.model, ids)
 
 
 class SentenceEncoder(Encoder):
@@ -102,7 +100,7 @@ class SentenceEncoder(Encoder):
             self.model.device
         )
         states_BTD = self.model(**read).last_hidden_state
-        return normalize(_mean(states_BTD, read["attention_mask"].bool()), dim=-1)
+        return normalize(hf.mean_inside(states_BTD, read["attention_mask"].bool()), dim=-1)
 
     def note(self) -> None:
         def write(directory: Path) -> None:
@@ -154,15 +152,3 @@ def _read(directory: Path) -> tuple[Any, Any]:
         what = str(error).strip().splitlines()[0]
         raise UserError(f"{directory} has no encoder of sentences: {what}", allowed=allowed) from error
     return model.eval().requires_grad_(False), tokenizer
-
-
-def _filled(ids: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """`(B, T)` tokens, filled up on the right, and which of them are a text's own."""
-    lengths_B1 = torch.tensor([[len(one)] for one in ids], device=device)
-    ids_BT = nn.utils.rnn.pad_sequence(list(ids), batch_first=True).to(device)
-    return ids_BT, torch.arange(ids_BT.shape[1], device=device) < lengths_B1
-
-
-def _mean(states_BTD: Tensor, inside_BT: Tensor) -> Tensor:
-    """`(B, D)`: the mean over a text's own tokens."""
-    return (states_BTD * inside_BT[..., None]).sum(1) / inside_BT.sum(1, keepdim=True)

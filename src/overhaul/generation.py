@@ -107,13 +107,8 @@ def mean_states(
     means = []
     with machine.autocast(device, dtype):
         for start in range(0, len(texts), batch_size):
-            ids = [read(tokenizer, text)[:tokens] for text in texts[start : start + batch_size]]
-            lengths_B1 = torch.tensor([[len(one)] for one in ids])
-            ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(one) for one in ids], batch_first=True)
-            # Texts are filled up on the right, where a causal model does not look.
-            states_BTD = hf.hidden_states(model, {"input_ids": ids_BT.to(device)}).float().cpu()
-            inside_BT = torch.arange(ids_BT.shape[1]) < lengths_B1
-            means.append((states_BTD * inside_BT[..., None]).sum(1) / lengths_B1)
+            ids = [torch.tensor(read(tokenizer, text)[:tokens]) for text in texts[start : start + batch_size]]
+            means.append(hf.mean_states(model, ids).cpu())
     return torch.nn.functional.normalize(torch.cat(means), dim=1).numpy()
 
 

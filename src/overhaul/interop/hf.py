@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -61,6 +61,25 @@ def outputs(model: nn.Module, batch: Mapping[str, Tensor], *, states: bool = Fal
     made = runs(**_inputs(batch), use_cache=False, **more)
     kept = made.hidden_states if states else None
     return Outputs(None, made.logits, kept) if runs is model else Outputs(made.last_hidden_state, None, kept)
+
+
+def mean_states(model: nn.Module, ids: Sequence[Tensor]) -> Tensor:
+    """`(B, D)` float32: the mean of each text's last hidden states.
+
+    Args:
+        model: a causal language model, which does not look at what texts are filled up with on the right.
+        ids: tokens of each text, `(T,)`, at least one.
+    """
+    device = next(model.parameters()).device
+    lengths_B1 = torch.tensor([[len(one)] for one in ids], device=device)
+    ids_BT = nn.utils.rnn.pad_sequence(list(ids), batch_first=True).to(device)
+    inside_BT = torch.arange(ids_BT.shape[1], device=device) < lengths_B1
+    return mean_inside(hidden_states(model, {"input_ids": ids_BT}).float(), inside_BT)
+
+
+def mean_inside(states_BTD: Tensor, inside_BT: Tensor) -> Tensor:
+    """`(B, D)`: the mean over a text's own places."""
+    return (states_BTD * inside_BT[..., None]).sum(1) / inside_BT.sum(1, keepdim=True)
 
 
 def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
