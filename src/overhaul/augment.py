@@ -6,12 +6,18 @@ Every image is changed in a way of its own; a policy says how far.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
+
+from overhaul.interop.pixels import normalized
+from overhaul.machine import derived_seed
+from overhaul.reservoir import with_offered
+from overhaul.stream import Stream
 
 Named = Literal["auto", "noise", "grey", "colour"]
 
@@ -99,3 +105,48 @@ def _moved(images_NCHW: Tensor, how: Policy, draws_DN: Tensor) -> Tensor:
     theta_N23 = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
     grid = affine_grid(theta_N23, list(images_NCHW.shape), align_corners=False)
     return grid_sample(images_NCHW, grid, padding_mode="border", align_corners=False)
+
+
+IMAGES = "images"
+"""In a batch, images that are whole numbers from 0 to 255, `(B, C, H, W)` uint8, and not yet what a model reads."""
+
+
+class Augmenting(Stream):
+    """Batches as a model reads them, each of their images changed anew each time it comes; remembered ones too.
+
+    `images` become `pixel_values`, `(B, C, H, W)` float32, and so do `memory/images` and the like. What is drawn
+    depends on the seed, the batches so far and the name alone.
+
+    Args:
+        source: batches with `images`.
+        how: far they are changed.
+        processor: of the model.
+        seed: of what is drawn.
+        offers: whether a memory is offered the batches: then they come as they were read as well.
+    """
+
+    def __init__(self, source: Stream, how: Policy, *, processor: Any, seed: int, offers: bool = False) -> None:
+        self.sources, self.how, self.processor, self.seed, self.offers = (source,), how, processor, seed, offers
+        self.count = 0
+
+    def __next__(self) -> dict[str, Tensor]:
+        read = next(self.sources[0])
+        self.count += 1
+        made = dict(self._made(name, tensor) for name, tensor in read.items())
+        return with_offered(made, read) if self.offers else made
+
+    def _made(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        """A tensor of a batch as the model reads it, under its name then."""
+        if not name.endswith(IMAGES):
+            return name, tensor
+        changed = augmented(tensor, self.how, seed=derived_seed(self.seed, self.count, name))
+        return f"{name.removesuffix(IMAGES)}pixel_values", normalized(changed.numpy(), self.processor)
+
+    def own_state(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.count = state["count"]
+
+    def label(self) -> str:
+        return f"augment({self.how})"

@@ -40,7 +40,7 @@ class BankLearning(Learning):
         "text, copies without some of its tokens.",
     )
     plain_views: Positive = Field(6, description="How often the example as it is counts among its --views.")
-    augment: Literal["auto", "noise", "grey", "colour"] = Field(
+    augment_views: Literal["auto", "noise", "grey", "colour"] = Field(
         "auto",
         description="How --views are made: noise; grey adds shifts, turns and light; colour mirrors and colours too; "
         "auto is noise for grey images and colour for others.",
@@ -112,9 +112,9 @@ class BankLearning(Learning):
         given = [name for name in OF_TEXT if getattr(self, name) != of_text[name].default]
         if is_classifier(model) and given:
             raise UserError(f"--{given[0].replace('_', '-')} is of language models", hint="without it")
-        if not is_classifier(model) and self.augment != "auto":
+        if not is_classifier(model) and self.augment_views != "auto":
             raise UserError(
-                f"--augment {self.augment} is of images, and this is a language model",
+                f"--augment-views {self.augment_views} is of images, and this is a language model",
                 hint="--token-dropout: what --views of a text are without",
             )
 

@@ -30,7 +30,7 @@ from overhaul.bregman import from_uniform, gaussians, kl, quadratic, squared
 from overhaul.kinds import is_classifier
 from overhaul.layers.variational import Distribution, distributions
 from overhaul.objective import Batch, Forward, Objective, Term, Terms
-from overhaul.reservoir import Reservoir, remembered
+from overhaul.reservoir import Reservoir, offered, remembered
 
 WIDTH = "width"
 """In the memory, how many classes an example's logits were of."""
@@ -39,7 +39,8 @@ WIDTH = "width"
 class Remembering(Objective):
     """An objective whose batches are offered to a memory after each step, a classifier's with the step's logits.
 
-    Logits are those of the very pass that was trained on, not taken again afterwards; inputs are as the batch has them.
+    Logits are those of the very pass that was trained on, not taken again afterwards; inputs are as the batch has them,
+    or has them for the memory, where those that are trained on are augmented.
 
     Args:
         inner: what is minimised.
@@ -59,7 +60,7 @@ class Remembering(Objective):
             draws = {term.draw for _, term in self.parts() if isinstance(term, OnMemory) and term.count(batch)}
             forward.together({f"draw {draw}": remembered(batch, draw) for draw in sorted(draws)})
         terms = super().__call__(forward, batch)
-        own = {name: tensor for name, tensor in batch.items() if "/" not in name}
+        own = offered(batch)
         # By the batch: a step that looks at it twice, as refresh learning does, offers it once.
         classifies = is_classifier(forward.model)  # the logits of all words of a window are too many to keep
         kept = with_logits(own, forward.classified().logits) if classifies else own

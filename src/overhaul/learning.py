@@ -61,6 +61,12 @@ class Learning(Training):
         description="Share of each task's training examples that is measured, and not trained on, in place of the "
         "held-out ones.",
     )
+    augment: Literal["none", "auto", "noise", "grey", "colour"] = Field(
+        "none",
+        description="How training images are changed, each anew whenever it comes, from the memory too: noise; grey "
+        "adds shifts, turns and light; colour mirrors and colours too; auto is noise for grey images and colour for "
+        "others.",
+    )
     heldout: Positive = Field(
         64, description="Windows, or questions, that a task is measured on; of labelled texts those of each class."
     )
@@ -140,10 +146,18 @@ class Learning(Training):
         for name in ("split", "variants"):
             if getattr(self, name):
                 raise UserError(f"{name} is of image sets, and this is a language model", hint="a corpus for each task")
+        self._refuse_augmenting()
         found = open_texts(self.tasks)
         if self.order is not None:
             found = found.ordered(np.random.default_rng(self.order).permutation(len(found.tasks)).tolist())
         return self._shortened(found)
+
+    def _refuse_augmenting(self) -> None:
+        """What texts do not have."""
+        from overhaul.errors import UserError
+
+        if self.augment != "none":
+            raise UserError(f"--augment {self.augment} is of images, and these tasks are texts", hint="without it")
 
     def measures(self) -> tuple[str, ...]:
         from overhaul.task_record import CLASS_IL, TASK_IL
@@ -301,6 +315,7 @@ class SharedLearning(Learning):
             raise UserError("labels of texts are told, and this is an image classifier", hint="a language model")
         if self.variants:
             raise UserError("variants is of image sets, and these are texts", hint="without it")
+        self._refuse_augmenting()
         if not self.tasks:
             raise UserError("no texts are named", hint="--tasks topics.jsonl")
         refuse_twice(self.tasks, "each once")

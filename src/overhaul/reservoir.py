@@ -15,6 +15,8 @@ from overhaul.stream import Stream
 
 MEMORY = "memory"
 """How the tensors of a batch are called that come from the memory: `memory/labels`; of a second draw `memory2/...`."""
+OFFERED = "offered"
+"""How they are called that the memory is offered, where what is trained on is something else, such as augmented."""
 
 
 class Reservoir:
@@ -138,5 +140,27 @@ def drawn(number: int) -> str:
 
 def remembered(batch: Mapping[str, Tensor], number: int = 1) -> dict[str, Tensor]:
     """A draw of a batch as a batch of its own; empty where there is none."""
-    start = f"{drawn(number)}/"
-    return {name.removeprefix(start): tensor for name, tensor in batch.items() if name.startswith(start)}
+    return _under(batch, drawn(number))
+
+
+def with_offered(batch: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch that is trained on, with what the memory is offered in its place.
+
+    Args:
+        batch: with draws from the memory beside it, as in `WithMemory`.
+        read: the same as it was before it was made into what is trained on.
+    """
+    return {**batch, **{f"{OFFERED}/{name}": tensor for name, tensor in _own(read).items()}}
+
+
+def offered(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch the memory is offered: what was put there for it, else all but the draws."""
+    return _under(batch, OFFERED) or _own(batch)
+
+
+def _under(batch: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{start}/"): t for name, t in batch.items() if name.startswith(f"{start}/")}
+
+
+def _own(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in batch.items() if "/" not in name}

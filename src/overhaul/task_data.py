@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from overhaul.augment import IMAGES, Augmenting, Named, policy
 from overhaul.errors import UserError
 from overhaul.images import Labelled
 from overhaul.interop.pixels import normalized, sized
@@ -67,6 +68,22 @@ class Examples(Batched):
     def inputs(self, places: NDArray[np.int64] | slice) -> dict[str, Tensor]:
         """`{"pixel_values": (B, C, H, W) float32}`."""
         return {"pixel_values": normalized(self.images_NCHW[places], self.processor)}
+
+    def as_bytes(self) -> ImageBytes:
+        """The same before they are what the model reads."""
+        return ImageBytes(self.images_NCHW, self.labels_N)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageBytes(Batched):
+    """Images that are augmented before a model reads them: `(N, C, H, W)` of uint8."""
+
+    images_NCHW: NDArray[np.uint8]
+    labels_N: NDArray[np.int64]
+
+    def inputs(self, places: NDArray[np.int64] | slice) -> dict[str, Tensor]:
+        """`{"images": (B, C, H, W) uint8}`."""
+        return {IMAGES: torch.from_numpy(self.images_NCHW[places])}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,7 +226,13 @@ class TaskData:
         return Examples(sized(part.images_NHWC, self.processor, self.extent), part.labels_N, self.processor)
 
     def batches(
-        self, number: int, *, batch_size: int, own_labels: bool = False, seed: int | None = None
+        self,
+        number: int,
+        *,
+        batch_size: int,
+        own_labels: bool = False,
+        as_bytes: bool = False,
+        seed: int | None = None,
     ) -> ShuffledBatches:
         """The training batches of a task, counted from 0.
 
@@ -217,17 +240,40 @@ class TaskData:
             number: of the task.
             batch_size: examples of a batch.
             own_labels: whether labels are places among the task's own classes, not among those of the sequence.
+            as_bytes: whether images come as `augmented` reads them, and not yet as the model does.
             seed: of the orders; None: one by the task's place in the sequence.
         """
         name = self.sequence.tasks[number].name
         key = hashlib.sha256(f"{self.sequence.fingerprint}\n{number}".encode()).hexdigest()
-        # Each task has orders of its own, whatever came before it.
-        seed = seed if seed is not None else self.seed * len(self.sequence.tasks) + number
         examples = self.train[number]
         if own_labels:
             classes = np.array(self.sequence.tasks[number].classes)
             examples = replace(examples, labels_N=np.searchsorted(classes, examples.labels_N))
+        examples = examples.as_bytes() if as_bytes else examples
+        seed = self._seed_of(number) if seed is None else seed
         return ShuffledBatches(examples, batch_size=batch_size, seed=seed, name=name, fingerprint=key)
+
+    def augmented(
+        self, source: Stream, number: int, name: Named, *, offers: bool = False, seed: int | None = None
+    ) -> Augmenting:
+        """A task's batches as the model reads them, every image augmented anew whenever it comes.
+
+        Args:
+            source: batches with images as bytes.
+            number: of the task.
+            name: of the policy; auto goes by whether the task's images are grey, whatever the model reads.
+            offers: as in `Augmenting`.
+            seed: of what is drawn; None: one by the task's place in the sequence.
+        """
+        train = self.sequence.tasks[number].train
+        assert isinstance(train, Labelled), "texts are refused before"
+        seed = self._seed_of(number) if seed is None else seed
+        how = policy(name, train.images_NHWC.shape[-1])
+        return Augmenting(source, how, processor=self.processor, seed=seed, offers=offers)
+
+    def _seed_of(self, number: int) -> int:
+        """Each task has orders of its own, whatever came before it."""
+        return self.seed * len(self.sequence.tasks) + number
 
     def steps(self, number: int, *, passes: float, batch_size: int) -> int:
         """Steps of so many passes over a task's examples, at least one."""

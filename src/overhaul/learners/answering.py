@@ -62,7 +62,17 @@ class Answering(ABC):
 
     @abstractmethod
     def stream(self, number: int) -> Stream:
-        """The batches of a task."""
+        """The batches of a task, as a memory is offered them."""
+
+    def shown(self, source: Stream, number: int, *, offers: bool = False) -> Stream:
+        """The batches of a task as the model is shown them.
+
+        Args:
+            source: those of `stream`, with draws from a memory where there is one.
+            number: of the task.
+            offers: whether a memory is offered them.
+        """
+        return source
 
     @abstractmethod
     def loss(self, passes: int = 1) -> Term:
@@ -121,7 +131,11 @@ class ByClass(Answering):
         return among_NC.argmax(dim=1) == torch.from_numpy(self.data.heldout[number].labels_N)
 
     def stream(self, number: int) -> Stream:
-        return self.data.batches(number, batch_size=self.method.batch_size)
+        return self.data.batches(number, batch_size=self.method.batch_size, as_bytes=self.method.augment != "none")
+
+    def shown(self, source: Stream, number: int, *, offers: bool = False) -> Stream:
+        how = self.method.augment
+        return source if how == "none" else self.data.augmented(source, number, how, offers=offers)
 
     def loss(self, passes: int = 1) -> Term:
         return ClassCrossEntropy(passes=passes)

@@ -18,6 +18,7 @@ from overhaul.learners.similarity import similarity
 from overhaul.objective import ClassCrossEntropy, Objective, ParameterNorms
 from overhaul.optim.build import build
 from overhaul.schedules import schedule
+from overhaul.stream import Stream
 from overhaul.task_scores import logits_of
 from overhaul.train import Plan
 from overhaul.watch import InEvaluation
@@ -90,13 +91,20 @@ class BankLearner(BankKeeper):
         return Plan(
             model=self.model,
             objective=objective,
-            stream=self.data.batches(number, batch_size=method.batch_size, own_labels=True, seed=self._seed(number)),
+            stream=self._stream(number),
             optimizer=build(method, trained, model=self.model),
             schedule=schedule(method.schedule, method.warmup),
             watchers=() if whole else (InEvaluation(self._frozen_statistics()),),
             steps=method.steps_of(self.data, number),
             unit="images",
         )
+
+    def _stream(self, number: int) -> Stream:
+        """The batches of a task, whose labels are places among its own classes."""
+        method, seed = self.method, self._seed(number)
+        how: Any = {"own_labels": True, "as_bytes": method.augment != "none", "seed": seed}
+        batches = self.data.batches(number, batch_size=method.batch_size, **how)
+        return batches if method.augment == "none" else self.data.augmented(batches, number, method.augment, seed=seed)
 
     def _frozen_statistics(self) -> list[nn.Module]:
         """Normalisations whose running statistics are the frozen model's."""
@@ -156,5 +164,5 @@ class BankLearner(BankKeeper):
         examples, count = self.data.heldout[number], len(self.data.sequence.tasks)
         seed = (self.data.seed * count + number) * self.method.views + view
         images_NCHW = torch.from_numpy(examples.images_NCHW)
-        how = policy(self.method.augment, images_NCHW.shape[1])
+        how = policy(self.method.augment_views, images_NCHW.shape[1])
         return replace(examples, images_NCHW=augmented(images_NCHW, how, seed=seed).numpy())

@@ -64,9 +64,13 @@ class BregmanLearner(SharedLearner):
     def objective(self, number: int) -> Objective:
         """Cross-entropy over all classes so far, with the terms."""
         objective = Focused(self._objective(number), "cross_entropy")
-        remembers = self.method.remembers and self.method.output_term != "fdr"
         joined = self.method.passes == "joined"
-        return Remembering(objective, self.memory, joined=joined) if remembers else objective
+        return Remembering(objective, self.memory, joined=joined) if self._offers else objective
+
+    @property
+    def _offers(self) -> bool:
+        """Whether the memory is offered every batch."""
+        return self.method.remembers and self.method.output_term != "fdr"
 
     def optimizer(self, number: int, objective: Objective) -> torch.optim.Optimizer:
         """With unlearning where that was asked for."""
@@ -101,11 +105,12 @@ class BregmanLearner(SharedLearner):
         )
 
     def stream(self, number: int) -> Stream:
-        method, batches = self.method, super().stream(number)
-        if not method.remembers:
-            return batches
-        draws = 2 if method.output_term == "der++" else 1
-        return WithMemory(batches, self.memory, count=method.memory_batch or method.batch_size, draws=draws)
+        method, batches = self.method, self.answering.stream(number)
+        if method.remembers:
+            draws = 2 if method.output_term == "der++" else 1
+            count = method.memory_batch or method.batch_size
+            batches = WithMemory(batches, self.memory, count=count, draws=draws)
+        return self.answering.shown(batches, number, offers=self._offers)
 
     def _objective(self, number: int) -> Objective:
         method, answering, old = self.method, self.answering, self.before.model
@@ -161,5 +166,6 @@ class BregmanLearner(SharedLearner):
         """Offers the memory a task's examples, with the logits of the model as it is now."""
         examples = self.data.train[number]
         logits_NC = logits_of(self.model, examples, dtype=self.data.dtype)
-        for batch, logits_BC in zip(examples.in_order(), torch.split(logits_NC, examples.at_once), strict=True):
+        offered = examples if self.method.augment == "none" else examples.as_bytes()
+        for batch, logits_BC in zip(offered.in_order(), torch.split(logits_NC, offered.at_once), strict=True):
             self.memory.insert(with_logits(batch, logits_BC))

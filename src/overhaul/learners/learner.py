@@ -151,8 +151,8 @@ class SharedLearner(Learner):
         """What is minimised in a task."""
 
     def stream(self, number: int) -> Stream:
-        """The batches of a task."""
-        return self.answering.stream(number)
+        """The batches of a task, as the model is shown them."""
+        return self.answering.shown(self.answering.stream(number), number)
 
     def optimizer(self, number: int, objective: Objective) -> torch.optim.Optimizer:
         """The update rule of a task, which begins anew."""
