@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from overhaul.errors import UserError
 from overhaul.kinds import Kind, is_classifier, kind_of_model
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from overhaul.identify import Telling
     from overhaul.learners.learner import Learner
     from overhaul.task_data import TaskData
+    from overhaul.tasks import TaskSequence
+    from overhaul.text_tasks import TextSequence
 
 
 class BankLearning(Learning):
@@ -33,6 +35,14 @@ class BankLearning(Learning):
 
     norm_penalty: NonNegative = Field(0.0, description="Weight of the sum of the trained tensors' L2 norms.")
     label_smoothing: Fraction = Field(0.0, description="Share of each label that is spread over a task's classes.")
+    keep_best: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Of images: share of each task's training examples that are not trained on, but tell after each "
+        "pass how good it was; the best pass is kept. 0: the last one is.",
+    )
+    patience: Positive | None = Field(
+        None, description="Of --keep-best: passes without a better one after which a task is done; none: all are made."
+    )
     temperature: Rate = Field(1.0, description="Of the logits by whose entropy a task is told.")
     views: Natural = Field(
         0,
@@ -58,6 +68,19 @@ class BankLearning(Learning):
     token_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="Of a language model: share of the tokens that each of --views is without."
     )
+
+    @model_validator(mode="after")
+    def _waits_for_something(self) -> Self:
+        if not self.keep_best and self.patience != type(self).model_fields["patience"].default:
+            raise ValueError("patience is of keep_best, which is 0; give that a share such as 0.1")
+        return self
+
+    def sequence(self) -> TaskSequence | TextSequence:
+        """The tasks, read, with examples aside where the best pass is to be chosen by them."""
+        from overhaul.tasks import TaskSequence
+
+        found = super().sequence()
+        return found.choosing(self.keep_best) if self.keep_best and isinstance(found, TaskSequence) else found
 
     def at(self, path: Path) -> Self:
         """The method for the model in a directory: what was left open is what fits its kind."""
@@ -112,6 +135,8 @@ class BankLearning(Learning):
         given = [name for name in OF_TEXT if getattr(self, name) != of_text[name].default]
         if is_classifier(model) and given:
             raise UserError(f"--{given[0].replace('_', '-')} is of language models", hint="without it")
+        if not is_classifier(model) and self.keep_best:
+            raise UserError("--keep-best is of images, and this is a language model", hint="without it")
         if not is_classifier(model) and self.augment_views != "auto":
             raise UserError(
                 f"--augment-views {self.augment_views} is of images, and this is a language model",

@@ -216,6 +216,11 @@ class TaskData:
         """What each task is measured on: `Examples`, or `TextExamples`."""
         return tuple(self._seen(task.heldout) for task in self.sequence.tasks)
 
+    @cached_property
+    def aside(self) -> tuple[Any, ...]:
+        """What is chosen by of each task that has examples aside: `Examples`, or `TextExamples`."""
+        return tuple(self._seen(task.aside) for task in self.sequence.tasks if task.aside is not None)
+
     def num_heldout(self, number: int) -> int:
         """Examples that a task is measured on."""
         return len(self.sequence.tasks[number].heldout)

@@ -32,12 +32,14 @@ class Task:
         name: of no other task of the sequence.
         classes: its classes, by their places in the sequence's, ascending.
         train, heldout: examples; their labels are places in the sequence's classes.
+        aside: examples that are neither, by which what was learnt is chosen; None where nothing is.
     """
 
     name: str
     classes: tuple[int, ...]
     train: Labelled | LabelledTexts
     heldout: Labelled | LabelledTexts
+    aside: Labelled | LabelledTexts | None = None
 
     @property
     def num_classes(self) -> int:
@@ -96,6 +98,23 @@ class TaskSequence:
             back_N = np.random.default_rng(number).permutation(len(task.train)) < share * len(task.train)
             tasks.append(replace(task, train=task.train.chosen(~back_N), heldout=task.train.chosen(back_N)))
         return replace(self, tasks=tuple(tasks), fingerprint=_hash([self.fingerprint, "validating", share]))
+
+    def choosing(self, share: float) -> TaskSequence:
+        """The same tasks with a share of the training examples aside, the same ones at whatever place a task stands.
+
+        Raises:
+            UserError: of a task nothing would be left to train on.
+        """
+        import numpy as np
+
+        tasks = []
+        for task in self.tasks:
+            dice = np.random.default_rng(int(_hash([task.name]), 16))
+            aside_N = dice.permutation(len(task.train)) < share * len(task.train)
+            if aside_N.all():
+                raise UserError(f"{len(task.train)} examples of {task.name} are too few to put {share:g} of them aside")
+            tasks.append(replace(task, train=task.train.chosen(~aside_N), aside=task.train.chosen(aside_N)))
+        return replace(self, tasks=tuple(tasks), fingerprint=_hash([self.fingerprint, "choosing", share]))
 
     def classes_of(self, tasks: Sequence[int]) -> tuple[int, ...]:
         """The classes of some tasks, counted from 0, by their places, ascending."""

@@ -190,7 +190,7 @@ def train(
         run.updates(),
         Bar("training", steps, done=first, quiet=quiet or not accelerator.is_main_process) as bar,
     ):
-        for step in range(first + 1, steps + 1):
+        for step in run.to_do(first):
             point = run.step(step)
             run.history.seconds = time.perf_counter() - began
             if settings.eval_every and step % settings.eval_every == 0:
@@ -247,6 +247,13 @@ class _Run:
         self.steps = settings.steps if plan.steps is None else plan.steps
         self.number = 0
         self.take_norm: per_layer.TakeNorm | None = None
+
+    def to_do(self, done: int) -> Iterator[int]:
+        """The steps after so many, up to the last one or until a watcher says that it is over."""
+        for step in range(done + 1, self.steps + 1):
+            if any(watcher.is_over() for watcher in self.plan.watchers):
+                return
+            yield step
 
     @contextlib.contextmanager
     def updates(self) -> Iterator[None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ class Watcher:
 
     def step(self, model: nn.Module, step: int) -> None:
         """After optimizer step number `step`, counted from 1."""
+
+    def is_over(self) -> bool:
+        """Whether nothing more is to be trained, before the last step."""
+        return False
 
     def end(self, model: nn.Module) -> None:
         """After the last step."""
@@ -45,6 +50,68 @@ class InEvaluation(Watcher):
     def start(self, model: nn.Module) -> None:
         for module in self.modules:
             module.eval()
+
+
+class KeepBest(Watcher):
+    """Leaves a model as it was after the best of several passes, the first of those that are equally good.
+
+    Args:
+        score: of the model as it is, in evaluation mode; the larger the better.
+        trained: what of it training changes, by name; tensors that share their numbers with the model's.
+        every: steps of a pass.
+        steps: of the whole run; after the last one the model is looked at too, should it end no pass.
+        patience: passes without a better one after which it is over; None for as many as there are.
+
+    Attributes:
+        scores: after each pass so far.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[nn.Module], float],
+        trained: Callable[[nn.Module], Mapping[str, Tensor]],
+        *,
+        every: int,
+        steps: int,
+        patience: int | None = None,
+    ) -> None:
+        self.score, self.trained, self.every, self.steps, self.patience = score, trained, every, steps, patience
+        self.scores: list[float] = []
+        self.best: dict[str, Tensor] = {}
+
+    @property
+    def place(self) -> int:
+        """The best pass, counted from 0."""
+        return self.scores.index(max(self.scores))
+
+    def step(self, model: nn.Module, step: int) -> None:
+        if step % self.every and step != self.steps:
+            return
+        still = [module for module in model.modules() if not module.training]
+        found = self.score(model.eval())
+        model.train()
+        for module in still:
+            module.eval()
+        if found > max(self.scores, default=-math.inf):
+            self.best = {name: tensor.clone() for name, tensor in self.trained(model).items()}
+        self.scores.append(found)
+
+    def is_over(self) -> bool:
+        if self.patience is None or not self.scores:
+            return False
+        return len(self.scores) - 1 - self.place >= self.patience
+
+    @torch.no_grad()
+    def end(self, model: nn.Module) -> None:
+        for name, tensor in self.trained(model).items() if self.best else ():
+            tensor.copy_(self.best[name])
+        self.best = {}  # it is in the model now, and in a checkpoint once
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": list(self.scores), "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scores, self.best = state["scores"], state["best"]
 
 
 class Moments(Watcher):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -157,3 +158,21 @@ def test_validation_examples_are_training_examples_that_are_not_trained_on(tmp_p
         assert sorted(map(bytes, both)) == sorted(map(bytes, before.train.images_NHWC))
     assert held.fingerprint != whole.fingerprint
     assert whole.validating(0.25).fingerprint == held.fingerprint
+
+
+def test_examples_aside_are_neither_trained_on_nor_held_out_wherever_a_task_stands(tmp_path: Path):
+    path = str(write_bars(tmp_path / "bars.npz"))
+    whole, turned = (open_tasks([path], variants=names) for names in (["plain", "invert"], ["invert", "plain"]))
+    chosen, other = whole.choosing(0.25), turned.choosing(0.25)
+
+    for task, before in zip(chosen.tasks, whole.tasks, strict=True):
+        assert task.aside is not None
+        assert len(task.aside) == math.ceil(0.25 * len(before.train))
+        both = np.concatenate([task.train.images_NHWC, task.aside.images_NHWC])
+        assert sorted(map(bytes, both)) == sorted(map(bytes, before.train.images_NHWC))
+        assert task.heldout is before.heldout
+    for task, same in zip(chosen.tasks, reversed(other.tasks), strict=True):
+        assert np.array_equal(task.aside.images_NHWC, same.aside.images_NHWC)
+    assert chosen.fingerprint not in (whole.fingerprint, whole.choosing(0.5).fingerprint)
+    with pytest.raises(UserError, match="are too few"):
+        whole.choosing(0.9999)

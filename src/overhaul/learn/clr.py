@@ -41,6 +41,9 @@ class Clr(BankLearning):
     schedule: Literal["linear", "cosine", "constant", "thirds"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         "thirds", description="Decay after the warm-up; thirds is a tenth of the rate in each third of the steps."
     )
+    patience: Positive | None = Field(
+        21, description="Of --keep-best: passes without a better one after which a task is done; none: all are made."
+    )
     norm_penalty: NonNegative = Field(1e-5, description="Weight of the sum of the trained tensors' L2 norms.")
     behind: Literal["spatial", "all", "scaled", "none"] | None = Field(
         None,

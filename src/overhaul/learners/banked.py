@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from overhaul import journal
 from overhaul.augment import augmented, policy
 from overhaul.banks import Sockets
+from overhaul.checkpoint import trained_tensors
 from overhaul.identify import entropies, over_views
 from overhaul.interop.classifier import set_classes
 from overhaul.learners.keeping import BankKeeper, Parent
@@ -21,7 +24,7 @@ from overhaul.schedules import schedule
 from overhaul.stream import Stream
 from overhaul.task_scores import logits_of
 from overhaul.train import Plan
-from overhaul.watch import InEvaluation
+from overhaul.watch import InEvaluation, KeepBest, Watcher
 
 if TYPE_CHECKING:
     from overhaul.banking import BankLearning
@@ -59,6 +62,7 @@ class BankLearner(BankKeeper):
         super().__init__(method, model, data, sockets, parent=parent)
         self.whole_first = whole_first and not self.before
         self._said: dict[tuple[int, int], Tensor] = {}
+        self._kept: dict[int, KeepBest] = {}
 
     def begin(self, number: int) -> None:
         """Puts new tensors in; what is drawn at random until the next task begins is the task's own."""
@@ -94,7 +98,7 @@ class BankLearner(BankKeeper):
             stream=self._stream(number),
             optimizer=build(method, trained, model=self.model),
             schedule=schedule(method.schedule, method.warmup),
-            watchers=() if whole else (InEvaluation(self._frozen_statistics()),),
+            watchers=self._watchers(number),
             steps=method.steps_of(self.data, number),
             unit="images",
         )
@@ -105,6 +109,39 @@ class BankLearner(BankKeeper):
         how: Any = {"own_labels": True, "as_bytes": method.augment != "none", "seed": seed}
         batches = self.data.batches(number, batch_size=method.batch_size, **how)
         return batches if method.augment == "none" else self.data.augmented(batches, number, method.augment, seed=seed)
+
+    def _watchers(self, number: int) -> tuple[Watcher, ...]:
+        """What keeps statistics of the frozen model, and the best pass where that is kept."""
+        method = self.method
+        still = () if self._is_whole(number) else (InEvaluation(self._frozen_statistics()),)
+        if not method.keep_best:
+            return still
+        self._kept[number] = KeepBest(
+            partial(self._right_aside, number),
+            trained_tensors,
+            every=self.data.steps(number, passes=1, batch_size=method.batch_size * method.accumulate),
+            steps=method.steps_of(self.data, number),
+            patience=method.patience,
+        )
+        return (*still, self._kept[number])
+
+    def _right_aside(self, number: int, model: nn.Module) -> float:
+        """The share of a task's examples aside that the model answers rightly, among the task's own classes."""
+        examples, classes = self.data.aside[number], torch.tensor(self.data.sequence.tasks[number].classes)
+        answers_N = classes[logits_of(model, examples, dtype=self.data.dtype).argmax(dim=1)]
+        return float((answers_N == torch.from_numpy(examples.labels_N)).double().mean())
+
+    def end(self) -> None:
+        super().end()
+        if not self._kept:
+            return
+        names = [task.name for task in self.data.sequence.tasks]
+        rows = [
+            (names[number], str(kept.place + 1), str(len(kept.scores)), f"{max(kept.scores):.1%}")
+            for number, kept in self._kept.items()
+        ]
+        title = "Which pass over a task was kept, by examples that were not trained on"
+        journal.note_table(title, ("", "pass", "of", "accuracy on them"), rows)
 
     def _frozen_statistics(self) -> list[nn.Module]:
         """Normalisations whose running statistics are the frozen model's."""
