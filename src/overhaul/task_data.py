@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from overhaul.augment import IMAGES, Augmenting, Named, policy
+from overhaul.augment import IMAGES, Augmenting, Named, Policy, policy
 from overhaul.errors import UserError
 from overhaul.images import Labelled
 from overhaul.interop.pixels import normalized, sized
@@ -266,15 +266,18 @@ class TaskData:
         Args:
             source: batches with images as bytes.
             number: of the task.
-            name: of the policy; auto goes by whether the task's images are grey, whatever the model reads.
+            name: as in `policy`.
             offers: as in `Augmenting`.
             seed: of what is drawn; None: one by the task's place in the sequence.
         """
+        seed = self._seed_of(number) if seed is None else seed
+        return Augmenting(source, self.policy(number, name), processor=self.processor, seed=seed, offers=offers)
+
+    def policy(self, number: int, name: Named) -> Policy:
+        """How far images of a task are changed; `auto` goes by whether they are grey, whatever the model reads."""
         train = self.sequence.tasks[number].train
         assert isinstance(train, Labelled), "texts are refused before"
-        seed = self._seed_of(number) if seed is None else seed
-        how = policy(name, train.images_NHWC.shape[-1])
-        return Augmenting(source, how, processor=self.processor, seed=seed, offers=offers)
+        return policy(name, train.images_NHWC.shape[-1])
 
     def _seed_of(self, number: int) -> int:
         """Each task has orders of its own, whatever came before it."""

@@ -316,3 +316,10 @@ def test_texts_are_not_augmented(tiny: Path, tmp_path: Path):
         tried = overhaul("learn", "bregman", tiny, "-o", tmp_path / "out", "--tasks", tmp_path / "a.txt",
                          "--augment", "noise", *more)  # fmt: skip
         refused(tried, "--augment noise is of images, and these tasks are texts", "without it")
+
+
+def test_grey_images_stay_grey_ones_where_a_model_reads_three_channels(tmp_path: Path):
+    sequence = open_tasks([str(write_bars(tmp_path / "bars.npz"))], split=2)
+    processor = artifact.load(write_vit(tmp_path / "vit"), kinds=(Kind.IMAGE_CLASSIFIER,)).processor
+
+    assert TaskData(sequence, processor, 3).policy(0, "auto") == POLICIES["noise"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from overhaul import journal
-from overhaul.augment import augmented, policy
+from overhaul.augment import augmented
 from overhaul.banks import Sockets
 from overhaul.checkpoint import trained_tensors
 from overhaul.identify import entropies, over_views
@@ -201,5 +201,5 @@ class BankLearner(BankKeeper):
         examples, count = self.data.heldout[number], len(self.data.sequence.tasks)
         seed = (self.data.seed * count + number) * self.method.views + view
         images_NCHW = torch.from_numpy(examples.images_NCHW)
-        how = policy(self.method.augment_views, images_NCHW.shape[1])
+        how = self.data.policy(number, self.method.augment_views)
         return replace(examples, images_NCHW=augmented(images_NCHW, how, seed=seed).numpy())
