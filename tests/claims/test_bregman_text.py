@@ -1,7 +1,8 @@
 """Two domains one after the other with SmolLM2: what the terms of Wang et al. (2024) keep of the first.
 
 German manual pages, then code. What is compared is how far the held-out loss on German rises while code is learnt, and
-what is learnt of code; less than a full pass of either, so the figures are of the beginning of a training.
+how far that on code falls; 5,000 tokens of each, at a rate at which nearly all of the German is lost again where
+nothing is held (1e-4 loses a fifth as much, 5e-4 harms both texts).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from command import overhaul
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * 3600)]
 
 SEEDS = (0, 1)
-HOW = ("--tasks", "manpages-de", "stdlib", "--steps", "50", "--batch-size", "2", "--seq-len", "256", "--lr", "1e-4",
+HOW = ("--tasks", "manpages-de", "stdlib", "--steps", "20", "--batch-size", "2", "--seq-len", "128", "--lr", "2e-4",
        "--optimizer", "adamw", "--warmup", "0.1", "--heldout", "16", "--save-every", "0")  # fmt: skip
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "finetune": ("nothing held", ("--output-term", "none")),
@@ -44,10 +45,10 @@ def rises(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[floa
         told, flags = METHODS[name]
         found = [_losses(root / f"{name}-{seed}", seed, flags) for seed in SEEDS]
         rise = [after[0] - between[0] for _, between, after in found]
-        gain = [before[1] - after[1] for before, _, after in found]
+        gain = [between[1] - after[1] for _, between, after in found]
         results.record([
             _row(f"rise-{name}", f"Rise of the loss on German while code is learnt, {told}", rise),
-            _row(f"gain-{name}", f"Fall of the loss on code, {told}", gain, Target(">", 0)),
+            _row(f"gain-{name}", f"Fall of the loss on code while it is learnt, {told}", gain, Target(">", 0)),
         ])  # fmt: skip
         return rise
 

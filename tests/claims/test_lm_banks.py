@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * 3600)]
 
 SEEDS = (0, 1)
 TEXTS = ("manpages-de", "stdlib", "austen")
-STEPS = ("--steps", "60", "--batch-size", "2", "--seq-len", "256", "--save-every", "0")
+STEPS = ("--steps", "40", "--batch-size", "2", "--seq-len", "128", "--save-every", "0")
 WINDOWS = 16
 METHODS = {
     "contracon": ("--lr", "3e-3", "--views", "4"),
@@ -58,7 +58,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Told]:
             assert done.code == 0, done.err
             made = artifact.load(out)
             corpus = open_corpus(CorpusSpec(path=text))
-            windows_NT = Data(corpus, made.processor).windows("heldout", seq_len=256, limit=WINDOWS)
+            windows_NT = Data(corpus, made.processor).windows("heldout", seq_len=128, limit=WINDOWS)
             found[text] = evaluate.perplexity(made.model, windows_NT).estimate.value
             found["parameters"] = made.lineage[-1].trainable_parameters or 0
         return found
@@ -132,7 +132,7 @@ def _told_by_loss(out: Path) -> float:
     banked, how = text_banks.read(made.model, made.path), Telling(by="loss")
     for number, text in enumerate(TEXTS):
         windows_NT = Data(open_corpus(CorpusSpec(path=text)), made.processor).windows(
-            "heldout", seq_len=256, limit=WINDOWS
+            "heldout", seq_len=128, limit=WINDOWS
         )
         doubts = []
         for place in range(len(TEXTS)):
