@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from overhaul.report.figures import bar_chart, curves_png, heat_map, line_chart, placed, thinned, ticks
+from overhaul.report.figures import bar_chart, curves_png, drawn, heat_map, line_chart, placed, thinned, ticks
 from overhaul.report.numbers import as_percent
 from overhaul.table import TOKENS, Curve, Span
 
@@ -170,3 +170,20 @@ def test_curves_are_written_as_a_picture(tmp_path: Path) -> None:
     curves_png(full_report().curves, path)
 
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("scale", [1e-4, -3e-5, 4.0, 98_765.0, 2e9])
+def test_no_label_leaves_its_chart(scale: float) -> None:
+    lines = [
+        Curve(name="n", x=(1.0, 2e6), y=(scale, 1.0371 * scale), x_label="tokens", y_label=label)
+        for label in ("a", "b")
+    ]
+    figure = drawn(lines)
+    figure.draw_without_rendering()
+
+    width, height = figure.bbox.width / len(lines), figure.bbox.height
+    for number, axes in enumerate(figure.axes):
+        box = axes.get_tightbbox()
+        assert box is not None
+        assert number * width <= box.x0 < box.x1 <= (number + 1) * width
+        assert 0 <= box.y0 < box.y1 <= height
