@@ -20,6 +20,7 @@ from command import overhaul
 from overhaul import artifact, catalog, recipe, sparsity
 from overhaul.cli import COMMANDS
 from overhaul.corpora import named_corpora
+from overhaul.fetch import cache_directory
 from overhaul.image_sets import named_image_sets
 from overhaul.kinds import Kind
 from overhaul.lineage import LineageStep
@@ -150,8 +151,13 @@ def questions_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a command keeps for the next one goes into a folder of this test."""
-    monkeypatch.setenv("OVERHAUL_CACHE", str(tmp_path / "cache"))
+    """What a command keeps for the next one goes into a folder of this test; what is fetched, to where it always is."""
+    fetched, own = cache_directory(), tmp_path / "cache"
+    own.mkdir()
+    for registry in ("debian", "npm", "pypi"):
+        (fetched / registry).mkdir(parents=True, exist_ok=True)
+        (own / registry).symlink_to(fetched / registry)
+    monkeypatch.setenv("OVERHAUL_CACHE", str(own))
 
 
 # Commands and recipes run.
