@@ -9,6 +9,8 @@ import re
 import shlex
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
@@ -17,14 +19,16 @@ from bench import results
 
 import overhaul as package
 from command import overhaul
-from overhaul import artifact, catalog, recipe, sparsity
+from overhaul import artifact, catalog, corpora, documents, image_sets, recipe, sparsity
 from overhaul.cli import COMMANDS
 from overhaul.corpora import named_corpora
 from overhaul.fetch import cache_directory
+from overhaul.image_files import Pictures, Size
 from overhaul.image_sets import named_image_sets
 from overhaul.kinds import Kind
 from overhaul.lineage import LineageStep
 from overhaul.method import Measure, Transform
+from overhaul.split import num_bytes
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -55,6 +59,9 @@ TINY = {"--steps": "2", "--seq-len": "32", "--samples": "4", "--windows": "2", "
         "--heldout": "2"}  # fmt: skip
 # Of these only what is given is replaced: a shape has as many numbers as its author wanted.
 ONLY_REPLACED = {"--layers", "--ffn", "--rank", "--projection.rank"}
+FEW_BYTES = 300_000
+"""Of a named corpus, in a test of a method's page: about what `sample` has."""
+READERS, IMAGE_READERS = dict(corpora._NAMED), dict(image_sets.NAMED)
 TINY_RECIPE = {"steps": 1, "seq_len": 32, "samples": 4, "eval_every": 0, "search_steps": 1, "search_seq_len": 32}
 
 Type = Callable[[str], None]
@@ -160,10 +167,35 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERHAUL_CACHE", str(own))
 
 
+@cache
+def few_rows(name: str) -> documents.Rows:
+    """Rows from all over a named corpus, `FEW_BYTES` of them; it is read once."""
+    found = READERS[name][1]()
+    share = max(1, sum(map(num_bytes, found.rows)) // FEW_BYTES)
+    return documents.Rows(found.rows[::share], found.notes)
+
+
+def few_digits(size: Size) -> Pictures:
+    """A quarter of the digits."""
+    found = IMAGE_READERS["digits"][1](size)
+    return replace(found, images_NHWC=found.images_NHWC[::4], labels_N=found.labels_N[::4])
+
+
+@pytest.fixture
+def few_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named corpora and digits hold a part of what they do: a command that runs on some of them runs on all.
+
+    Each reader still reads all there is, once; the tutorials and the reference pages work on all of it.
+    """
+    for name, (info, _) in READERS.items():
+        monkeypatch.setitem(corpora._NAMED, name, (info, partial(few_rows, name)))
+    monkeypatch.setitem(image_sets.NAMED, "digits", (IMAGE_READERS["digits"][0], few_digits))
+
+
 # Commands and recipes run.
 
 
-@pytest.mark.usefixtures("questions_at_hand", "own_cache")
+@pytest.mark.usefixtures("questions_at_hand", "own_cache", "few_data")
 @pytest.mark.parametrize("entry", METHODS)
 def test_the_commands_of_a_method_run(entry: catalog.Entry, type_command: Type):
     typed = commands(page_of(entry))
