@@ -154,6 +154,20 @@ def apply(parent_of: Make, tmp_path: Path) -> Run:
     return run
 
 
+@pytest.fixture(scope="session")
+def made(parent_of: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """`made(entry)` -> what its tiny form wrote, once for all tests that do no more than read it."""
+
+    @cache
+    def make(entry: Entry) -> Path:
+        out = tmp_path_factory.mktemp("made") / "out"
+        done = overhaul(entry.verb, entry.name, parent_of(entry), "-o", out, *tiny_form(entry), *QUICK)
+        assert done.code == 0, done.err
+        return out
+
+    return make
+
+
 # Names, help, recipes: nothing is computed.
 
 
@@ -244,8 +258,8 @@ def _nested(entry: Entry) -> set[str]:
 
 
 @pytest.mark.parametrize("entry", of(*CHANGES))
-def test_the_directory_holds_what_belongs_to_a_model(entry: Entry, apply: Run):
-    there = {file.name for file in apply(entry, "out").iterdir()}
+def test_the_directory_holds_what_belongs_to_a_model(entry: Entry, made: Make):
+    there = {file.name for file in made(entry).iterdir()}
 
     images = issubclass(entry.load(), Learning) and sees(entry.load())
     reads = "preprocessor_config.json" if images else "tokenizer.json"
@@ -256,8 +270,8 @@ def test_the_directory_holds_what_belongs_to_a_model(entry: Entry, apply: Run):
 
 
 @pytest.mark.parametrize("entry", of(*CHANGES))
-def test_the_recipe_in_the_directory_makes_it_again(entry: Entry, apply: Run, tmp_path: Path):
-    out = apply(entry, "out")
+def test_the_recipe_in_the_directory_makes_it_again(entry: Entry, made: Make, tmp_path: Path):
+    out = made(entry)
     again = tmp_path / "again"
     options = ["evaluate=none", "dtype=fp32"]
 
@@ -295,8 +309,8 @@ def _is_packed(name: str, stored: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("entry", of_text(*CHANGES))
-def test_tied_embeddings_are_stored_once(entry: Entry, apply: Run):
-    stored = load_file(apply(entry, "out") / "model.safetensors")
+def test_tied_embeddings_are_stored_once(entry: Entry, made: Make):
+    stored = load_file(made(entry) / "model.safetensors")
 
     assert "model.embed_tokens.weight" in stored
     assert "lm_head.weight" not in stored
@@ -317,13 +331,13 @@ torch.save(logits, sys.argv[1])
 """
 
 
-def test_outputs_load_in_a_fresh_process_that_knows_transformers_only(apply: Run, tmp_path: Path):
-    made = [apply(entry.values[0], entry.id) for entry in of_text(*CHANGES) if entry.values[0].load().writes_stock]
-    done = python(LOAD, tmp_path / "logits.pt", *made)
+def test_outputs_load_in_a_fresh_process_that_knows_transformers_only(made: Make, tmp_path: Path):
+    outs = [made(entry.values[0]) for entry in of_text(*CHANGES) if entry.values[0].load().writes_stock]
+    done = python(LOAD, tmp_path / "logits.pt", *outs)
     assert done.code == 0, done.err
     theirs = torch.load(tmp_path / "logits.pt")
 
-    for out in made:
+    for out in outs:
         with torch.no_grad():
             ours = artifact.load(out).model(torch.arange(40).view(2, 20)).logits
         torch.testing.assert_close(ours, theirs[str(out)], rtol=1e-6, atol=1e-6, msg=str(out))
