@@ -56,10 +56,9 @@ class Outcome:
 def open_data(options: Options, method: Method | None = None) -> Corpus:
     """The corpus that the options name, as a method reads it."""
     spec = CorpusSpec(path=options.data or DEFAULT_CORPUS, field=options.field)
-    if method is None or method.holds_out:
+    if method is None or (method.holds_out and not options.whole):
         return open_corpus(spec)
-    settings: Any = method
-    return open_whole(spec, settings.tags)
+    return open_whole(spec, getattr(method, "tags", ()))
 
 
 def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome | None:
@@ -94,6 +93,8 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
             allowed="a corpus name, a file or a directory",
             hint="--data sample, or overhaul data list",
         )
+    if options.whole and not (isinstance(method, Training) and needs_data):
+        raise UserError(f"--whole is of training on --data, and {step.entry.verb} {step.entry.name} does not")
     corpus = open_data(options, method) if needs_data or options.data else None
     beside, watched = _further(method, options, corpus)
     for note in (note for text in (corpus, sequence, *beside.values()) if text for note in text.notes):
@@ -101,7 +102,8 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     parent = method.opened(artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype), kinds=method.kinds))
     refuse_unfit(method, parent)
     # A pipeline sees what was given even where it reads none of it: private data in the wrong place is worth a word.
-    text = (corpus or NO_CORPUS) if isinstance(method, Pipeline) else corpus if needs_data else None
+    sees_all = isinstance(method, Pipeline) or method.brings_text
+    text = (corpus or NO_CORPUS) if sees_all else corpus if needs_data else None
     data = (
         _task_data(sequence, method, parent, options, dtype)
         if sequence
@@ -127,7 +129,8 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
         say_plan(step, parent, data, out, longest=longest(parent.model), dtype=dtype)
         return None
     # What a pipeline has no use for is not read by the back door either: --evaluate can still name it.
-    judged = None if (isinstance(method, Pipeline) and not needs_data) or not method.holds_out else corpus
+    is_held_out = method.holds_out and not options.whole
+    judged = None if (isinstance(method, Pipeline) and not needs_data) or not is_held_out else corpus
     if sequence:
         options = options.model_copy(update={"evaluate": "none"})
     judge = Judge.of(options, judged, parent.processor, dtype, (*beside.values(), *watched))

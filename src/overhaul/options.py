@@ -20,6 +20,9 @@ class Options(Settings):
         default=None, description="Corpus to calibrate or train on: a name, a file or a directory."
     )
     field: str | None = Field(default=None, description="Column of the corpus that holds the text.")
+    whole: bool = Field(
+        default=False, description="Train on every row of --data: nothing is held out of it to measure on."
+    )
     evaluate: str | None = Field(
         default=None,
         description="Corpus whose held-out part judges the result: default that of --data, or none for no table.",

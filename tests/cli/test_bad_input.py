@@ -468,3 +468,7 @@ def test_what_is_not_a_recipe(content: str, says: str, tmp_path: Path):
 
 def test_a_recipe_that_is_not_there(tmp_path: Path):
     refused(overhaul("run", tmp_path / "recipe.yaml"), "no recipe at")
+
+
+def test_whole_is_of_training_on_data(change: Callable[..., Finished]):
+    refused(change("prune", "wanda", "--data", "sample", "--whole"), "--whole is of training on --data")

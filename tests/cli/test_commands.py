@@ -463,3 +463,30 @@ def test_a_bug_shows_its_traceback_and_where_to_report_it(tiny: Path, tmp_path: 
     assert "RuntimeError: the sky fell" in done.err
     assert "overhaul doctor" in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_holds_nothing_out(tiny: Path, tmp_path: Path):
+    rows = [{"text": f"Part {number} of what is known. " * 4} for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokens = []
+    for name, more in (("some", ()), ("all", ("--whole",))):
+        how = (
+            "--data",
+            tmp_path / "rows.jsonl",
+            "--epochs",
+            1,
+            "--seq-len",
+            16,
+            "--batch-size",
+            1,
+            "--evaluate",
+            "none",
+        )
+        done = overhaul("adapt", "full", tiny, "-o", tmp_path / name, *how, *more)
+        assert done.code == 0, done.err
+        tokens.append(16 * len((tmp_path / name / "metrics.jsonl").read_text().splitlines()))
+    tokenizer: Any = artifact.load(tiny).processor
+    whole = sum(len(tokenizer(row["text"])["input_ids"]) + 1 for row in rows)
+
+    assert tokens[0] < tokens[1]
+    assert whole <= tokens[1] < whole + 16
