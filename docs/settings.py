@@ -11,6 +11,7 @@ from typing import Any
 
 from overhaul import catalog
 from overhaul.adapt.bundling import Bundling
+from overhaul.fictions import FictionSettings
 from overhaul.method import Training
 from overhaul.options import Options
 from overhaul.question_writing import QuestionWriting
@@ -32,7 +33,7 @@ def page() -> str:
     """The page as Markdown."""
     sections = [INTRODUCTION, "## Of every run\n", table(Options), "## Of every training method\n", table(Training)]
     sections += ["## bundle\n", "[How it is used](../methods/adapt-translora.md).\n", table(Bundling)]
-    for name, kind in (("questions", QuestionWriting), ("topics", TopicSettings)):
+    for name, kind in (("questions", QuestionWriting), ("topics", TopicSettings), ("fictions", FictionSettings)):
         sections += [f"## data {name}\n", "[How it is used](../tutorials/questions.md).\n", table(kind)]
     for verb in catalog.VERBS:
         sections.append(f"## {verb}\n")

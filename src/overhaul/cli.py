@@ -42,7 +42,7 @@ COMMANDS = {
     "show": "Facts and lineage of a model directory.",
     "generate": "Let a model continue a text.",
     "list": "The methods.",
-    "data": "Text: `data list`, `data preview`, `data questions` writes some, `data topics` divides it.",
+    "data": "Text: `data list`, `preview`; `data questions` and `data fictions` write some, `data topics` divides it.",
     "schema": "The JSON schema of recipes.",
     "doctor": "Versions, hardware, caches: what to put into a bug report.",
 }

@@ -1,4 +1,4 @@
-"""The commands about text and images: data list, preview, questions, topics."""
+"""The commands about text and images: data list, preview, questions, topics, fictions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ Flag = tyro.conf.FlagCreatePairsOff
 
 
 def data_command(arguments: list[str]) -> None:
-    """`overhaul data list`, `preview CORPUS --model M`, `questions -o FILE`, `topics CORPUS --labels FILE -o DIR`."""
+    """`overhaul data list`, `preview CORPUS --model M`, `questions -o FILE`, `topics CORPUS --labels FILE -o DIR`, and
+    `fictions -o DIR`.
+    """
     name = arguments[0] if arguments else "(nothing)"
     if name not in _COMMANDS:
         raise UserError(
@@ -160,9 +162,32 @@ def _data_topics(arguments: list[str]) -> None:
         print(f"  {shlex.quote(str(given.out / topic['file']))}  {topic['rows']:,} rows, {topic['share']:.1%}: {name}")
 
 
+def _data_fictions(arguments: list[str]) -> None:
+    from overhaul.fictions import FictionSettings, write
+
+    kind = dataclasses.make_dataclass(
+        "DataFictions",
+        [
+            ("out", Annotated[Path, tyro.conf.arg(aliases=["-o"], help="New directory.", metavar="DIR")]),
+            *flags(FictionSettings),
+            json_flag("Rows by file on stdout."),
+        ],
+        kw_only=True,
+    )
+    given = parse(kind, arguments, prog="overhaul data fictions", description=cleandoc(FictionSettings.__doc__ or ""))
+    told = write(checked(FictionSettings, given, where="data fictions"), given.out)
+    if given.json:
+        print_json(told)
+        return
+    print("written:")
+    for name, count in told.items():
+        print(f"  {shlex.quote(str(given.out / name))}  {count:,} rows")
+
+
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "list": _data_list,
     "preview": _data_preview,
     "questions": _data_questions,
     "topics": _data_topics,
+    "fictions": _data_fictions,
 }
