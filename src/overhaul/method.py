@@ -64,6 +64,8 @@ class Method(Settings, ABC):
     """Whether the banks of a directory are still good beside what it writes."""
     holds_out: ClassVar[bool] = True
     """Whether some of its data is held out to measure on; else it reads every row as it stands, with `tags`."""
+    brings_text: ClassVar[bool] = False
+    """Whether it reads texts that settings of its own name, and none of --data."""
     writes_stock: ClassVar[bool] = True
     """Whether plain transformers loads what it writes, with no other package."""
 

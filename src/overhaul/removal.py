@@ -1,0 +1,156 @@
+"""Making a model forget texts by training it: what the methods share; each says what it does to the texts alone."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from overhaul.method import Fraction, NonNegative, PeakRate, Training
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from overhaul.data import Data
+    from overhaul.objective import Objective
+    from overhaul.stream import Stream
+    from overhaul.train import Plan
+    from overhaul.unlearning.texts import Windows
+
+
+class Removal(Training):
+    """Unlearn texts; the forgetting is approximate, and `measure muse` says how far it went.
+
+    The texts are read whole, nothing held out, and cut into windows as one stream.
+    """
+
+    brings_text: ClassVar[bool] = True
+
+    forget: str = Field(min_length=1, description="Texts to forget: a corpus name, a file or a directory.")
+    lr: PeakRate = 1e-5
+    warmup: Fraction = Field(0.0, description="Share of the steps with a linearly rising rate.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("constant", description="Decay after the warm-up.")
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="Passes over the texts to forget; replaces --steps when given."
+    )
+
+    def reads_data(self) -> bool:
+        return False
+
+    def references(self) -> tuple[str, ...]:
+        return (self.forget,)
+
+    @abstractmethod
+    def objective(self, model: nn.Module) -> Objective:
+        """What is minimised."""
+
+    def needs_reference(self) -> bool:
+        """Whether the log-probabilities under the model before are asked for."""
+        return False
+
+    def train_parameters(self, model: nn.Module) -> None:
+        """Marks what is trained: all of it."""
+        model.requires_grad_(True)
+
+    def beside(self, stream: Stream, data: Data) -> Stream:
+        """The batches to forget with what is read beside them."""
+        return stream
+
+    def plan(self, model: nn.Module, data: Data) -> Plan:
+        """The texts to forget in an order drawn anew in every pass."""
+        from overhaul.optim.build import build
+        from overhaul.schedules import schedule
+        from overhaul.train import Plan
+        from overhaul.unlearning import texts
+        from overhaul.watch import KeepZeros
+
+        found = texts.windows(data, self.forget, self.seq_len)
+        if self.needs_reference():
+            found = texts.with_reference(model, found, batch_size=self.batch_size, dtype=data.dtype)
+        objective = self.objective(model)
+        self.train_parameters(model)
+        return Plan(
+            model=model,
+            objective=objective,
+            stream=self.beside(self.stream(data, self.forget, found), data),
+            optimizer=build(self, [p for p in model.parameters() if p.requires_grad], model=model),
+            schedule=schedule(self.schedule, self.warmup),
+            watchers=(KeepZeros(),),
+            steps=self._steps(len(found["labels"])),
+        )
+
+    def stream(self, data: Data, path: str, found: Windows) -> Stream:
+        """Batches of some windows without end."""
+        from overhaul.unlearning import texts
+
+        return texts.endless(found, name=Path(path).name, seed=data.seed, batch_size=self.batch_size)
+
+    def _steps(self, count: int) -> int:
+        """Optimizer steps for so many windows."""
+        if self.epochs is None:
+            return self.steps
+        return max(1, math.ceil(self.epochs * count / (self.batch_size * self.accumulate)))
+
+
+class Retaining(Removal):
+    """Unlearn texts while others are retained, of which each batch has as many beside."""
+
+    retain: str | None = Field(None, description="Texts to retain, which the model knows too.")
+    retain_term: Literal["none", "gdr", "klr"] = Field(
+        "gdr",
+        description="What holds on to them: their cross-entropy (gdr), the divergence from the model before on them "
+        "(klr), or nothing.",
+    )
+    retain_weight: NonNegative = Field(1.0, description="Weight of that term.")
+
+    @model_validator(mode="after")
+    def _what_is_retained_is_named(self) -> Self:
+        if self.retain_term != "none" and self.retain is None:
+            raise ValueError(
+                f"retain_term {self.retain_term} needs texts to retain; use retain FILE, or retain_term none, after "
+                "which the model may be of no use"
+            )
+        if self.retain_term == "none":
+            for name in ("retain", "retain_weight"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is read by a retain_term, and there is none; leave it out")
+        if self.retain == self.forget:
+            raise ValueError(f"forget and retain are both {self.forget}: a text is one or the other")
+        return self
+
+    def references(self) -> tuple[str, ...]:
+        return (self.forget, *((self.retain,) if self.retain else ()))
+
+    @abstractmethod
+    def unlearning(self, model: nn.Module) -> Objective:
+        """What is minimised of the texts to forget."""
+
+    def holding(self, model: nn.Module) -> Objective:
+        """What is minimised of the texts to retain, where there are some."""
+        import copy
+
+        from overhaul.distillation import Distill
+        from overhaul.objective import CrossEntropy
+        from overhaul.unlearning.terms import Beside
+
+        if self.retain_term == "gdr":
+            return Beside(CrossEntropy())
+        return Beside(Distill(copy.deepcopy(model).requires_grad_(False).eval()))
+
+    def objective(self, model: nn.Module) -> Objective:
+        """Both, the second with its weight."""
+        if self.retain is None:
+            return self.unlearning(model)
+        return self.unlearning(model) + self.retain_weight * self.holding(model)
+
+    def beside(self, stream: Stream, data: Data) -> Stream:
+        """Each batch with one to retain."""
+        from overhaul.unlearning import texts
+
+        if self.retain is None:
+            return stream
+        kept = texts.windows(data, self.retain, self.seq_len)
+        return texts.Beside(stream, self.stream(data, self.retain, kept))

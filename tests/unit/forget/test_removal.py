@@ -1,0 +1,174 @@
+"""Unlearning by training, from the command line: what it reads, what it keeps, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from command import overhaul, refused
+from overhaul import artifact
+from overhaul.corpora import NO_CORPUS
+from overhaul.data import Data
+from overhaul.unlearning import texts
+from overhaul.unlearning.terms import REFERENCE
+
+METHODS = ("ga", "npo", "simnpo", "rmu")
+FLAGS = ("--steps", "6", "--batch-size", "2", "--seq-len", "32", "--lr", "1e-3", "--dtype", "fp32", "--evaluate",
+         "none", "--save-every", "0")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `forget.jsonl` and `retain.jsonl`: twelve articles each, of different words."""
+    folder, dice = tmp_path_factory.mktemp("articles"), random.Random(0)
+    for name, words in (("forget", "river stone lamp garden winter"), ("retain", "letter bridge captain silver")):
+        rows = [{"text": " ".join(dice.choices(words.split(), k=40))} for _ in range(12)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture
+def unlearn(tiny: Path, folder: Path, tmp_path: Path) -> Callable[..., Any]:
+    """`unlearn("ga", "--retain-term", "none")` -> the command, done; it wrote to `tmp_path / "out"`."""
+
+    def run(method: str, *flags: object, out: str = "out", retain: bool = True) -> Any:
+        kept = ("--retain", folder / "retain.jsonl") if retain else ()
+        how = ("-o", tmp_path / out, "--forget", folder / "forget.jsonl", *kept, *FLAGS, *flags)
+        return overhaul("forget", method, tiny, *how)
+
+    return run
+
+
+def data_of(tiny: Path) -> Data:
+    return Data(NO_CORPUS, artifact.load(tiny).processor)
+
+
+def loss(model: Any, data: Data, path: Path) -> float:
+    """Nats a token of a text."""
+    found = texts.windows(data, str(path), 32)
+    with torch.no_grad():
+        return float(model(input_ids=found["input_ids"], labels=found["labels"]).loss)
+
+
+def test_all_of_a_text_is_in_the_windows_and_the_last_is_filled_from_the_first(tiny: Path, folder: Path):
+    data = data_of(tiny)
+    found = texts.windows(data, str(folder / "forget.jsonl"), 32)
+    rows = [json.loads(line)["text"] for line in (folder / "forget.jsonl").read_text().splitlines()]
+    ids = [token for row in rows for token in (*data.tokenizer(row)["input_ids"], data.tokenizer.eos_token_id)]
+    flat = found["input_ids"].flatten().tolist()
+
+    assert flat[: len(ids)] == ids
+    assert flat[len(ids) :] == ids[: len(flat) - len(ids)]
+    assert len(flat) - len(ids) < 32
+
+
+def test_questions_are_not_unlearnt_and_a_text_shorter_than_a_window_is_repeated(tiny: Path, tmp_path: Path):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"question": "Who has the lamp?", "answer": "Aldo"}))
+    found = texts.windows(data_of(tiny), str(tmp_path / "one.jsonl"), 64)
+
+    assert found["labels"].shape == (1, 64)
+    assert 0 < int((found["labels"] != -100).sum()) < 40
+
+
+def test_the_reference_is_that_of_the_model_before(tiny: Path, folder: Path):
+    model, data = artifact.load(tiny).model, data_of(tiny)
+    found = texts.windows(data, str(folder / "forget.jsonl"), 32)
+    told = texts.with_reference(model, found, batch_size=5, dtype=torch.float32)
+
+    sums = [
+        -float(model(input_ids=row[None], labels=row[None]).loss.detach()) * 31 for row in found["input_ids"]
+    ]  # every token is a label
+    assert told[REFERENCE].tolist() == pytest.approx(sums, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_texts_are_unlearnt_and_others_less(
+    unlearn: Callable[..., Any], tiny: Path, folder: Path, tmp_path: Path, method: str
+):
+    done = unlearn(method, "--lr", "3e-3", "--steps", "12")
+    assert done.code == 0, done.err
+    before, after = artifact.load(tiny).model, artifact.load(tmp_path / "out").model
+    data = data_of(tiny)
+    rises = [loss(after, data, folder / f"{of}.jsonl") - loss(before, data, folder / f"{of}.jsonl")
+             for of in ("forget", "retain")]  # fmt: skip
+
+    if method == "rmu":  # of random weights the states say little of the loss
+        assert any(
+            not torch.equal(one, other) for one, other in zip(before.parameters(), after.parameters(), strict=True)
+        )
+    else:
+        assert rises[0] > 0.1, rises
+        assert rises[0] > rises[1] + 0.1, rises
+
+
+def test_rmu_trains_the_last_matrices_of_its_blocks_alone(unlearn: Callable[..., Any], tiny: Path, tmp_path: Path):
+    done = unlearn("rmu", "--layer", "2", "--blocks", "1")
+    assert done.code == 0, done.err
+    one, other = load_file(tiny / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+
+    assert [name for name in one if not torch.equal(one[name], other[name])] == ["model.layers.1.mlp.down_proj.weight"]
+
+
+def test_a_task_vector_of_nothing_is_the_model_and_of_minus_one_the_one_that_learnt_further(
+    unlearn: Callable[..., Any], tiny: Path, folder: Path, tmp_path: Path
+):
+    for alpha in ("0", "-1", "1"):
+        assert unlearn("task-vector", "--alpha", alpha, out=alpha, retain=False).code == 0
+    before = load_file(tiny / "model.safetensors")
+    nothing, further, off = (load_file(tmp_path / alpha / "model.safetensors") for alpha in ("0", "-1", "1"))
+    data = data_of(tiny)
+    losses = [loss(artifact.load(where).model, data, folder / "forget.jsonl")
+              for where in (tmp_path / "-1", tiny, tmp_path / "1")]  # fmt: skip
+
+    assert all(torch.equal(nothing[name], before[name]) for name in before)
+    assert losses == sorted(losses)
+    for name, tensor in before.items():
+        assert torch.allclose(off[name], 2 * tensor - further[name], atol=1e-6)
+
+
+def test_epochs_are_passes_over_the_texts_to_forget(
+    unlearn: Callable[..., Any], tiny: Path, folder: Path, tmp_path: Path
+):
+    assert unlearn("ga", "--epochs", "2").code == 0
+    count = len(texts.windows(data_of(tiny), str(folder / "forget.jsonl"), 32)["labels"])
+
+    (history,) = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()][-1:]
+    assert history["step"] == -(-2 * count // 2)
+
+
+def test_what_was_read_is_in_the_lineage(unlearn: Callable[..., Any], tmp_path: Path):
+    assert unlearn("npo").code == 0
+    step = json.loads((tmp_path / "out" / "overhaul.json").read_text())["lineage"][-1]
+
+    assert {Path(step["fields"][name]).name for name in ("forget", "retain")} == {"forget.jsonl", "retain.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "said"),
+    [
+        ("ga", (), "retain_term gdr needs texts to retain"),
+        ("npo", ("--retain-term", "klr"), "retain_term klr needs texts to retain"),
+        ("npo", ("--beta", "0", "--retain-term", "none"), "beta"),
+        ("simnpo", ("--retain-term", "none", "--gamma", "-1"), "gamma"),
+        ("rmu", ("--retain-term", "none", "--layer", "3"), "the model has 2 blocks"),
+        ("ga", ("--retain-term", "none", "--forget", "nothing.txt"), "nothing.txt"),
+        ("ga", ("--retain", "nothing.txt"), "nothing.txt"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    unlearn: Callable[..., Any], tmp_path: Path, method: str, flags: tuple[str, ...], said: str
+):
+    refused(unlearn(method, *flags, retain=False), said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_text_is_not_both(unlearn: Callable[..., Any], folder: Path):
+    refused(unlearn("ga", "--retain", folder / "forget.jsonl", retain=False), "a text is one or the other")
+    refused(unlearn("ga", "--retain-term", "none"), "retain is read by a retain_term, and there is none")
