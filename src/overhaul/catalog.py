@@ -94,6 +94,41 @@ ENTRIES = (
         "Train adapters in shards and slices, so that an example can be taken out again exactly, and at once.",
         6,
     ),
+    Entry(
+        "forget",
+        "ga",
+        "forget.ga:GradientAscent",
+        "Unlearn texts by raising their loss; with texts to retain beside them (GA, GA_GDR, GA_KLR).",
+        43,
+    ),
+    Entry(
+        "forget",
+        "npo",
+        "forget.npo:Npo",
+        "Unlearn texts as answers that are not preferred to what the model said before (NPO, NPO_GDR, NPO_KLR).",
+        43,
+    ),
+    Entry(
+        "forget",
+        "simnpo",
+        "forget.simnpo:SimNpo",
+        "Unlearn texts until their loss a token is high enough, whatever the model said before (SimNPO).",
+        43,
+    ),
+    Entry(
+        "forget",
+        "rmu",
+        "forget.rmu:Rmu",
+        "Unlearn texts by misdirecting the states of one block; only the blocks up to it are trained (RMU).",
+        43,
+    ),
+    Entry(
+        "forget",
+        "task-vector",
+        "forget.task_vector:TaskVector",
+        "Unlearn texts by learning them further and going as far the other way (task vector).",
+        43,
+    ),
     Entry("adapt", "full", "adapt.full:Full", "Train every parameter; pruned weights stay zero."),
     Entry("adapt", "lora", "adapt.lora:LoRA", "Train low-rank increments of the linear layers."),
     Entry(
@@ -275,6 +310,13 @@ ENTRIES = (
         "measure.drift:MeasureDrift",
         "How far each block has moved from the base's weights, and the bottom blocks beside the top ones.",
         39,
+    ),
+    Entry(
+        "measure",
+        "muse",
+        "measure.muse:Muse",
+        "What is left of texts that a model was to forget, and what was lost beside, against one retrained without.",
+        43,
     ),
 )
 

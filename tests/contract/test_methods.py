@@ -90,6 +90,9 @@ def _others(make_tiny: Make, bundle: Path, tmp_path_factory: pytest.TempPathFact
     old.write_text("\n".join(lines))
     EXTRA["cpt"] = EXTRA["mix-cpt"] = ["--replay", str(old), "--replay-share", "0.3"]
     EXTRA["s3t"] = ["--data", str(old), "--shards", "1", "--slices", "2", "--budget", "1", "--rank", "2"]
+    for name in ("ga", "npo", "simnpo", "rmu"):
+        EXTRA[name] = ["--forget", str(old), "--retain", "sample"]
+    EXTRA["task-vector"] = ["--forget", str(old)]
     EXTRA["stability-gap"] = ["--reference", str(old), "--mix", f"{old}=0.2"]
     EXTRA["syne"] = ["--mix", f"{old}=0.3", "stdlib=0.2", "--topics", str(old), "stdlib", "--rounds", "2"]
     EXTRA["data-utility"] = ["--last-mix", f"{old}=0.5", "--steps", "2", "--runs", "1", "--batch-size", "1"]
@@ -104,6 +107,11 @@ def _others(make_tiny: Make, bundle: Path, tmp_path_factory: pytest.TempPathFact
     asked = old.with_name("asked.jsonl")
     asked.write_text(json.dumps({"question": "What is 2 + 3?", "answer": "5"}))
     EXTRA["answers"] = ["--task", str(asked)]
+    texts = old.with_name("texts.jsonl")
+    texts.write_text("\n".join(json.dumps({"text": f"What nobody saw, part {n}. " * 9}) for n in range(4)))
+    named = {"forget": old, "retain": old, "holdout": texts, "forget-questions": asked, "retain-questions": asked}
+    EXTRA["muse"] = [word for name, path in named.items() for word in (f"--{name}", str(path))]
+    EXTRA["muse"] += ["--retrain", other, "--limit", "4", "--tokens", "4", "--prompt-tokens", "4"]
     EXTRA["half-reset"] = ["--base", str(make_tiny(dtype="bfloat16"))]
     # Layers of the same shapes; as a measure of a difference reads a second model, it stands behind the first.
     EXTRA["repair"], EXTRA["spectra"], EXTRA["drift"] = ["--base", other], [other], [other]
