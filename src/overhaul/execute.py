@@ -87,14 +87,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     needs_data = method.reads_data()
     others = _others(method)
     sequence = _sequence(method, options)
-    if isinstance(method, Training) and needs_data and options.data is None:
-        raise UserError(
-            f"{step.entry.verb} {step.entry.name} needs --data",
-            allowed="a corpus name, a file or a directory",
-            hint="--data sample, or overhaul data list",
-        )
-    if options.whole and not (isinstance(method, Training) and needs_data):
-        raise UserError(f"--whole is of training on --data, and {step.entry.verb} {step.entry.name} does not")
+    _refuse_unread(step)
     corpus = open_data(options, method) if needs_data or options.data else None
     beside, watched = _further(method, options, corpus)
     for note in (note for text in (corpus, sequence, *beside.values()) if text for note in text.notes):
@@ -145,6 +138,19 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     facts = (*before, after)
     facts = write_directory(changed, out, facts=facts, history=history, judge=judge, notes=notes)
     return Outcome(path=out, facts=facts)
+
+
+def _refuse_unread(step: Step) -> None:
+    """`UserError` where training has no text, or where what is said of the text is of no use."""
+    trains_on_data = isinstance(step.method, Training) and step.method.reads_data()
+    if trains_on_data and step.options.data is None:
+        raise UserError(
+            f"{step.entry.verb} {step.entry.name} needs --data",
+            allowed="a corpus name, a file or a directory",
+            hint="--data sample, or overhaul data list",
+        )
+    if step.options.whole and not trains_on_data:
+        raise UserError(f"--whole is of training on --data, and {step.entry.verb} {step.entry.name} does not")
 
 
 def _sequence(method: Method, options: Options) -> TaskSequence | TextSequence | None:

@@ -38,7 +38,7 @@ def windows(data: Data, path: str, seq_len: int) -> Windows:
         UserError: it cannot be read, or nothing of it would be trained on.
     """
     whole = replace(data, corpus=open_whole(CorpusSpec(path=path)))
-    documents = whole.encoded(whole.corpus.train)
+    documents = whole.encoded(list(whole.corpus.train))
     ids_K = np.concatenate([document.ids for document in documents])
     labels_K = np.where(np.concatenate([document.trained for document in documents]), ids_K, IGNORED)
     if not (labels_K != IGNORED).any():
