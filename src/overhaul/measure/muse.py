@@ -60,8 +60,9 @@ class Muse(Measure):
 
         material = self.material()
         found = {data.model: self._asked(model, data, material, data.model, keep=True)}
-        for name in (self.retrain, *self.unlearned):
-            found[name] = self._asked(None, data, material, name, keep=name == self.retrain)
+        for name in dict.fromkeys((self.retrain, *self.unlearned)):
+            if name != data.model:
+                found[name] = self._asked(model, data, material, name, keep=name == self.retrain)
         chosen = f"min-{CHOSEN:.0%}"
         reference = found[self.retrain]
         retrained = auc(reference.scores["forget"][chosen], reference.scores["holdout"][chosen])
@@ -113,8 +114,8 @@ class Muse(Measure):
             batch_size=self.batch_size,
         )
 
-    def _asked(self, model: nn.Module | None, data: Data, material: Material, name: str, *, keep: bool) -> Findings:
-        """What a model says; of one that is kept, from the cache where it was asked before."""
+    def _asked(self, target: nn.Module, data: Data, material: Material, name: str, *, keep: bool) -> Findings:
+        """What a model says, the target or one that is read beside it; kept ones from the cache if asked before."""
         import json
         from dataclasses import asdict
 
@@ -123,13 +124,13 @@ class Muse(Measure):
         from overhaul.muse import Findings, examine
         from overhaul.muse import kept as place_of
 
-        how, tokenizer = self._asking(), data.tokenizer
+        how, model, tokenizer = self._asking(), target, data.tokenizer
         place = place_of(pretrained.resolve(name), material, how, data.dtype)
         if keep and place.is_file():
             say(f"{name}: asked before, from {place}")
             return Findings.from_json(json.loads(place.read_text()))
-        if model is None:
-            device = machine.pick_device("auto")
+        if name != data.model:
+            device = next(target.parameters()).device
             made = artifact.load(name, dtype=machine.weights_dtype(data.dtype), device=device, with_library=True)
             model, tokenizer = made.model, made.processor
             if tokenizer.get_vocab() != data.tokenizer.get_vocab():
