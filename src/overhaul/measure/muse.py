@@ -55,12 +55,15 @@ class Muse(Measure):
         Raises:
             UserError: a file cannot be read, kinds of text overlap, or the retrained model tells nothing.
         """
+        from overhaul import pretrained
         from overhaul.membership import CHOSEN, auc, bounds
         from overhaul.table import Table
 
-        material = self.material()
+        material, others = self.material(), tuple(dict.fromkeys((self.retrain, *self.unlearned)))
+        for name in others:
+            pretrained.resolve(name)  # one that is not there is told before any is asked
         found = {data.model: self._asked(model, data, material, data.model, keep=True)}
-        for name in dict.fromkeys((self.retrain, *self.unlearned)):
+        for name in others:
             if name != data.model:
                 found[name] = self._asked(model, data, material, name, keep=name == self.retrain)
         chosen = f"min-{CHOSEN:.0%}"
