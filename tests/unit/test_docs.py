@@ -56,7 +56,7 @@ RECIPES = [pytest.param(path, id=path.stem) for path in sorted((ROOT / "recipes"
 TINY = {"--steps": "2", "--seq-len": "32", "--samples": "4", "--windows": "2", "--limit": "4", "--tokens": "2",
         "--layers": "1", "--ffn": "64", "--rank": "6", "--projection.rank": "8", "--search-steps": "1",
         "--search-seq-len": "32", "--groups": "4", "--key-steps": "2", "--key-texts": "8",
-        "--heldout": "2", "--epochs": "0.1", "--prompt-tokens": "4", "--answer-tokens": "2"}  # fmt: skip
+        "--heldout": "2", "--epochs": "0.1", "--answer-tokens": "2"}  # fmt: skip
 # Of these only what is given is replaced: a shape has as many numbers as its author wanted.
 ONLY_REPLACED = {"--layers", "--ffn", "--rank", "--projection.rank", "--epochs"}
 FEW_BYTES = 300_000
