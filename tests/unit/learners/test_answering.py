@@ -177,8 +177,8 @@ def test_ewc_with_information_of_one_everywhere_is_l2(
 ):
     ones = lambda model, *_, **__: {n: torch.ones_like(p) for n, p in model.named_parameters() if p.requires_grad}  # noqa: E731
     monkeypatch.setattr("overhaul.learners.answering.diagonal", ones)
-    how = ("--head", "softmax", "--predictions", "0", "--weights", "0.5", "--no-anchor-first")
-    plain = learnt("rehearsal-free", tiny, topics, tmp_path / "l2", *how, "--weight-term", "l2")
+    how = ("--head", "softmax", "--predictions", "0", "--weights", "0.5")
+    plain = learnt("rehearsal-free", tiny, topics, tmp_path / "l2", *how, "--weight-term", "l2", "--no-anchor-first")
     weighed = learnt("rehearsal-free", tiny, topics, tmp_path / "ewc", *how, "--weight-term", "ewc")
 
     assert same(plain, weighed)
