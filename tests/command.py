@@ -6,14 +6,17 @@ import contextlib
 import hashlib
 import io
 import os
+import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
-from overhaul import cli
+from overhaul import checkpoint, cli
 
 WIDE = {"COLUMNS": "1000"}
 """A terminal on which no sentence is broken."""
@@ -55,6 +58,28 @@ def python(code: str, *arguments: object, env: Mapping[str, str] | None = None) 
     words = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment(env), timeout=300)
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def killed_at_the_third_step(*command: object) -> int:
+    """The signal that ends a process which runs a command: a fork of this one, so that torch is there already."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the child has no use for
+        child = os.fork()
+    if not child:
+        write = checkpoint.write
+
+        def and_die(root: Path, step: int, **rest: Any) -> None:
+            if step == 3:
+                (root / ".partial-1").mkdir()
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(root, step, **rest)
+
+        checkpoint.write = and_die
+        try:
+            overhaul(*command)
+        finally:
+            os._exit(1)  # it should have been killed
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:

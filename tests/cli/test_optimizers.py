@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from command import overhaul, python, refused
-from contract.test_methods import KILLED
+from command import killed_at_the_third_step, overhaul, refused
 
 TRAIN = ["--data", "sample", "--steps", "5", "--seq-len", "32", "--batch-size", "2", "--lr", "1e-3", "--dtype", "fp32"]
 TRAIN += ["--evaluate", "none", "--save-every", "1"]
@@ -36,8 +35,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(rule: list[str], tiny: Path, tmp
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert overhaul("adapt", "full", tiny, "-o", whole, *TRAIN, *rule).code == 0
 
-    done = python(KILLED, "adapt", "full", tiny, "-o", killed, *TRAIN, *rule)
-    assert done.code == -signal.SIGKILL, done.err
+    assert killed_at_the_third_step("adapt", "full", tiny, "-o", killed, *TRAIN, *rule) == -signal.SIGKILL
     resumed = overhaul("adapt", "full", tiny, "-o", killed, *TRAIN, *rule, "--resume")
 
     assert resumed.code == 0, resumed.err
@@ -46,7 +44,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(rule: list[str], tiny: Path, tmp
 
 def test_resuming_with_another_projection_is_refused(tiny: Path, tmp_path: Path):
     words = ["adapt", "full", tiny, "-o", tmp_path / "out", *TRAIN, "--optimizer", "fira"]
-    assert python(KILLED, *words, *PROJECTED).code == -signal.SIGKILL
+    assert killed_at_the_third_step(*words, *PROJECTED) == -signal.SIGKILL
 
     done = overhaul(*words, "--projection.rank", "4", "--projection.gap", "2", "--resume")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from command import Finished, contents, overhaul, python, refused
+from command import Finished, contents, killed_at_the_third_step, overhaul, python, refused
 from images import write_bars, write_vit
-from overhaul import artifact, banks, catalog, checkpoint, recipe
+from overhaul import artifact, banks, catalog, recipe
 from overhaul.catalog import Entry
 from overhaul.kinds import Kind
 from overhaul.learning import Learning
@@ -404,28 +403,6 @@ def test_one_row_is_enough(entry: Entry, apply: Run):
     assert (apply(entry, "out", **one) / "model.safetensors").is_file()
 
 
-def _killed_at_the_third_step(*command: object) -> int:
-    """The signal that ends a process which runs a command: a fork of this one, so that torch is there already."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the child has no use for
-        child = os.fork()
-    if not child:
-        write = checkpoint.write
-
-        def and_die(root: Path, step: int, **rest: Any) -> None:
-            if step == 3:
-                (root / ".partial-1").mkdir()
-                os.kill(os.getpid(), signal.SIGKILL)
-            write(root, step, **rest)
-
-        checkpoint.write = and_die
-        try:
-            overhaul(*command)
-        finally:
-            os._exit(1)  # it should have been killed
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 @pytest.mark.parametrize("entry", of(Training))
 def test_a_killed_run_resumes_to_the_same_bytes(entry: Entry, apply: Run, parent_of: Make, tmp_path: Path):
     whole = apply(entry, "whole", steps=5, save_every=1)
@@ -433,7 +410,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(entry: Entry, apply: Run, parent
     command = [entry.verb, entry.name, parent_of(entry), "-o", killed]
     command += [*tiny_form(entry, steps=5, save_every=1), *QUICK]
 
-    assert _killed_at_the_third_step(*command) == -signal.SIGKILL
+    assert killed_at_the_third_step(*command) == -signal.SIGKILL
     assert {path.name for path in killed.iterdir()} == {".state"}
     refused(overhaul(*command), "unfinished run", "--resume")
     resumed = overhaul(*command, "--resume")
