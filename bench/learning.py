@@ -1,4 +1,4 @@
-"""Learning tasks against avalanche-lib: Split Fashion-MNIST, the same network and weights, one task a turn."""
+"""Learning tasks against avalanche-lib, and DER++ refreshed against itself: Split Fashion-MNIST, a task a turn."""
 
 from __future__ import annotations
 
@@ -30,10 +30,46 @@ METHODS: dict[str, tuple[str, str, dict[str, float]]] = {
 """What it is called here and there, and the weights of its terms, which are the same on both sides."""
 
 
+EVERY = 2
+"""Steps of which one is refreshed, as in the paper; it takes one more pass up, so a step costs 1 + 1/2 passes."""
+
+
 def tasks(inputs: Inputs, peers: Path) -> list[Row]:
     """Images a second while learning, with what follows each task, and the accuracy at the end."""
     given = {**HOW, "model": str(inputs.work / "cnn"), "tasks": str(_written(inputs.work))}
     return [row for method in METHODS for row in _rows(method, given, peers)]
+
+
+def refresh(inputs: Inputs, _peers: Path) -> list[Row]:
+    """What refreshing every second step leaves of DER++'s images a second."""
+    work = inputs.work / "refresh"
+    given = {**HOW, "model": str(work / "cnn"), "tasks": str(_written(work)), "num_tasks": TASKS}
+    plain = {**given, **METHODS["der++"][2], "method": "der++"}
+    own, other = in_turn(
+        Side("learn_ours.py", {**plain, "refresh": {"every": EVERY}}),
+        Side("learn_ours.py", plain),
+        pieces=IMPORTED_AND_LOADED + TASKS + 1,
+    )
+    return [
+        Row(
+            id="learn-bregman/refresh-speed",
+            what=f"Learning a task with DER++, refreshed every {EVERY} steps, with what follows it",
+            kind="bench",
+            unit="images/s",
+            values=_speeds(own),
+            peer=_speeds(other),
+            peer_name="the same without refreshing",
+            target=Target(">=", 1 / (1 + 1 / EVERY)),
+            settings={
+                **HOW,
+                "every": EVERY,
+                "fisher": "empirical",
+                "model": "cnn, blank",
+                "images": IMAGES,
+                "cores": 1,
+            },
+        )
+    ]
 
 
 def _written(work: Path) -> Path:

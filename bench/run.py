@@ -44,6 +44,7 @@ BENCHES: dict[str, Callable[[Inputs, Path], list[Row]]] = {
     "distill-step": distill.step,
     "int8": int8.int8,
     "learn": learning.tasks,
+    "refresh": learning.refresh,
     "banks": banks.banks,
     "s3t": deletion.s3t,
     "spectra": spectra.spectra,

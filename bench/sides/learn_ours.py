@@ -23,7 +23,9 @@ terms: dict[str, Any] = {
     "ewc": {"output_term": "none", "weight_term": "ewc", "fisher": "empirical"},
 }[given["method"]]
 names = ("batch_size", "lr", "memory", "alpha", "label_weight", "beta")
-how = {name: given[name] for name in names if name in given}
+how: dict[str, Any] = {name: given[name] for name in names if name in given}
+if "refresh" in given:
+    how |= {"refresh": given["refresh"], "fisher": "empirical"}
 # The peer does not clip.
 method = Bregman(**how, **terms, epochs=1.0, clip=0.0, save_every=0)
 
@@ -41,6 +43,7 @@ turn.tell()
 
 for number in range(given["num_tasks"]):
     turn.wait()
+    learner.begin(number)
     plan = learner.plan(number)
     train(plan, method, quiet=True)
     finish(plan)
@@ -48,7 +51,7 @@ for number in range(given["num_tasks"]):
     turn.tell(images=images[number])
 
 turn.wait()
-scores.take(made.model, given["num_tasks"])
+scores.take(learner.right, given["num_tasks"])
 accuracies = scores.rows["class-IL"][-1]
 turn.tell(accuracy=sum(accuracies) / len(accuracies))
 turn.wait()
