@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from overhaul.errors import UserError
-from overhaul.stream import Stream
+from overhaul.stream import Stream, named, part
 
 MEMORY = "memory"
 """How the tensors of a batch are called that come from the memory: `memory/labels`; of a second draw `memory2/...`."""
@@ -120,7 +120,7 @@ class WithMemory(Stream):
     def __next__(self) -> dict[str, Tensor]:
         batch = dict(next(self.sources[0]))
         for number in range(1, self.draws + 1) if len(self.memory) else ():
-            batch |= {f"{drawn(number)}/{name}": tensor for name, tensor in self.memory.draw(self.count).items()}
+            batch |= named(drawn(number), self.memory.draw(self.count))
         return batch
 
     def own_state(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def drawn(number: int) -> str:
 
 def remembered(batch: Mapping[str, Tensor], number: int = 1) -> dict[str, Tensor]:
     """A draw of a batch as a batch of its own; empty where there is none."""
-    return _under(batch, drawn(number))
+    return part(batch, drawn(number))
 
 
 def with_offered(batch: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -150,16 +150,12 @@ def with_offered(batch: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> dic
         batch: with draws from the memory beside it, as in `WithMemory`.
         read: the same as it was before it was made into what is trained on.
     """
-    return {**batch, **{f"{OFFERED}/{name}": tensor for name, tensor in _own(read).items()}}
+    return {**batch, **named(OFFERED, _own(read))}
 
 
 def offered(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch the memory is offered: what was put there for it, else all but the draws."""
-    return _under(batch, OFFERED) or _own(batch)
-
-
-def _under(batch: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{start}/"): t for name, t in batch.items() if name.startswith(f"{start}/")}
+    return part(batch, OFFERED) or _own(batch)
 
 
 def _own(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -325,6 +325,16 @@ class Take(Stream):
         super().restart(epoch)
 
 
+def named(start: str, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch as a part of another one: `labels` of the part `memory` is `memory/labels` there."""
+    return {f"{start}/{name}": tensor for name, tensor in batch.items()}
+
+
+def part(batch: Mapping[str, torch.Tensor], start: str) -> dict[str, torch.Tensor]:
+    """A part of a batch, as `named` put it there, as a batch of its own; empty where there is none."""
+    return {name.removeprefix(f"{start}/"): t for name, t in batch.items() if name.startswith(f"{start}/")}
+
+
 def num_tokens(item: Any) -> int:
     """Tokens of an encoded document or a window."""
     return len(item.ids if isinstance(item, Encoded) else item["input_ids"])

@@ -24,12 +24,12 @@ from torch.nn.functional import softplus
 from overhaul.cross_entropy import linear_cross_entropy, logits_cross_entropy
 from overhaul.interop import hf
 from overhaul.objective import Batch, Forward, Term
-from overhaul.stream import IGNORED
+from overhaul.stream import IGNORED, part
 
 REFERENCE = "reference"
 """In a batch, the log-probability of each text under the model before."""
-BESIDE = "retain/"
-"""What the names of a batch begin with that are of the texts to retain."""
+RETAINED = "retain"
+"""The part of a batch that is of the texts to retain."""
 
 
 class Beside(Term):
@@ -44,18 +44,13 @@ class Beside(Term):
         self.reads_states = False  # the pass beside is told by itself
 
     def total(self, forward: Forward, batch: Batch) -> Tensor:
-        beside = forward.beside(BESIDE, retained(batch))
+        beside = forward.beside(RETAINED, part(batch, RETAINED))
         if self.inner.reads_states:
             beside.keep_states()
         return self.inner.total(beside, beside.batch)
 
     def count(self, batch: Batch) -> int:
-        return self.inner.count(retained(batch))
-
-
-def retained(batch: Batch) -> dict[str, Tensor]:
-    """The texts to retain of a batch."""
-    return {name.removeprefix(BESIDE): tensor for name, tensor in batch.items() if name.startswith(BESIDE)}
+        return self.inner.count(part(batch, RETAINED))
 
 
 def log_probabilities(forward: Forward, batch: Batch) -> Tensor:

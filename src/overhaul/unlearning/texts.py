@@ -19,8 +19,8 @@ from overhaul.corpora import CorpusSpec, open_whole
 from overhaul.data import Data
 from overhaul.errors import UserError
 from overhaul.objective import Forward
-from overhaul.stream import IGNORED, Batch, Repeat, Rows, Shuffle, Stream
-from overhaul.unlearning.terms import BESIDE, REFERENCE, log_probabilities
+from overhaul.stream import IGNORED, Batch, Repeat, Rows, Shuffle, Stream, named
+from overhaul.unlearning.terms import REFERENCE, RETAINED, log_probabilities
 
 Windows = dict[str, Tensor]
 """`input_ids` and `labels`, `(N, T)` int64; with a reference `(N,)` float32 too."""
@@ -91,7 +91,7 @@ class Beside(Stream):
 
     def __next__(self) -> dict[str, Tensor]:
         own, other = (next(source) for source in self.sources)
-        return {**own, **{f"{BESIDE}{name}": tensor for name, tensor in other.items()}}
+        return {**own, **named(RETAINED, other)}
 
     def own_state(self) -> dict[str, Any]:
         return {}

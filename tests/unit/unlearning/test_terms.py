@@ -15,10 +15,10 @@ from overhaul import artifact
 from overhaul.distillation import Distill
 from overhaul.interop import hf
 from overhaul.objective import CrossEntropy, Forward, Objective, weighted_mean
-from overhaul.stream import IGNORED
+from overhaul.stream import IGNORED, named, part
 from overhaul.unlearning.terms import (
-    BESIDE,
     REFERENCE,
+    RETAINED,
     Beside,
     Misdirected,
     NegativePreference,
@@ -41,8 +41,8 @@ def batch() -> dict[str, Tensor]:
     ids_BT, others_BT = (torch.randint(5, 400, (2, 12), generator=dice) for _ in range(2))
     labels_BT = ids_BT.clone()
     labels_BT[1, :4] = IGNORED
-    beside = {f"{BESIDE}input_ids": others_BT, f"{BESIDE}labels": others_BT.clone()}
-    return {"input_ids": ids_BT, "labels": labels_BT, **beside}
+    beside = {"input_ids": others_BT, "labels": others_BT.clone()}
+    return {"input_ids": ids_BT, "labels": labels_BT, **named(RETAINED, beside)}
 
 
 def by_hand(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -134,7 +134,7 @@ def test_gradient_ascent_is_cross_entropy_with_the_sign_turned(model: Any, batch
 
 
 def test_what_is_retained_is_read_beside_and_counted_apart(model: Any, batch: dict[str, Tensor]):
-    kept = {name.removeprefix(BESIDE): tensor for name, tensor in batch.items() if name.startswith(BESIDE)}
+    kept = part(batch, RETAINED)
     both = -1.0 * CrossEntropy() + 0.5 * Beside(CrossEntropy())
 
     wanted = -loss_of(CrossEntropy(), model, batch) + 0.5 * loss_of(CrossEntropy(), model, kept)
@@ -144,7 +144,7 @@ def test_what_is_retained_is_read_beside_and_counted_apart(model: Any, batch: di
 
 def test_klr_is_the_divergence_from_the_model_before_on_the_texts_to_retain(model: Any, batch: dict[str, Tensor]):
     before = moved(model).requires_grad_(False)
-    others_BT = batch[f"{BESIDE}input_ids"]
+    others_BT = batch[f"{RETAINED}/input_ids"]
     new, old = (one(input_ids=others_BT).logits[:, :-1].log_softmax(dim=-1) for one in (model, before))
     wanted = kl_div(new, old, log_target=True, reduction="sum") / 22
 
@@ -162,7 +162,7 @@ def test_rmu_sends_states_of_one_block_away_and_holds_those_of_others(model: Any
         return one(input_ids=ids_BT, output_hidden_states=True).hidden_states[layer]
 
     away = (states(model, batch["input_ids"]) - target_D).square().mean()
-    others_BT = batch[f"{BESIDE}input_ids"]
+    others_BT = batch[f"{RETAINED}/input_ids"]
     held = (states(model, others_BT) - states(before, others_BT)).square().mean()
     objective = Misdirected(layer, target_D) + 1200 * Beside(StatesKept(layer, before))
     assert torch.allclose(loss_of(objective, model, batch).double(), away + 1200 * held, rtol=1e-5)
