@@ -90,12 +90,16 @@ class TaskSequence:
         )
 
     def validating(self, share: float) -> TaskSequence:
-        """The same tasks with a share of the training examples, drawn once for all, in place of the held-out ones."""
+        """The same tasks with a share of the training examples, drawn once for all, in place of the held-out ones.
+
+        Raises:
+            UserError: of a task nothing would be left to train on.
+        """
         import numpy as np
 
         tasks = []
         for number, task in enumerate(self.tasks):
-            back_N = np.random.default_rng(number).permutation(len(task.train)) < share * len(task.train)
+            back_N = _drawn(task, share, np.random.default_rng(number))
             tasks.append(replace(task, train=task.train.chosen(~back_N), heldout=task.train.chosen(back_N)))
         return replace(self, tasks=tuple(tasks), fingerprint=_hash([self.fingerprint, "validating", share]))
 
@@ -109,10 +113,7 @@ class TaskSequence:
 
         tasks = []
         for task in self.tasks:
-            dice = np.random.default_rng(int(_hash([task.name]), 16))
-            aside_N = dice.permutation(len(task.train)) < share * len(task.train)
-            if aside_N.all():
-                raise UserError(f"{len(task.train)} examples of {task.name} are too few to put {share:g} of them aside")
+            aside_N = _drawn(task, share, np.random.default_rng(int(_hash([task.name]), 16)))
             tasks.append(replace(task, train=task.train.chosen(~aside_N), aside=task.train.chosen(aside_N)))
         return replace(self, tasks=tuple(tasks), fingerprint=_hash([self.fingerprint, "choosing", share]))
 
@@ -206,6 +207,18 @@ def _repeated(whole: TextSet) -> tuple[str, ...]:
     trained = set(whole.train.texts)
     count = sum(text in trained for text in whole.heldout.texts)
     return (f"{count:,} held-out texts are trained on in another task, under another label",) if count else ()
+
+
+def _drawn(task: Task, share: float, dice: np.random.Generator) -> NDArray[np.bool_]:
+    """`(N,)`: which of a task's training examples are that share of them.
+
+    Raises:
+        UserError: all are.
+    """
+    drawn_N = dice.permutation(len(task.train)) < share * len(task.train)
+    if drawn_N.all():
+        raise UserError(f"{len(task.train)} examples of {task.name} are too few to put {share:g} of them aside")
+    return drawn_N
 
 
 def _refuse_what_does_not_fit(paths: Sequence[str], split: int | None, variants: Sequence[str]) -> None:
