@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from overhaul.errors import UserError
 from overhaul.kinds import Kind, is_classifier, kind_of_model
-from overhaul.learning import Learning
+from overhaul.learning import Learning, Readers
 from overhaul.method import Fraction, Natural, NonNegative, Positive, Rate
 
 if TYPE_CHECKING:
@@ -69,11 +69,8 @@ class BankLearning(Learning):
         0.1, description="Of a language model: share of the tokens that each of --views is without."
     )
 
-    @model_validator(mode="after")
-    def _waits_for_something(self) -> Self:
-        if not self.keep_best and self.patience != type(self).model_fields["patience"].default:
-            raise ValueError("patience is of keep_best, which is 0; give that a share such as 0.1")
-        return self
+    def readers(self) -> Readers:
+        return ((("patience",), self.keep_best > 0, "keep_best, whose share is 0"),)
 
     def sequence(self) -> TaskSequence | TextSequence:
         """The tasks, read, with examples aside where the best pass is to be chosen by them."""

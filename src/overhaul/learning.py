@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     from overhaul.train import History, Plan
 
 
+Readers = tuple[tuple[tuple[str, ...], bool, str], ...]
+"""Settings, whether a term that was chosen reads them, and which one would."""
+FISHER = ("fisher", "fisher_examples", "fisher_decay")
+"""Settings of the Fisher information."""
+
+
 class Learning(Training):
     """A training in tasks: each is a plan of its own, and the model is measured on all of them after each."""
 
@@ -85,6 +91,18 @@ class Learning(Training):
     def _measures_each_task(self) -> Self:
         if self.eval_every:
             raise ValueError("eval_every: tasks are measured when each is learnt, not between; leave it out")
+        return self
+
+    def readers(self) -> Readers:
+        """Which of its own settings are of terms or parts that are not always there."""
+        return ()
+
+    @model_validator(mode="after")
+    def _settings_are_read_by_a_term(self) -> Self:
+        for names, is_read, reader in self.readers():
+            for name in names:
+                if not is_read and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is of {reader}; leave it out, or choose that")
         return self
 
     def in_stages(self) -> bool:
@@ -232,12 +250,6 @@ def _cost(name: str, done: History, noted: float, learner: Learner) -> TaskCost:
     )
 
 
-Readers = tuple[tuple[tuple[str, ...], bool, str], ...]
-"""Settings, whether a term that was chosen reads them, and which one would."""
-FISHER = ("fisher", "fisher_examples", "fisher_decay")
-"""Settings of the Fisher information."""
-
-
 class SharedLearning(Learning):
     """All tasks in one set of weights, with one head."""
 
@@ -263,18 +275,6 @@ class SharedLearning(Learning):
     class_texts: Positive | None = Field(
         None, description="Labelled texts of a class that are trained on, at most, chosen by content; none: all."
     )
-
-    def readers(self) -> Readers:
-        """Which of its own settings are of terms that are not always there."""
-        return ()
-
-    @model_validator(mode="after")
-    def _settings_are_read_by_a_term(self) -> Self:
-        for names, is_read, reader in self.readers():
-            for name in names:
-                if not is_read and getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} is of {reader}; leave it out, or choose that")
-        return self
 
     @model_validator(mode="after")
     def _labels_are_of_one_kind(self) -> Self:
