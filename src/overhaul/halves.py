@@ -32,7 +32,7 @@ Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
 Level = Literal["category", "layer", "model"]
 
-_FUSED = (*attention.FUSED, "gate_up_proj")
+_FUSED = (*attention.FUSED_ALONE, "gate_up_proj")
 """What modules are called that hold several of the matrices of other models in one."""
 
 
