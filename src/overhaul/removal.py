@@ -90,9 +90,12 @@ class Removal(Training):
 
     def _steps(self, count: int) -> int:
         """Optimizer steps for so many windows."""
+        from overhaul.sharding import num_processes
+
         if self.epochs is None:
             return self.steps
-        return max(1, math.ceil(self.epochs * count / (self.batch_size * self.accumulate)))
+        a_step = self.batch_size * self.accumulate * num_processes()
+        return max(1, math.ceil(self.epochs * count / a_step))
 
 
 class Retaining(Removal):
