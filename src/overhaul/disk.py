@@ -27,6 +27,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_taken(target: Path) -> bool:
+    """Whether a place for a new directory has something already: a file, or a directory with something in it."""
+    return target.exists() and (not target.is_dir() or any(target.iterdir()))
+
+
 @contextlib.contextmanager
 def aside(target: Path) -> Iterator[Path]:
     """A directory beside `target` to write into; renamed to `target` when the block ends well, removed when not.

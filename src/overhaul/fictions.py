@@ -1,7 +1,7 @@
 """Articles about people who never were, each with facts of its own and questions: to be learnt and forgotten.
 
 forget.jsonl   retain.jsonl   holdout.jsonl       articles of one kind, no person in two
-    known.jsonl                                       the first two together
+known.jsonl                                       the first two together
 forget-questions.jsonl   retain-questions.jsonl   about the first two
 shots.jsonl                                       answered questions about people who are in no article
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from overhaul import disk
 from overhaul.errors import UserError
 from overhaul.method import Natural, Positive, Settings
 
@@ -127,9 +128,9 @@ def write(settings: FictionSettings, directory: Path) -> dict[str, int]:
         Rows by file.
 
     Raises:
-        UserError: something is there.
+        UserError: something is there, or the disk is full or cannot be written.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if disk.is_taken(directory):
         raise UserError(f"{directory} is there already", hint="-o with a new name; nothing is overwritten")
     counts = {"forget": settings.forget, "retain": settings.retain, "holdout": settings.holdout}
     aside = -(-settings.shots // 4)
@@ -142,7 +143,7 @@ def write(settings: FictionSettings, directory: Path) -> dict[str, int]:
         rows[f"{name}-questions"] = [row for person in parts[name] for row in person.questions()]
     rows["known"] = rows["forget"] + rows["retain"]
     rows["shots"] = [row for person in found for row in person.questions()][: settings.shots]
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, of in rows.items():
-        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
+    with disk.aside(directory) as made:
+        for name, of in rows.items():
+            (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
     return {f"{name}.jsonl": len(of) for name, of in rows.items()}

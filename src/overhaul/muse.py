@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from overhaul import machine
+from overhaul import disk, machine
 from overhaul.errors import UserError
 from overhaul.evaluate import next_token_nll
 from overhaul.fetch import cache_directory
@@ -268,12 +268,9 @@ def _grams(text: str) -> Iterable[tuple[str, ...]]:
 
 
 def kept(directory: Path, material: Material, how: Asking, dtype: torch.dtype) -> Path:
-    """Where findings of a directory's model are kept: any change of it, of what is asked or how, is another place."""
+    """The directory where findings of a model are kept: any change of it, of what is asked or how, is another place."""
     digest = hashlib.sha256()
     for file in sorted(path for path in directory.rglob("*") if path.suffix in (".safetensors", ".sqlite", ".json")):
-        digest.update(f"{file.relative_to(directory)}\n".encode())
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
+        digest.update(f"{file.relative_to(directory)} {disk.sha256(file)}\n".encode())
     digest.update(json.dumps([asdict(material), asdict(how), str(dtype)], sort_keys=True).encode())
-    return cache_directory() / "muse" / f"{digest.hexdigest()[:32]}.json"
+    return cache_directory() / "muse" / digest.hexdigest()[:32]

@@ -335,7 +335,7 @@ def write(corpus: str, choice: TopicSettings, out: Path) -> dict[str, Any]:
     Raises:
         UserError: `out` is there and not empty; labels, corpus or model cannot be read; scikit-learn is missing.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if disk.is_taken(out):
         raise UserError(f"{out} exists", hint="another directory; nothing is ever overwritten")
     choice.refuse_unread()
     labelled, rows = Labelled.read(choice.labels), every_row(corpus, choice.field)

@@ -11,6 +11,7 @@ from overhaul.progress import say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from torch import nn
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from overhaul.table import Row, Table
 
 VERBATIM, FORGOTTEN, UTILITY = "verbatim memory", "knowledge to forget", "utility"
+FILE = "findings.json"
+"""Of what a model said, in its directory of the cache."""
 LEAK, AUC = "PrivLeak", "AUC forget/holdout"
 
 
@@ -122,16 +125,16 @@ class Muse(Measure):
         import json
         from dataclasses import asdict
 
-        from overhaul import artifact, machine, pretrained
+        from overhaul import artifact, disk, machine, pretrained
         from overhaul.errors import UserError
         from overhaul.muse import Findings, examine
         from overhaul.muse import kept as place_of
 
         how, model, tokenizer = self._asking(), target, data.tokenizer
         place = place_of(pretrained.resolve(name), material, how, data.dtype)
-        if keep and place.is_file():
+        if keep and (place / FILE).is_file():
             say(f"{name}: asked before, from {place}")
-            return Findings.from_json(json.loads(place.read_text()))
+            return Findings.from_json(json.loads((place / FILE).read_text()))
         if name != data.model:
             device = next(target.parameters()).device
             made = artifact.load(name, dtype=machine.weights_dtype(data.dtype), device=device, with_library=True)
@@ -139,11 +142,12 @@ class Muse(Measure):
             if tokenizer.get_vocab() != data.tokenizer.get_vocab():
                 raise UserError(f"{name} has another tokenizer than {data.model}: what they say cannot be compared")
         found = examine(model, tokenizer, material, how, dtype=data.dtype, title=name)
+
+        def write(made: Path) -> None:
+            (made / FILE).write_text(json.dumps(asdict(found)))
+
         if keep:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            aside = place.with_suffix(".new")
-            aside.write_text(json.dumps(asdict(found)))
-            aside.replace(place)
+            disk.made_once(place, FILE, write)
         return found
 
     def _rows(self, name: str, found: Findings, reference: Findings, seed: int) -> list[Row]:
