@@ -33,8 +33,12 @@ def page() -> str:
     """The page as Markdown."""
     sections = [INTRODUCTION, "## Of every run\n", table(Options), "## Of every training method\n", table(Training)]
     sections += ["## bundle\n", "[How it is used](../methods/adapt-translora.md).\n", table(Bundling)]
-    for name, kind in (("questions", QuestionWriting), ("topics", TopicSettings), ("fictions", FictionSettings)):
-        sections += [f"## data {name}\n", "[How it is used](../tutorials/questions.md).\n", table(kind)]
+    for name, kind, shown in (
+        ("questions", QuestionWriting, "tutorials/questions.md"),
+        ("topics", TopicSettings, "tutorials/questions.md"),
+        ("fictions", FictionSettings, "methods/measure-muse.md"),
+    ):
+        sections += [f"## data {name}\n", f"[How it is used](../{shown}).\n", table(kind)]
     for verb in catalog.VERBS:
         sections.append(f"## {verb}\n")
         for entry in catalog.methods(verb):

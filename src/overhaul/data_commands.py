@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import cleandoc
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -100,20 +100,34 @@ def _data_preview(arguments: list[str]) -> None:
         print(window["text"])
 
 
+def _asked(name: str, settings: Any, arguments: list[str], *more: tuple[str, Any], json: str) -> tuple[Any, Any]:
+    """What was given to a command that writes by settings, and these, checked.
+
+    Args:
+        name: of the command.
+        settings: their class.
+        arguments: behind the name.
+        more: further fields of the command.
+        json: help of `--json`.
+    """
+    kind = dataclasses.make_dataclass(
+        f"Data{name.capitalize()}", [*more, *flags(settings), json_flag(json)], kw_only=True
+    )
+    where = f"data {name}"
+    given: Any = parse(kind, arguments, prog=f"overhaul {where}", description=cleandoc(settings.__doc__ or ""))
+    return given, checked(settings, given, where=where)
+
+
+def _out(what: str, metavar: str) -> tuple[str, Any]:
+    """The field of what is written."""
+    return "out", Annotated[Path, tyro.conf.arg(aliases=["-o"], help=what, metavar=metavar)]
+
+
 def _data_questions(arguments: list[str]) -> None:
     from overhaul.question_writing import QuestionWriting, write
 
-    kind = dataclasses.make_dataclass(
-        "DataQuestions",
-        [
-            ("out", Annotated[Path, tyro.conf.arg(aliases=["-o"], help="New file of JSON lines.", metavar="FILE")]),
-            *flags(QuestionWriting),
-            json_flag("The ledger on stdout."),
-        ],
-        kw_only=True,
-    )
-    given = parse(kind, arguments, prog="overhaul data questions", description=cleandoc(QuestionWriting.__doc__ or ""))
-    choice = checked(QuestionWriting, given, where="data questions")
+    out = _out("New file of JSON lines.", "FILE")
+    given, choice = _asked("questions", QuestionWriting, arguments, out, json="The ledger on stdout.")
     if not choice.is_by_rule:
         quiet_libraries()
     ledger = write(choice, given.out)
@@ -133,23 +147,10 @@ def _data_questions(arguments: list[str]) -> None:
 def _data_topics(arguments: list[str]) -> None:
     from overhaul.topics import TopicSettings, write
 
-    kind = dataclasses.make_dataclass(
-        "DataTopics",
-        [
-            (
-                "corpus",
-                Annotated[
-                    str, tyro.conf.Positional, tyro.conf.arg(help="What to divide: a name or a path.", metavar="CORPUS")
-                ],
-            ),
-            ("out", Annotated[Path, tyro.conf.arg(aliases=["-o"], help="New directory.", metavar="DIR")]),
-            *flags(TopicSettings),
-            json_flag("topics.json on stdout."),
-        ],
-        kw_only=True,
-    )
-    given = parse(kind, arguments, prog="overhaul data topics", description=cleandoc(TopicSettings.__doc__ or ""))
-    choice = checked(TopicSettings, given, where="data topics")
+    what = tyro.conf.arg(help="What to divide: a name or a path.", metavar="CORPUS")
+    corpus = "corpus", Annotated[str, tyro.conf.Positional, what]
+    out = _out("New directory.", "DIR")
+    given, choice = _asked("topics", TopicSettings, arguments, corpus, out, json="topics.json on stdout.")
     quiet_libraries()
     told = write(given.corpus, choice, given.out)
     if given.json:
@@ -165,17 +166,10 @@ def _data_topics(arguments: list[str]) -> None:
 def _data_fictions(arguments: list[str]) -> None:
     from overhaul.fictions import FictionSettings, write
 
-    kind = dataclasses.make_dataclass(
-        "DataFictions",
-        [
-            ("out", Annotated[Path, tyro.conf.arg(aliases=["-o"], help="New directory.", metavar="DIR")]),
-            *flags(FictionSettings),
-            json_flag("Rows by file on stdout."),
-        ],
-        kw_only=True,
+    given, choice = _asked(
+        "fictions", FictionSettings, arguments, _out("New directory.", "DIR"), json="Rows by file on stdout."
     )
-    given = parse(kind, arguments, prog="overhaul data fictions", description=cleandoc(FictionSettings.__doc__ or ""))
-    told = write(checked(FictionSettings, given, where="data fictions"), given.out)
+    told = write(choice, given.out)
     if given.json:
         print_json(told)
         return
