@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from overhaul import checkpoint, cli
+from overhaul import checkpoint, cli, train
 
 WIDE = {"COLUMNS": "1000"}
 """A terminal on which no sentence is broken."""
@@ -58,6 +58,25 @@ def python(code: str, *arguments: object, env: Mapping[str, str] | None = None) 
     words = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment(env), timeout=300)
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def interrupted(when: Callable[[list[int]], bool], *arguments: object) -> Finished:
+    """As `overhaul`, with Ctrl-C in place of the first optimizer step of which `when` says so.
+
+    Args:
+        when: is given the numbers of all steps so far, those of one plan behind those of another, with this one.
+        arguments: of the command.
+    """
+    step, seen = train._Run.step, []
+
+    def stop(self: Any, number: int) -> Any:
+        seen.append(number)
+        if when(seen):
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with patch.object(train._Run, "step", stop):
+        return overhaul(*arguments)
 
 
 def killed_at_the_third_step(*command: object) -> int:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from command import overhaul, refused
-from images import SIZE, write_bars, write_cnn, write_vit
+from command import interrupted, overhaul, refused
+from images import SIZE, write_bars, write_vit
 from overhaul import artifact, journal, machine
 from overhaul.augment import POLICIES, Policy, _moved, augmented, policy
 from overhaul.kinds import Kind
@@ -121,21 +121,6 @@ METHODS: dict[str, Callable[..., Any]] = {
     "clr": lambda **more: Clr(**HOW, **more),
     "contracon": lambda **more: ConTraCon(**HOW, kernel=3, views=0, first_task="frozen", **more),
 }
-
-
-@pytest.fixture(scope="module")
-def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bars(tmp_path_factory.mktemp("bars") / "bars.npz")
-
-
-@pytest.fixture(scope="module")
-def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_cnn(tmp_path_factory.mktemp("cnn"))
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_vit(tmp_path_factory.mktemp("vit"))
 
 
 def opened(model: Path, bars: Path) -> tuple[Any, TaskData]:
@@ -280,24 +265,13 @@ def test_a_stream_goes_on_from_its_state(cnn: Path, bars: Path):
 
 @pytest.mark.parametrize("method", [("bregman", "--memory", 24, "--split", 2), ("clr", "--split", 2)])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
-    method: tuple[Any, ...], cnn: Path, bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: tuple[Any, ...], cnn: Path, bars: Path, tmp_path: Path
 ):
     how = ("learn", method[0], cnn, "--tasks", bars, *method[1:], "--batch-size", 8, "--steps", 5, "--lr", 0.02)
     how = (*how, "--augment", "grey", "--save-every", 2)
     assert overhaul(*how, "-o", tmp_path / "whole").code == 0
-    from overhaul import train as loop
-
-    step, seen = loop._Run.step, []
-
-    def stop(self: Any, number: int) -> Any:
-        seen.append(number)
-        if len(seen) == 9:  # the second task, between two checkpoints
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop._Run, "step", stop)
-        assert overhaul(*how, "-o", tmp_path / "cut").code != 0
+    # In the second task, between two checkpoints.
+    assert interrupted(lambda seen: len(seen) == 9, *how, "-o", tmp_path / "cut").code != 0
     done = overhaul(*how, "-o", tmp_path / "cut", "--resume")
     assert done.code == 0, done.err
 

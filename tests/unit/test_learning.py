@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from command import overhaul, refused
-from images import write_bars, write_cnn
+from command import interrupted, overhaul, refused
+from images import write_cnn
 from overhaul import artifact, journal, machine, task_record
 from overhaul.forgetting import AccuracyMatrix, average_accuracy, backward_transfer
 from overhaul.interop.classifier import classes_of
@@ -29,16 +29,6 @@ from overhaul.workspace import finish
 
 HOW: dict[str, Any] = {"batch_size": 8, "lr": 0.05, "epochs": 2.0}
 OF_MEMORY = ("er", "der", "der++", "fdr")
-
-
-@pytest.fixture(scope="module")
-def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bars(tmp_path_factory.mktemp("bars") / "bars.npz")
-
-
-@pytest.fixture(scope="module")
-def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_cnn(tmp_path_factory.mktemp("cnn"))
 
 
 def learn(
@@ -268,23 +258,11 @@ def test_the_directory_is_one_that_transformers_reads(cnn: Path, bars: Path, tmp
 
 @pytest.mark.parametrize("terms", [(), ("--weight-term", "vcl", "--samples", "2", "--classifier", "growing")])
 def test_a_run_that_was_stopped_in_the_second_task_goes_on_to_the_same_bits(
-    terms: tuple[str, ...], cnn: Path, bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    terms: tuple[str, ...], cnn: Path, bars: Path, tmp_path: Path
 ):
     how = ("learn", "bregman", cnn, "--tasks", bars, *FLAGS, "--save-every", "3", "--refresh.every", "2", *terms)
     assert overhaul(*how, "-o", tmp_path / "whole").code == 0
-    from overhaul import train as loop
-
-    step, seen = loop._Run.step, []
-
-    def stop(self: Any, number: int) -> Any:
-        seen.append(number)
-        if len(seen) == 17:
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop._Run, "step", stop)
-        assert overhaul(*how, "-o", tmp_path / "cut").code != 0
+    assert interrupted(lambda seen: len(seen) == 17, *how, "-o", tmp_path / "cut").code != 0
     assert (tmp_path / "cut" / ".state" / "stage-002").is_dir()
     done = overhaul(*how, "-o", tmp_path / "cut", "--resume")
     assert done.code == 0, done.err

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from command import overhaul, python, refused
+from command import interrupted, overhaul, python, refused
 from images import SIZE, write_bars, write_cnn, write_own
 from overhaul import artifact, models
 from overhaul.errors import UserError
@@ -142,24 +142,12 @@ def test_a_shape_that_cannot_be_is_one_clear_error(tmp_path: Path):
     refused(overhaul("show", directory), "hidden_size 16 is not divisible by 3 heads")
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(own: Path, bars: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(own: Path, bars: Path):
     """With dropout of attention and of whole branches, which draw random numbers."""
     how = ("learn", "bregman", own, "--tasks", bars, *FLAGS, *MEMORY, "--save-every", 2)
     whole, cut = own.parent / "whole", own.parent / "cut"
     assert overhaul(*how, "-o", whole).code == 0
-    from overhaul import train as loop
-
-    step, seen = loop._Run.step, []
-
-    def stop(self: Any, number: int) -> Any:
-        seen.append(number)
-        if len(seen) == 7:
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop._Run, "step", stop)
-        assert overhaul(*how, "-o", cut).code != 0
+    assert interrupted(lambda seen: len(seen) == 7, *how, "-o", cut).code != 0
     assert overhaul(*how, "-o", cut, "--resume").code == 0
 
     one, other = (load_file(directory / "model.safetensors") for directory in (whole, cut))

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 from command import overhaul, refused
-from images import write_bars, write_cnn, write_vit
+from images import write_cnn, write_vit
 from overhaul import artifact, banks, journal, machine, task_record
 from overhaul.banks import Banked, fingerprint
 from overhaul.journal import Notes
@@ -29,16 +29,6 @@ from overhaul.train import train
 from overhaul.workspace import finish
 
 HOW: dict[str, Any] = {"batch_size": 16, "lr": 5e-3, "epochs": 2.0, "kernel": 5, "views": 2}
-
-
-@pytest.fixture(scope="module")
-def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bars(tmp_path_factory.mktemp("bars") / "bars.npz")
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_vit(tmp_path_factory.mktemp("vit"))
 
 
 def learn(model: Path, bars: Path, **settings: Any) -> tuple[BankLearner, Notes, list[list[Tensor]]]:

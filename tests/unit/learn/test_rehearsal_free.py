@@ -11,24 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from command import overhaul, refused
-from images import write_bars, write_cnn, write_vit
 
 FLAGS = ("--split", "2", "--batch-size", "8", "--epochs", "2", "--dtype", "fp32", "--lr", "0.05")
-
-
-@pytest.fixture(scope="module")
-def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bars(tmp_path_factory.mktemp("bars") / "bars.npz")
-
-
-@pytest.fixture(scope="module")
-def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_cnn(tmp_path_factory.mktemp("cnn"))
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_vit(tmp_path_factory.mktemp("vit"))
 
 
 def learnt(name: str, model: Path, bars: Path, out: Path, *flags: object) -> dict[str, torch.Tensor]:

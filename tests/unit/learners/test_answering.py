@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from command import overhaul, refused
+from command import interrupted, overhaul, refused
 from overhaul import artifact, task_record
 from overhaul.continual import FeaturesKept, OldModel, OldSigmoids, Replayed
 from overhaul.fisher import diagonal
@@ -226,25 +226,11 @@ def test_every_term_of_classifiers_takes_texts(tiny: Path, topics: Path, tmp_pat
         assert kept["memory"] == 16 * (8 * (2 * 16 + 2) + 4 * 4)
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
-    tiny: Path, topics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tiny: Path, topics: Path, tmp_path: Path):
     how = ("learn", "bregman", tiny, "--tasks", topics, "--split", "2", *FLAGS, "--save-every", "5", "--memory", "16",
            "--classifier", "growing")  # fmt: skip
     assert overhaul(*how, "-o", tmp_path / "whole").code == 0
-    from overhaul import train as loop
-
-    step, seen = loop._Run.step, []
-
-    def stop(self: Any, number: int) -> Any:
-        seen.append(number)
-        if len(seen) == 19:
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop._Run, "step", stop)
-        assert overhaul(*how, "-o", tmp_path / "cut").code != 0
+    assert interrupted(lambda seen: len(seen) == 19, *how, "-o", tmp_path / "cut").code != 0
     done = overhaul(*how, "-o", tmp_path / "cut", "--resume")
     assert done.code == 0, done.err
 

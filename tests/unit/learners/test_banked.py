@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
-from command import overhaul, refused
-from images import write_bars, write_cnn, write_vit
+from command import interrupted, overhaul, refused
+from images import write_vit
 from overhaul import artifact, journal, machine
 from overhaul.kinds import Kind
 from overhaul.learn.clr import Clr
@@ -22,16 +21,6 @@ from overhaul.train import train
 from overhaul.workspace import finish
 
 HOW: dict[str, Any] = {"batch_size": 12, "schedule": "constant", "keep_best": 0.25}
-
-
-@pytest.fixture(scope="module")
-def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bars(tmp_path_factory.mktemp("bars") / "bars.npz")
-
-
-@pytest.fixture(scope="module")
-def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_cnn(tmp_path_factory.mktemp("cnn"))
 
 
 def learnt(model: Path, bars: Path, method: Any, *, ends: bool = True) -> tuple[Any, list[tuple[str, ...]]]:
@@ -84,25 +73,12 @@ def test_a_task_is_done_when_no_pass_is_better_for_long(tmp_path: Path, bars: Pa
     assert any(int(passes) < 9 for _, _, passes, _ in rows)
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
-    cnn: Path, bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(cnn: Path, bars: Path, tmp_path: Path):
     how = ("learn", "clr", cnn, "--tasks", bars, "--split", 2, "--batch-size", 12, "--epochs", 4, "--lr", 0.1)
     how = (*how, "--keep-best", 0.25, "--patience", 2, "--save-every", 2)
     assert overhaul(*how, "-o", tmp_path / "whole").code == 0
-    from overhaul import train as loop
-
-    step, seen = loop._Run.step, []
-
-    def stop(self: Any, number: int) -> Any:
-        seen.append(number)
-        if seen.count(1) == 2 and number == 6:  # in the second task
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop._Run, "step", stop)
-        assert overhaul(*how, "-o", tmp_path / "cut").code != 0
+    # In the second task.
+    assert interrupted(lambda seen: seen.count(1) == 2 and seen[-1] == 6, *how, "-o", tmp_path / "cut").code != 0
     done = overhaul(*how, "-o", tmp_path / "cut", "--resume")
     assert done.code == 0, done.err
 
