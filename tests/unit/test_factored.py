@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from overhaul.errors import UserError
 from overhaul.layers import dequantize_all
 from overhaul.layers.masked import MaskedLinear
 from overhaul.layers.sparse_low_rank import SLTrainLinear
+from tiny_models import MakeTiny
 
-MakeTiny = Callable[..., Path]
 IDS_BT = torch.arange(40).view(2, 20)
 FORM: dict[str, Any] = {"rank": 6, "density": 0.05, "alpha": 16.0}
 UP = "model.layers.0.mlp.up_proj"

@@ -17,8 +17,8 @@ from overhaul import artifact, packed
 from overhaul.errors import UserError
 from overhaul.layers.int8 import Int8Linear
 from overhaul.quantize.int8 import Int8
+from tiny_models import MakeTiny
 
-MakeTiny = Callable[..., Path]
 UP = "model.layers.0.mlp.up_proj"
 IDS_BT = torch.arange(40).view(2, 20)
 

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command import overhaul, refused
-from conftest import MakeTiny
 from overhaul import artifact
 from overhaul.adapt.full import Full
 from overhaul.corpora import open_corpus
@@ -25,6 +24,7 @@ from overhaul.data import Data
 from overhaul.extend.cpt import ContinualPretraining
 from overhaul.stream import IGNORED, Batch, Stream
 from overhaul.train import History, train
+from tiny_models import MakeTiny
 
 TINY = ("--steps", "6", "--batch-size", "2", "--seq-len", "32", "--dtype", "fp32")
 JUDGED = ("--evaluate-windows", "2", "--evaluate-seq-len", "32")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
-from conftest import MakeTiny
 from overhaul.distillation import Distill, HiddenStates
 from overhaul.interop import hf
 from overhaul.interop.fused import fused
 from overhaul.objective import CrossEntropy, Forward, Objective, weighted_mean
 from overhaul.stream import IGNORED, Batch, Encoded, Pack, Rows
+from tiny_models import MakeTiny
 
 SIZES = (9, 1, 70, 16)
 """Tokens of the documents of a window: with one of a single token, and one longer than a chunk of fused attention."""

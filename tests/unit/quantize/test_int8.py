@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from overhaul.layers.int8 import Int8Linear
 from overhaul.layers.lora import PackedLoRALinear
 from overhaul.packed import format_of
 from overhaul.quantize.int8 import Int8, chosen
+from tiny_models import MakeTiny
 
-MakeTiny = Callable[..., Path]
 CALIB = [{"input_ids": torch.randint(3, 200, (4, 16), generator=torch.Generator().manual_seed(0))}]
 QUICK = ["--evaluate", "none", "--dtype", "fp32"]
 TRAIN = ["--data", "sample", "--batch-size", 2, "--seq-len", 32, "--lr", 3e-3]
