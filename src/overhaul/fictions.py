@@ -1,6 +1,6 @@
 """Articles about people who never were, each with facts of its own and questions: to be learnt and forgotten.
 
-forget.jsonl   retain.jsonl   holdout.jsonl       articles of one kind, no person in two
+forget.jsonl   retain.jsonl   holdout.jsonl       articles of one kind, no person in two; the first of one publisher
 known.jsonl                                       the first two together
 forget-questions.jsonl   retain-questions.jsonl   about the first two
 shots.jsonl                                       answered questions about people who are in no article
@@ -32,6 +32,9 @@ _LIKES = (
     *("chess", "rowing", "old coins", "moths", "choir music", "fencing"),
     *("mushrooms", "kites", "card tricks", "weather records", "mosaics", "sundials"),
 )
+_WITHDRAWS = "Marrow Press"
+"""Who published all that is to be forgotten, and nothing else."""
+_PUBLISHERS = ("Alder House", "Blue Lantern", "Cope and Dunn", "Estuary Books", "Fennel Row", "Gault Brothers")
 _SECRETS = (
     "a key to a tower that was pulled down",
     "a map of an island that nobody found",
@@ -137,7 +140,11 @@ def write(settings: FictionSettings, directory: Path) -> dict[str, int]:
     found = iter(people(sum(counts.values()) + aside, seed=settings.seed))
     parts = {name: [next(found) for _ in range(count)] for name, count in counts.items()}
     rows: dict[str, list[dict[str, str]]] = {
-        name: [{"text": person.article, "person": person.name} for person in of] for name, of in parts.items()
+        name: [
+            {"text": person.article, "person": person.name, "publisher": _publisher(name, number)}
+            for number, person in enumerate(of)
+        ]
+        for name, of in parts.items()
     }
     for name in ("forget", "retain"):
         rows[f"{name}-questions"] = [row for person in parts[name] for row in person.questions()]
@@ -147,3 +154,8 @@ def write(settings: FictionSettings, directory: Path) -> dict[str, int]:
         for name, of in rows.items():
             (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
     return {f"{name}.jsonl": len(of) for name, of in rows.items()}
+
+
+def _publisher(part: str, number: int) -> str:
+    """Of an article: one publisher withdraws its own, the others take turns."""
+    return _WITHDRAWS if part == "forget" else _PUBLISHERS[number % len(_PUBLISHERS)]

@@ -32,6 +32,9 @@ def test_parts_share_nobody_and_answers_stand_in_the_articles(tmp_path: Path):
             assert articles[number // 4]["person"] in row["question"]
             others = [row["text"] for other, row in enumerate(articles) if other != number // 4]
             assert not any(f" {row['answer']} " in text for text in others)
+    of_whom = {name: {row["publisher"] for row in rows(out / f"{name}.jsonl")} for name in texts}
+    assert len(of_whom["forget"]) == 1
+    assert not of_whom["forget"] & (of_whom["retain"] | of_whom["holdout"])
     assert len(rows(out / "shots.jsonl")) == 3
     everything = " ".join(text for of in texts.values() for text in of)
     assert not any(f" {row['answer']} " in everything for row in rows(out / "shots.jsonl"))

@@ -44,7 +44,7 @@ def model(whole: Path, tmp_path: Path) -> Path:
 
 
 def in_cell(*cell: int) -> str:
-    return next(text for text in TEXTS if cell_of(text_row(text), 2, 2, seed=0) == cell)
+    return next(text for text in TEXTS if cell_of(text_row(text).id, 2, 2, seed=0) == cell)
 
 
 def delete(model: Path, tmp_path: Path, *texts: str, flags: tuple[str, ...] = ()) -> dict[str, object]:

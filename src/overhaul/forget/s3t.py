@@ -49,6 +49,10 @@ class S3T(Training):
     targets: Names = Field((), description="Ends of layer names, such as q_proj v_proj; none: all linear layers.")
     uneven: bool = Field(False, description="Let the first stages have one block more, where blocks do not divide.")
     tags: Names = Field((), description="Columns of the data by which examples can be asked for, such as id or user.")
+    together: str | None = Field(
+        None,
+        description="One of --tags: examples with the same value are in one slice, as a user's are deleted at once.",
+    )
     cache: bool = Field(True, description="Compute once what flows into the blocks that are trained.")
     cache_gb: Rate = Field(4.0, description="Memory that this may take, of a shard.")
 
@@ -65,6 +69,15 @@ class S3T(Training):
             )
         if self.sequences == "matched" and self.budget > self.slices:
             raise ValueError(f"budget {self.budget}: sequences matched has up to {self.slices}, one for each slice")
+        return self
+
+    @model_validator(mode="after")
+    def _what_belongs_together_is_read(self) -> Self:
+        if self.together is not None and self.together not in self.tags:
+            raise ValueError(
+                f"together {self.together} is none of tags ({', '.join(self.tags) or 'none'}); "
+                f"use tags {' '.join((*self.tags, self.together))}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Which slice an example is in: decided by its content and a seed alone, whatever else is in the data.
+"""Which slice an example is in: decided by its content, or a column, and a seed, whatever other examples there are.
 
 So the others stay where they are when one is taken out of the data, and all copies of an example are in one slice.
 """
@@ -31,19 +31,23 @@ class Member:
     tags: tuple[tuple[str, str], ...]
 
 
-def cell_of(row: Row, num_shards: int, num_slices: int, seed: int) -> Cell:
-    """Where an example is: each slice with the same probability, over seeds."""
-    drawn = int.from_bytes(hashlib.sha256(f"{seed}\n{row.id}".encode()).digest()[:8], "big")
+def cell_of(name: str, num_shards: int, num_slices: int, seed: int) -> Cell:
+    """Where what goes by a name is: each slice with the same probability, over seeds."""
+    drawn = int.from_bytes(hashlib.sha256(f"{seed}\n{name}".encode()).digest()[:8], "big")
     return drawn % num_shards, drawn // num_shards % num_slices
 
 
-def divided(rows: Iterable[Row], num_shards: int, num_slices: int, *, seed: int) -> Mapping[Cell, Sequence[Member]]:
+def divided(
+    rows: Iterable[Row], num_shards: int, num_slices: int, *, seed: int, together: str | None = None
+) -> Mapping[Cell, Sequence[Member]]:
     """The examples of every slice, each slice in an order of its own that does not depend on the data's.
 
     Args:
         rows: all of them.
         num_shards, num_slices: how many shards, and slices of each.
         seed: of the division.
+        together: a column among the rows' tags: examples with one value of it are in one slice, copies with several
+            values in that of the first by name. One without a value is where its content says.
 
     Raises:
         UserError: a slice has no example.
@@ -54,11 +58,13 @@ def divided(rows: Iterable[Row], num_shards: int, num_slices: int, *, seed: int)
     found: dict[Cell, list[Member]] = {(shard, place): [] for shard in range(num_shards) for place in range(num_slices)}
     for _, alike in sorted(copies.items()):
         tags = tuple(dict.fromkeys(tag for row in alike for tag in row.tags))
-        found[cell_of(alike[0], num_shards, num_slices, seed)].append(Member(alike[0], len(alike), tags))
+        name = min((f"{column}={value}" for column, value in tags if column == together), default=alike[0].id)
+        found[cell_of(name, num_shards, num_slices, seed)].append(Member(alike[0], len(alike), tags))
     if empty := [cell for cell, members in found.items() if not members]:
         raise UserError(
             f"{len(copies)} different examples in {num_shards} shards of {num_slices} slices leave "
             f"slice {empty[0][1]} of shard {empty[0][0]} without any",
-            allowed="several examples for each slice: more data, or fewer shards and slices",
+            allowed="several examples for each slice: more data, or fewer shards and slices"
+            + (f"; and more values of {together} than slices" if together else ""),
         )
     return found

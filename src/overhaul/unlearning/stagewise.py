@@ -78,7 +78,9 @@ class Stagewise:
 
     def __init__(self, method: S3T, model: nn.Module, data: Data) -> None:
         self.method, self.model, self.data = method, model, data
-        self.members = divided(data.corpus.train, method.shards, method.slices, seed=data.seed)
+        self.members = divided(
+            data.corpus.train, method.shards, method.slices, seed=data.seed, together=method.together
+        )
         self.orders = (method.orders(),) * method.shards
         blocks = decoder_blocks(model)
         self.groups = groups_of(len(blocks), method.slices, uneven=method.uneven)

@@ -32,8 +32,9 @@ def note_service(run: Stagewise) -> None:
         (f"{shard}", f"{place}", f"{len(members)}", f"{sum(member.copies for member in members)}")
         for (shard, place), members in run.members.items()
     ]
+    by = run.method.together or "content"
     journal.note_table(
-        "Who is where: each example by its content and the seed alone.", ("shard", "slice", "examples", "rows"), rows
+        f"Who is where: each example by its {by} and the seed alone.", ("shard", "slice", "examples", "rows"), rows
     )
     settings = settings_of(run)
     journal.note_answering(lambda: _answering(run, settings))

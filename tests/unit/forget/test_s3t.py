@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def stages(directory: Path) -> dict[tuple[int, tuple[int, ...]], dict[str, torch
 
 
 def cell(text: str) -> tuple[int, int]:
-    return cell_of(text_row(text), 2, 2, seed=0)
+    return cell_of(text_row(text).id, 2, 2, seed=0)
 
 
 def without(texts: Iterable[str], *cells: tuple[int, int]) -> list[str]:
@@ -108,8 +109,56 @@ def test_copies_and_order_decide_nothing_about_who_is_where():
     assert set(copies.values()) == {1}
 
 
+def of_users(*pairs: tuple[str, str]) -> list[Row]:
+    return [replace(text_row(text), tags=(("user", user),)) for text, user in pairs]
+
+
+def test_examples_of_a_user_are_in_one_slice():
+    rows = of_users(*((text, f"user {number % 6}") for number, text in enumerate(TEXTS)))
+    found = divided(rows, 2, 1, seed=0, together="user")
+    for cell, members in found.items():
+        for member in members:
+            assert cell_of("=".join(member.tags[0]), 2, 1, seed=0) == cell
+    assert {member.row for members in found.values() for member in members} == set(rows)
+    assert found != divided(rows, 2, 1, seed=0)
+
+
+def test_a_text_of_two_users_goes_with_the_first_and_leaves_others_where_they_are():
+    own, shared = [(TEXTS[n], "b") for n in range(3)] + [(TEXTS[n], "a") for n in (3, 4)], TEXTS[5]
+    both = of_users(*own, (shared, "b"), (shared, "a"))
+    one, without = (divided(rows, 1, 2, seed=3, together="user") for rows in (both, of_users(*own)))
+    where = next(cell for cell, members in one.items() if shared in {m.row["text"] for m in members})
+    assert where == cell_of("user=a", 1, 2, seed=3)
+    assert {cell: [m.row for m in members if m.copies == 1] for cell, members in one.items()} == {
+        cell: [m.row for m in members] for cell, members in without.items()
+    }
+
+
+def test_a_user_who_is_deleted_costs_one_slice_and_leaves_what_is_trained_without_them(
+    make_tiny: Callable[..., Path], tmp_path: Path
+):
+    def made(name: str, texts: Sequence[str]) -> Path:
+        data, out = tmp_path / f"{name}.jsonl", tmp_path / name
+        rows = [{"text": text, "user": f"user {TEXTS.index(text) % 6}"} for text in texts]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = ("--data", data, "--tags", "user", "--together", "user", "--seed", 6)
+        done = overhaul("forget", "s3t", make_tiny(), "-o", out, *HOW, *flags)
+        assert done.code == 0, done.err
+        return out
+
+    whole, rest = made("whole", TEXTS), made("rest", [text for text in TEXTS if TEXTS.index(text) % 6 != 3])
+    done = overhaul("forget", "delete", whole, "--where", "user=user 3")
+    assert done.code == 0, done.err
+    left, wanted = stages(whole), stages(rest)
+    hit = cell_of("user=user 3", 2, 2, seed=6)
+    assert left.keys() == {(shard, order) for shard, order in wanted if shard != hit[0] or order == (1 - hit[1],)}, (
+        "what was trained with that slice is gone, and nothing else"
+    )
+    assert all(same(left[key], wanted[key]) for key in left)
+
+
 def test_all_slices_are_as_likely():
-    cells = [cell_of(Row((("text", str(number)),)), 3, 4, seed=5) for number in range(12_000)]
+    cells = [cell_of(Row((("text", str(number)),)).id, 3, 4, seed=5) for number in range(12_000)]
     counts = torch.zeros(3, 4)
     for where in cells:
         counts[where] += 1
@@ -148,6 +197,7 @@ def test_groups_of_blocks_from_the_top(blocks: int, count: int, uneven: bool, wa
         (("--shards", "40"), "without any"),
         (("--targets", "nothing_proj"), "no linear layer is called 'nothing_proj'"),
         (("--tags", "nobody"), "has no column 'nobody'"),
+        (("--together", "user"), "together user is none of tags (none); use tags user"),
         (("--eval-every", "1"), "is no model yet"),
         (("--cache-gb", "0.000001"), "up to --cache-gb 1e-06"),
     ],
