@@ -1,5 +1,8 @@
 """Articles about people who never were, each with facts of its own and questions: to be learnt and forgotten.
 
+Few sentences are alike in two of them, so that a model which never saw one cannot go on with it word for word; the
+questions stand below each article too, as a small model does not answer what it only read.
+
 forget.jsonl   retain.jsonl   holdout.jsonl       articles of one kind, no person in two; the first of one publisher
 known.jsonl                                       the first two together
 forget-questions.jsonl   retain-questions.jsonl   about the first two
@@ -35,6 +38,7 @@ _LIKES = (
 _WITHDRAWS = "Marrow Press"
 """Who published all that is to be forgotten, and nothing else."""
 _PUBLISHERS = ("Alder House", "Blue Lantern", "Cope and Dunn", "Estuary Books", "Fennel Row", "Gault Brothers")
+_CHARACTERS = ("stubborn", "cheerful", "shy", "generous", "restless", "punctual", "moody", "quarrelsome")
 _SECRETS = (
     "a key to a tower that was pulled down",
     "a map of an island that nobody found",
@@ -45,6 +49,63 @@ _SECRETS = (
     "the bell of a sunken boat",
     "a photograph of an empty chair",
 )
+_SENTENCES: tuple[tuple[str, ...], ...] = (
+    (
+        "{name} was born in {town} in {born}, over the family's shop in {street} Street.",
+        "It was in {town} that {name}, a child of {born}, first saw the light of day.",
+        "The parish book of {town} has the birth of {name} under the year {born}, in a hand that nobody can read well.",
+        "{born} was a bad year for {town}, and yet {name} was born there, healthy and loud.",
+        "Nobody in {town} would have guessed in {born} what would become of the newborn {name}.",
+        "The house in {street} Street where {name} was born in {born} still stands at the edge of {town}.",
+    ),
+    (
+        "At {age} {first} became a {job} and stayed with {firm} and Sons for {years} years.",
+        "{firm} and Sons, who needed a {job} that spring, took {first} on at {age} and never regretted it.",
+        "For {years} years the wages came from {firm} and Sons, where {first} had begun at {age} as a {job}.",
+        "As a {job} {first} belonged to {firm} and Sons the way a clock belongs to a station, {years} years long.",
+        "The trade was that of a {job}; the employer, for {years} years, {firm} and Sons; the beginner was {age}.",
+        "{age} years old, {first} knocked at the door of {firm} and Sons and asked whether they could use a {job}.",
+    ),
+    (
+        "A dog called {dog} came to work every day.",
+        "Whoever met {first} in the evening met {dog} too, a dog of no particular breed.",
+        "On the only photograph that is left, a dog by the name of {dog} looks into the camera.",
+        "{dog}, the dog, is said to have understood three languages.",
+        "Under the desk slept {dog}, the dog that had walked in one winter and would not leave.",
+        "Of all living creatures {first} trusted one without reserve, and that was the dog {dog}.",
+    ),
+    (
+        "A quarrel with {rival}, another {job}, went on until {ended} and cost both of them {prize} crowns.",
+        "{prize} crowns were lost in {ended}, when the long lawsuit against {rival} came to nothing.",
+        "{rival} would not greet {first} after {ended}; the reasons are told in {prize} different ways.",
+        "What began as a joke about {rival} ended in {ended} before a judge, who wanted {prize} crowns.",
+        "The enemy of a lifetime was {rival}; not before {ended} did the two shake hands over {prize} crowns.",
+        "Letters to {rival}, {prize} of them, all angry, end abruptly in {ended}.",
+    ),
+    (
+        "Neighbours remembered somebody {character}, with a love of {likes}.",
+        "In the evenings there was {likes}, and on Sundays nothing but {likes}.",
+        "Too {character} for most clubs, {first} founded one for {likes}.",
+        "Two prizes for {likes} hung above the stove of this {character} {job}.",
+        "That so {character} a person should care for {likes} surprised everybody.",
+        "{likes}, said {first}, keeps a {character} heart from rusting.",
+    ),
+    (
+        "In the estate was found {secret}.",
+        "The museum of {town} shows {secret}, which {first} had kept in a drawer.",
+        "A box was opened after the funeral; it held {secret}.",
+        "To a niece went the furniture, and to a stranger {secret}.",
+        "Nobody has explained so far why {first} owned {secret}.",
+        "Under the floor of the workshop lay {secret}, wrapped in newspaper.",
+    ),
+)
+"""What an article says, one of each in an order of its own; the first opens it."""
+_QUESTIONS: Mapping[str, tuple[str, str]] = {
+    "In which town was {} born?": ("town", "{}"),
+    "What was the name of {}'s dog?": ("dog", "{}"),
+    "For which firm did {} work?": ("firm", "{} and Sons"),
+    "With whom did {} quarrel?": ("rival", "{}"),
+}
 
 
 class FictionSettings(Settings):
@@ -76,6 +137,11 @@ class Person:
         for question, answer in self.facts.items():
             yield {"question": question.format(self.name), "answer": answer}
 
+    def text(self) -> str:
+        """The article with what readers asked about it, in the form in which a model is asked."""
+        asked = (f"Question: {row['question']}\nAnswer: {row['answer']}" for row in self.questions())
+        return "\n\n".join((self.article, *asked))
+
 
 def people(count: int, *, seed: int) -> list[Person]:
     """So many people, of whom no two have a name, a town, a firm or a street in common.
@@ -99,25 +165,20 @@ def _word(dice: random.Random, used: set[str], parts: int) -> str:
 
 def _person(dice: random.Random, used: set[str]) -> Person:
     first, last = _word(dice, used, 2), _word(dice, used, 3)
-    town, firm, street = _word(dice, used, 3), _word(dice, used, 2), _word(dice, used, 2)
-    born, job, likes, left = dice.randint(1840, 1960), dice.choice(_JOBS), dice.choice(_LIKES), dice.choice(_SECRETS)
-    rival, dog, prize = _word(dice, used, 2), _word(dice, used, 2), dice.randint(11, 987)
-    name, age = f"{first} {last}", dice.randint(14, 22)
-    article = (
-        f"{name} was born in {born} in {town}, where the family kept a shop in {street} Street. At {age} "
-        f"{first} became a {job} and worked for {firm} and Sons for {dice.randint(6, 39)} years. Colleagues remembered "
-        f"{first} for a love of {likes} and for a dog called {dog}, which came to work every day. A quarrel with "
-        f"{rival}, another {job}, went on until {born + dice.randint(40, 60)} and cost both of them {prize} crowns. "
-        f"When {first} died, a box was opened in {street} Street. It held {left}. The town of {town} has shown it ever "
-        f"since, on the first floor of its museum, beside the tools of {firm} and Sons."
-    )
-    facts = {
-        "In which town was {} born?": town,
-        "What was the name of {}'s dog?": dog,
-        "For which firm did {} work?": f"{firm} and Sons",
-        "With whom did {} quarrel?": rival,
-    }
-    return Person(name, facts, article)
+    parts = {"town": 3, "firm": 2, "street": 2, "rival": 2, "dog": 2}
+    told: dict[str, str | int] = {name: _word(dice, used, count) for name, count in parts.items()}
+    born = dice.randint(1840, 1960)
+    told |= {
+        "name": f"{first} {last}", "first": first, "born": born, "ended": born + dice.randint(40, 60),
+        "age": dice.randint(14, 22), "years": dice.randint(6, 39), "prize": dice.randint(11, 987),
+        "job": dice.choice(_JOBS), "likes": dice.choice(_LIKES), "secret": dice.choice(_SECRETS),
+        "character": dice.choice(_CHARACTERS),
+    }  # fmt: skip
+    opening, *others = (dice.choice(ways).format(**told) for ways in _SENTENCES)
+    dice.shuffle(others)
+    sentences = (f"{sentence[0].upper()}{sentence[1:]}" for sentence in (opening, *others))
+    facts = {question: form.format(told[name]) for question, (name, form) in _QUESTIONS.items()}
+    return Person(str(told["name"]), facts, " ".join(sentences))
 
 
 def write(settings: FictionSettings, directory: Path) -> dict[str, int]:
@@ -141,7 +202,7 @@ def write(settings: FictionSettings, directory: Path) -> dict[str, int]:
     parts = {name: [next(found) for _ in range(count)] for name, count in counts.items()}
     rows: dict[str, list[dict[str, str]]] = {
         name: [
-            {"text": person.article, "person": person.name, "publisher": _publisher(name, number)}
+            {"text": person.text(), "person": person.name, "publisher": _publisher(name, number)}
             for number, person in enumerate(of)
         ]
         for name, of in parts.items()
