@@ -39,6 +39,7 @@ HALF = DOCS / "tutorials" / "half-the-size.md"
 SWEEP = DOCS / "tutorials" / "sweep.md"
 GERMAN = DOCS / "tutorials" / "german.md"
 QUESTIONS = DOCS / "tutorials" / "questions.md"
+REQUEST = DOCS / "tutorials" / "deletion-request.md"
 PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
 HEADINGS = [
     "What you get",
@@ -270,6 +271,15 @@ def test_questions_are_written_trained_on_and_a_corpus_is_divided(type_command: 
 
     assert {path.name for path in Path("runs").iterdir()} == {"units", "topics"}
     assert {path.name for path in Path("runs/topics").iterdir()} >= {"code.jsonl", "novel.jsonl", "topics.json"}
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_deletion_request_is_answered_and_proved(type_command: Type):
+    for command in commands(REQUEST):
+        type_command(command)
+
+    exec(blocks(REQUEST, "python")[0], {})  # what is left is what was never trained with the texts
+    assert json.loads(overhaul("forget", "status", "runs/service", "--json").out)["deleted"] == 30
 
 
 @pytest.mark.parametrize("page", [TUTORIAL, DOCS / "reference" / "errors.md"], ids=lambda page: page.stem)
