@@ -1,0 +1,258 @@
+"""MUSE on SmolLM2 with articles about people who never were (Shi et al., ICLR 2025), at the size of a laptop.
+
+A model learns 60 articles by heart; another one the 30 of them that are to be retained. Every method is then to forget
+the other 30, and all are asked the same. What the paper says of 7B models is the target where it says it of any model;
+all else is recorded. Rates and passes were chosen by hand on seed 0, on the articles to forget and to retain alone.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+from bench import results
+from bench.results import Row, Target
+
+from command import overhaul
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * 3600)]
+
+SEEDS = (0,)
+SIZE = ("--seq-len", 256, "--batch-size", 4, "--evaluate", "none", "--save-every", 0)
+LEARN = ("--whole", "--epochs", 10, "--lr", 1e-4, *SIZE)
+NONE, GDR, KLR = (("--retain-term", name) for name in ("none", "gdr", "klr"))
+METHODS: Mapping[str, tuple[str, tuple[object, ...]]] = {
+    "GA": ("ga", (*NONE, "--epochs", 5, "--lr", 2e-5)),
+    "GA + GDR": ("ga", (*GDR, "--epochs", 5, "--lr", 2e-5)),
+    "GA + KLR": ("ga", (*KLR, "--epochs", 5, "--lr", 2e-5)),
+    "NPO": ("npo", (*NONE, "--epochs", 5, "--lr", 5e-5)),
+    "NPO + GDR": ("npo", (*GDR, "--epochs", 5, "--lr", 5e-5)),
+    "NPO + KLR": ("npo", (*KLR, "--epochs", 5, "--lr", 5e-5)),
+    "SimNPO + GDR": ("simnpo", (*GDR, "--epochs", 5, "--lr", 5e-5)),
+    "RMU": ("rmu", ("--epochs", 5)),
+    "task vector": ("task-vector", ("--epochs", 5, "--lr", 5e-5, "--alpha", 1)),
+}
+QUANTITIES = {
+    "verbatim memory": "verbatim",
+    "knowledge to forget": "knowledge",
+    "PrivLeak": "privleak",
+    "utility": "utility",
+}
+SETTINGS = {"model": "smollm2-135m", "data": "data fictions", "flags": " ".join(map(str, LEARN))}
+
+Said = Mapping[str, float]
+"""What `measure muse` says of a model, by metric, and `low` and `high` behind the name for its interval."""
+
+
+class Chain:
+    """The models of a seed, each made once.
+
+    Args:
+        root: where they lie.
+        seed: of the data and of every run.
+    """
+
+    def __init__(self, root: Path, seed: int) -> None:
+        self.root, self.seed, self.data = root, seed, root / "people"
+        self.seconds: dict[str, float] = {}
+        done = overhaul("data", "fictions", "-o", self.data, "--seed", seed)
+        assert done.code == 0, done.err
+
+    def made(self, name: str, *words: object) -> Path:
+        """The directory that a command writes, which is timed."""
+        out = self.root / name.replace(" ", "")
+        if name not in self.seconds:
+            began = time.perf_counter()
+            done = overhaul(*words, "-o", out, "--seed", self.seed)
+            assert done.code == 0, done.err
+            self.seconds[name] = time.perf_counter() - began
+        return out
+
+    def file(self, name: str) -> Path:
+        return self.data / f"{name}.jsonl"
+
+    def target(self) -> Path:
+        """Knows all."""
+        return self.made("target", "adapt", "full", "smollm2-135m", "--data", self.file("known"), *LEARN)
+
+    def retrained(self) -> Path:
+        """Never saw what is to be forgotten."""
+        return self.made("retrained", "adapt", "full", "smollm2-135m", "--data", self.file("retain"), *LEARN)
+
+    def unlearned(self, name: str, *more: object) -> Path:
+        """What a method made of the target."""
+        method, flags = METHODS[name]
+        keeps = () if method == "task-vector" or flags[:2] == NONE else ("--retain", self.file("retain"))
+        read = ("--forget", self.file("forget"), *keeps)
+        return self.made(name + "".join(map(str, more)), "forget", method, self.target(), *read, *flags, *SIZE, *more)
+
+    def said(self, *unlearned: Path) -> dict[Path, Said]:
+        """What they are worth, the target and the retrained model among them."""
+        beside = ("--unlearned", *unlearned) if unlearned else ()
+        files = {name: self.file(name) for name in ("forget", "retain", "holdout", "shots")}
+        files |= {f"{name}-questions": self.file(f"{name}-questions") for name in ("forget", "retain")}
+        read = [word for name, file in files.items() for word in (f"--{name}", file)]
+        done = overhaul("measure", "muse", self.target(), "--retrain", self.retrained(), *beside, *read, "--json")
+        assert done.code == 0, done.err
+        found: dict[Path, dict[str, float]] = {}
+        for row in json.loads(done.out)["rows"]:
+            of = found.setdefault(Path(row["model"]), {})
+            of |= {
+                row["metric"]: row["value"],
+                f"{row['metric']} low": row["low"],
+                f"{row['metric']} high": row["high"],
+            }
+        return dict(found)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Chain]:
+    """`chain(seed)`."""
+    return cache(lambda seed: Chain(tmp_path_factory.mktemp(f"muse-{seed}"), seed))
+
+
+def _rows(name: str, told: Sequence[Said], seconds: Sequence[float], settings: object = ()) -> list[Row]:
+    """All quantities of a model."""
+    slug = "".join(letter if letter.isalnum() else "-" for letter in name.lower()).replace("---", "-")
+    more = {**SETTINGS, "method": settings}
+    rows = [
+        Row(
+            id=f"measure-muse-{slug}/{short}",
+            kind="model",
+            what=f"{name}: {metric}",
+            values=tuple(one[metric] for one in told),
+            unit="",
+            seeds=SEEDS,
+            settings={
+                **more,
+                "low": [one[f"{metric} low"] for one in told],
+                "high": [one[f"{metric} high"] for one in told],
+            },
+        )
+        for metric, short in QUANTITIES.items()
+    ]
+    took = Row(
+        id=f"measure-muse-{slug}/seconds", kind="model", what=f"{name}: seconds", values=tuple(seconds), unit="s",
+        seeds=SEEDS, settings=more,
+    )  # fmt: skip
+    return [*rows, took]
+
+
+def _claim(name: str, what: str, values: Sequence[float], target: Target | None = None, unit: str = "points") -> Row:
+    return Row(
+        id=f"measure-muse/{name}", kind="claim", what=what, values=tuple(values), unit=unit, target=target, seeds=SEEDS,
+        settings=SETTINGS,
+    )  # fmt: skip
+
+
+def _hold(rows: Sequence[Row]) -> None:
+    results.record(rows)
+    for row in rows:
+        results.hold(row)
+
+
+def test_a_model_knows_what_it_learnt_and_leaks_it(chain: Callable[[int], Chain]):
+    told = []
+    for seed in SEEDS:
+        of = chain(seed)
+        said = of.said()
+        told.append((said[of.target()], said[of.retrained()]))
+    for place, name in enumerate(("target", "retrained")):
+        results.record(_rows(name, [one[place] for one in told], [chain(seed).seconds[name] for seed in SEEDS]))
+    above = [one["verbatim memory"] - other["verbatim memory"] for one, other in told]
+    _hold([
+        _claim("known", "Verbatim memory of what was learnt", [one["verbatim memory"] for one, _ in told],
+               Target(">=", 80)),
+        _claim("above", "... above that of a model that never saw it", above, Target(">=", 40)),
+        _claim("leaks", "PrivLeak of the first", [one["PrivLeak"] for one, _ in told], Target("<=", -80), ""),
+        _claim("nothing", "PrivLeak of the second", [one["PrivLeak"] for _, one in told], Target("==", 0), ""),
+    ])  # fmt: skip
+
+
+def test_every_method_is_asked_the_same(chain: Callable[[int], Chain]):
+    """One table of all; ascent alone forgets everything, and NPO beside texts to retain keeps what it should."""
+    told: dict[str, list[Said]] = {name: [] for name in ("target", "retrained", *METHODS)}
+    for seed in SEEDS:
+        of = chain(seed)
+        made = {name: of.unlearned(name) for name in METHODS}
+        said = of.said(*made.values())
+        for name, out in {"target": of.target(), "retrained": of.retrained(), **made}.items():
+            told[name].append(said[out])
+    for name, (_, flags) in METHODS.items():
+        seconds = [chain(seed).seconds[name] for seed in SEEDS]
+        results.record(_rows(name, told[name], seconds, " ".join(map(str, flags))))
+
+    def of_target(name: str) -> list[float]:
+        return [one["utility"] / whole["utility"] for one, whole in zip(told[name], told["target"], strict=True)]
+
+    below = [
+        one["verbatim memory"] - other["verbatim memory"]
+        for one, other in zip(told["GA"], told["retrained"], strict=True)
+    ]
+    _hold([
+        _claim("ga-verbatim", "Verbatim memory after GA, above the retrained model's", below, Target("<", 0)),
+        _claim("ga-utility", "Utility after GA, of the target's", of_target("GA"), Target("<", 0.3), "share"),
+        _claim("npo-gdr-utility", "Utility after NPO + GDR, of the target's", of_target("NPO + GDR"),
+               Target(">=", 0.8), "share"),
+    ])  # fmt: skip
+
+
+SERVICE = ("--tags", "publisher", "--together", "publisher", "--shards", 1, "--slices", 2, "--budget", 2, "--epochs", 8,
+           "--lr", 1e-3, *SIZE)  # fmt: skip
+
+
+def test_what_was_deleted_is_as_strange_as_what_was_never_seen(chain: Callable[[int], Chain]):
+    """S3T through the same report: PrivLeak within its own interval of the retrained model's, and what it costs."""
+    told, seconds = [], []
+    for seed in SEEDS:
+        of = chain(seed)
+        service = of.made("S3T", "forget", "s3t", "smollm2-135m", "--data", of.file("known"), *SERVICE)
+        publisher = json.loads(of.file("forget").read_text().splitlines()[0])["publisher"]
+        began = time.perf_counter()
+        done = overhaul("forget", "delete", service, "--where", f"publisher={publisher}")
+        assert done.code == 0, done.err
+        seconds.append(time.perf_counter() - began)
+        told.append(of.said(service)[service])
+    results.record(_rows("S3T, deleted", told, seconds, " ".join(map(str, SERVICE))))
+    off = [max(one["PrivLeak low"], -one["PrivLeak high"], 0) for one in told]
+    _hold([
+        _claim("s3t-leaks", "PrivLeak after an S3T deletion, how far 0 is outside its interval", off,
+               Target("==", 0), ""),
+    ])  # fmt: skip
+
+
+ATTACKS: Mapping[str, tuple[object, ...]] = {
+    "8 bits": ("quantize", "int8", "--evaluate", "none"),
+    "4 bits": ("quantize", "bct", "--mode", "w4a32", "--evaluate", "none"),
+    "20 steps on other text": ("adapt", "full", "--data", "sample", "--steps", 20, "--lr", 2e-5, *SIZE),
+}
+ATTACKED = ("NPO + GDR", "retrained")
+"""The second one shows what an attack does by itself."""
+
+
+def test_whether_the_knowledge_returns(chain: Callable[[int], Chain]):
+    """The seventh check, ours: after quantization and after a little training on text that says nothing of it."""
+    told: dict[tuple[str, str], list[Said]] = {}
+    for seed in SEEDS:
+        of = chain(seed)
+        begun = {name: of.retrained() if name == "retrained" else of.unlearned(name) for name in ATTACKED}
+        made = {
+            (name, attack): of.made(f"{name} {attack}", *words[:2], directory, *words[2:])
+            for name, directory in begun.items()
+            for attack, words in ATTACKS.items()
+        }
+        said = of.said(*begun.values(), *made.values())
+        for key, out in {**{(name, ""): out for name, out in begun.items()}, **made}.items():
+            told.setdefault(key, []).append(said[out])
+    rows = []
+    for name in ATTACKED:
+        for attack in ATTACKS:
+            for metric in ("verbatim memory", "knowledge to forget"):
+                back = [a[metric] - b[metric] for a, b in zip(told[name, attack], told[name, ""], strict=True)]
+                slug = f"back-{name}-{attack}-{QUANTITIES[metric]}".lower().replace(" ", "-").replace("-+-", "-")
+                rows.append(_claim(slug, f"{metric.capitalize()} that returns to {name} after {attack}", back))
+    _hold(rows)
