@@ -1,0 +1,195 @@
+"""S3T on SmolLM2 (Basu Roy Chowdhury et al., ICLR 2025): exact to the bit, and what it is worth as deletions go on.
+
+Worked problems of units and sums, three slices of ten blocks each. Utility is how far the loss on held-out answers lies
+below that of the model before, as a share of what three sequences win before anything is deleted. One sequence alone
+is what SISA is in this scheme: it is gone when its first slice is hit.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench import results
+from bench.results import Row, Target
+from safetensors.torch import load_file
+
+from command import overhaul
+from overhaul import artifact, evaluate
+from overhaul.corpora import CorpusSpec, open_whole
+from overhaul.data import Data
+from overhaul.deletion.book import FOLDER, Book
+from overhaul.deletion.ensemble import Ensemble
+from overhaul.deletion.sequences import Order
+from overhaul.deletion.survivors import Survivors
+from overhaul.documents import read_rows
+from overhaul.unlearning.slices import cell_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * 3600)]
+
+SEEDS = (0,)
+SLICES = 3
+SIZE = ("--shards", 1, "--slices", SLICES, "--budget", 3, "--batch-size", 8, "--seq-len", 64, "--lr", 1e-3,
+        "--evaluate", "none", "--save-every", 0)  # fmt: skip
+SHORT = ("--steps", 3, "--rank", 4)
+LONG = ("--steps", 30, "--rank", 8)
+ORDERS, REQUESTS = 200, 12
+"""Random orders of requests that utility is averaged over, and requests of each."""
+SETTINGS = {
+    "model": "smollm2-135m",
+    "data": "data questions --kinds units arithmetic",
+    "flags": " ".join(map(str, SIZE)),
+}
+
+
+def _written(root: Path, seed: int, examples: int) -> Path:
+    file = root / f"asked-{seed}.jsonl"
+    how = ("--kinds", "units", "arithmetic", "--count", examples, "--heldout", 40, "--seed", seed)
+    done = overhaul("data", "questions", "-o", file, *how)
+    assert done.code == 0, done.err
+    return file
+
+
+def _service(out: Path, data: Path, seed: int, *how: object) -> Path:
+    done = overhaul("forget", "s3t", "smollm2-135m", "-o", out, "--data", data, "--seed", seed, *SIZE, *how)
+    assert done.code == 0, done.err
+    return out
+
+
+def test_what_is_left_is_what_is_trained_without_the_example(tmp_path: Path):
+    """Bit for bit, every tensor of every stage, with the other examples in another order."""
+    same, others = [], []
+    for seed in SEEDS:
+        data = _written(tmp_path, seed, 120)
+        lines = data.read_text().splitlines()
+        gone, rest = tmp_path / f"gone-{seed}.jsonl", tmp_path / f"rest-{seed}.jsonl"
+        gone.write_text(lines[7] + "\n")
+        rest.write_text("".join(f"{line}\n" for line in reversed(lines) if line != lines[7]))
+        whole = _service(tmp_path / f"whole-{seed}", data, seed, *SHORT)
+        without = _service(tmp_path / f"without-{seed}", rest, seed, *SHORT)
+        with Book(whole) as book:
+            before = len(book.stages())
+        done = overhaul("forget", "delete", whole, "--text", gone)
+        assert done.code == 0, done.err
+        left, wanted = _stages(whole), _stages(without)
+        cell = cell_of(next(iter(read_rows(gone).rows)).id, 1, SLICES, seed)
+        assert 0 < len(left) < before
+        assert all(cell[1] not in order for _, order in left)
+        same.append(statistics.fmean(_equal(left[key], wanted[key]) for key in left))
+        others.append(len(left) / before)
+    _hold([
+        _row("exact", "Stages left by a deletion that equal those trained without the example, to the bit", same,
+             Target("==", 1.0), "share"),
+        _row("left", "... of all stages before it", others, unit="share"),
+    ])  # fmt: skip
+
+
+def _stages(directory: Path) -> dict[tuple[int, Order], dict[str, torch.Tensor]]:
+    with Book(directory) as book:
+        return {(one.shard, one.sequence): load_file(directory / FOLDER / one.file) for one in book.stages()}
+
+
+def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_three_sequences_are_worth_more_than_one_as_deletions_go_on(tmp_path: Path):
+    areas: dict[str, list[float]] = {"three": [], "one": []}
+    begins, plain, lasts = [], [], {"three": [], "one": []}
+    for seed in SEEDS:
+        data = _written(tmp_path, seed, 240)
+        heldout = data.with_name(f"{data.stem}.heldout.jsonl")
+        service = _service(tmp_path / f"service-{seed}", data, seed, *LONG)
+        loss = _losses(service, heldout)
+        with Book(service) as book:
+            orders = book.orders[0]
+        bare, full = loss(()), loss(orders[0])
+        for name, chosen in {"three": orders, "one": orders[:1]}.items():
+            curves = [
+                [(bare - loss(left)) / (bare - full) for left in _served(chosen, dice)]
+                for dice in map(random.Random, range(ORDERS))
+            ]
+            areas[name].append(statistics.fmean(map(statistics.fmean, curves)))
+            lasts[name].append(statistics.fmean(_until_gone(chosen, random.Random(order)) for order in range(ORDERS)))
+        begins.append(bare - full)
+        plain.append((bare - full) / (bare - _lora(tmp_path / f"lora-{seed}", data, heldout, seed)))
+    _hold([
+        _row("wins", "Fall of the loss on held-out answers, three stages, nothing deleted", begins, Target(">", 0),
+             "nats"),
+        _row("of-lora", "... of that of one LoRA, trained on all of the data in as many steps", plain, unit="share"),
+        _row("area-one", f"Utility over {REQUESTS} random requests, one sequence (SISA)", areas["one"], unit="share"),
+        _row("area-three", "... three sequences", areas["three"], unit="share"),
+        _row("area", "... three above one", [a - b for a, b in zip(areas["three"], areas["one"], strict=True)],
+             Target(">", 0), "share"),
+        _row("lasts-one", "Requests until nothing is left, one sequence (formula: 3)", lasts["one"]),
+        _row("lasts-three", "... three sequences (formula: 5.5)", lasts["three"]),
+    ])  # fmt: skip
+
+
+def _served(orders: Sequence[Order], dice: random.Random) -> list[Order]:
+    """What answers before the first request and after each, requests hitting every slice alike."""
+    left = Survivors((orders,))
+    found = [left.serving(0)]
+    for _ in range(REQUESTS):
+        left.delete(0, dice.randrange(SLICES))
+        found.append(left.serving(0))
+    return found
+
+
+def _until_gone(orders: Sequence[Order], dice: random.Random) -> int:
+    left = Survivors((orders,))
+    for number in count(1):
+        left.delete(0, dice.randrange(SLICES))
+        if left.is_gone:
+            return number
+    raise AssertionError
+
+
+def _losses(service: Path, heldout: Path) -> Callable[[Order], float]:
+    """`loss(order)`: on held-out answers, in nats a token, with the stages of a beginning alone."""
+    made, stages = artifact.load(service), _stages(service)
+    with Book(service) as book:
+        ensemble = Ensemble.of(made.model, book.settings)
+
+    @cache
+    def of(order: Order) -> float:
+        lengths = range(1, len(order) + 1)
+        ensemble.take({0: {name: t for length in lengths for name, t in stages[0, order[:length]].items()}})
+        return _loss(made.model, made.processor, heldout)
+
+    return of
+
+
+def _loss(model: Any, processor: Any, heldout: Path) -> float:
+    data = Data(open_whole(CorpusSpec(path=str(heldout))), processor)
+    return float(evaluate.document_nll(model, data.encoded(list(data.corpus.train))).mean())
+
+
+def _lora(out: Path, data: Path, heldout: Path, seed: int) -> float:
+    """The loss of an adapter on all blocks, with the steps of three stages."""
+    how = ("--rank", 8, "--steps", 90, "--batch-size", 8, "--seq-len", 64, "--lr", 1e-3, "--whole")
+    done = overhaul("adapt", "lora", "smollm2-135m", "-o", out, "--data", data, "--seed", seed, *how, "--evaluate",
+                    "none", "--save-every", 0)  # fmt: skip
+    assert done.code == 0, done.err
+    made = artifact.load(out)
+    return _loss(made.model, made.processor, heldout)
+
+
+def _row(name: str, what: str, values: Sequence[float], target: Target | None = None, unit: str = "") -> Row:
+    return Row(
+        id=f"forget-s3t/{name}", kind="claim", what=what, values=tuple(values), unit=unit, target=target, seeds=SEEDS,
+        settings=SETTINGS,
+    )  # fmt: skip
+
+
+def _hold(rows: Sequence[Row]) -> None:
+    results.record(rows)
+    for row in rows:
+        results.hold(row)
