@@ -125,7 +125,7 @@ def longest(model: nn.Module) -> int:
 
 def longest_of(config: Any) -> int:
     """How many tokens a model of this configuration reads at once."""
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 @contextmanager

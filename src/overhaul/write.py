@@ -21,7 +21,7 @@ from overhaul.judge import Judge
 from overhaul.kinds import Kind
 from overhaul.lineage import LineageStep, nested_fields
 from overhaul.method import Method
-from overhaul.report.card import CardData, Relation, banked_snippet, image_snippet, model_card, overhaul_snippet
+from overhaul.report.card import CardData, Relation, banked_snippet, model_card, overhaul_snippet, snippet_of
 from overhaul.report.facts import HELDOUT, LOSS_ON, Facts, Report, curves_of_history
 from overhaul.report.figures import curves_png
 from overhaul.report.html import html_report
@@ -245,7 +245,7 @@ def _snippet(made: Artifact, name: str, tasks: Sequence[str], *, deletable: bool
     if tasks:
         by_likeness = made.kind is Kind.CAUSAL_LM
         return overhaul_snippet(name, with_library=True) if by_likeness else banked_snippet(name, tasks[-1])
-    return image_snippet(name, own_code=True) if models.is_own(made.model) else ""
+    return snippet_of(made.kind.value, name, own_code=True) if models.is_own(made.model) else ""
 
 
 def _is_stock(made: Artifact) -> bool:

@@ -1,4 +1,4 @@
-"""Architectures of our own: read by our code, written with it, learnt, and read by plain transformers."""
+"""Classifiers of architectures of our own: read by our code, written with it, learnt; plain transformers reads them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLAGS = ("--split", 2, "--epochs", 1, "--batch-size", 8, "--lr", 0.02)
 MEMORY = ("--memory", 24)
 
 
-@pytest.fixture(params=models.MODEL_TYPES)
+@pytest.fixture(params=["cct", "efficientnet_lite"])
 def own(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return write_own(tmp_path / request.param, request.param)
 
@@ -161,6 +161,18 @@ def test_its_weights_have_a_fisher_information(own: Path, bars: Path):
         "learn", "bregman", own, "-o", out, "--tasks", bars, *FLAGS, "--output-term", "none", "--weight-term", "ewc"
     )
     assert done.code == 0, done.err
+
+
+def test_what_counts_as_a_weight_beside_the_files_is_alpha_alone(tmp_path: Path):
+    def told(**config: Any) -> bytes:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return models.beside_weights(tmp_path)
+
+    assert models.beside_weights(tmp_path) == b""
+    assert told(model_type="whp", alpha=1) == told(model_type="whp", alpha=1.0) != told(model_type="whp", alpha=1.5)
+    assert told(model_type="llama", alpha=1) == told(model_type="whp") == told(alpha=1) == b""
+    (tmp_path / "config.json").write_text("[")
+    assert models.beside_weights(tmp_path) == b""
 
 
 def test_registering_again_changes_nothing():

@@ -126,49 +126,54 @@ def _task(report: Report) -> str:
     return _TASKS.get(report.facts[-1].kind, "text-generation")
 
 
-def snippet_of(kind: str, name: str) -> str:
-    """Python that uses a model of this kind with plain transformers."""
+def snippet_of(kind: str, name: str, *, own_code: bool = False) -> str:
+    """Python that uses a model of this kind with plain transformers.
+
+    Args:
+        kind: the value of a `Kind`; any other stands for a language model.
+        name: a directory or a name on the hub.
+        own_code: whether its architecture's code lies beside its weights.
+    """
     of_kind = {Kind.IMAGE_CLASSIFIER.value: image_snippet, Kind.TEXT_CLASSIFIER.value: text_class_snippet}
-    return of_kind.get(kind, transformers_snippet)(name)
+    return of_kind.get(kind, transformers_snippet)(name, ", trust_remote_code=True" if own_code else "")
 
 
-def image_snippet(name: str, *, own_code: bool = False) -> str:
+def image_snippet(name: str, more: str = "") -> str:
     """Python that loads the image classifier `name` with plain transformers and names what a picture shows.
 
     Args:
         name: a directory or a name on the hub.
-        own_code: whether its architecture's code lies beside its weights.
+        more: further arguments, with a comma before each.
     """
-    trusted = ", trust_remote_code=True" if own_code else ""
     return f"""
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-model = AutoModelForImageClassification.from_pretrained({name!r}{trusted})
+model = AutoModelForImageClassification.from_pretrained({name!r}{more})
 processor = AutoImageProcessor.from_pretrained({name!r})
 logits = model(**processor(Image.open("picture.png"), return_tensors="pt")).logits
 print(model.config.id2label[int(logits.argmax())])
 """
 
 
-def text_class_snippet(name: str) -> str:
+def text_class_snippet(name: str, more: str = "") -> str:
     """Python that loads the text classifier `name` with plain transformers and names the classes of two texts."""
     return f"""
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-model = AutoModelForSequenceClassification.from_pretrained({name!r})
+model = AutoModelForSequenceClassification.from_pretrained({name!r}{more})
 tokenizer = AutoTokenizer.from_pretrained({name!r})
 inputs = tokenizer(["One text.", "Another text, which is longer."], padding=True, return_tensors="pt")
 print([model.config.id2label[int(place)] for place in model(**inputs).logits.argmax(dim=-1)])
 """
 
 
-def transformers_snippet(name: str) -> str:
+def transformers_snippet(name: str, more: str = "") -> str:
     """Python that loads the model `name` with plain transformers and writes a sentence with it."""
     return f"""
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({name!r}, dtype="auto")
+model = AutoModelForCausalLM.from_pretrained({name!r}, dtype="auto"{more})
 tokenizer = AutoTokenizer.from_pretrained({name!r})
 inputs = tokenizer("It is a truth universally acknowledged", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
