@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from overhaul import banks
+from overhaul import banks, models
 from overhaul.artifact import Artifact
 from overhaul.deletion import ensemble
 from overhaul.errors import UserError
@@ -15,8 +15,26 @@ from overhaul.packed import format_of, is_packed, is_quantized, trains_adapters
 
 def refuse_unfit(method: Method, parent: Artifact) -> None:
     """Raises `UserError` for a method that would spoil the model, or that the model is no input for."""
-    for refuse in (_refuse_packed, _refuse_banks, _refuse_deletable, _refuse_adapter_of_adapter, _refuse_long_windows):
+    for refuse in (
+        refuse_two_networks,
+        _refuse_packed,
+        _refuse_banks,
+        _refuse_deletable,
+        _refuse_adapter_of_adapter,
+        _refuse_long_windows,
+    ):
         refuse(method, parent)
+
+
+def refuse_two_networks(method: Method, parent: Artifact) -> None:
+    """Raises `UserError` where more than logits are asked of a model whose logits are made of two networks'."""
+    if models.is_of_two(parent.model) and not method.reads_logits_alone:
+        raise UserError(
+            f"{parent.name} is two networks, whose logits are subtracted (forget whp): there is no one network that "
+            "could be trained, changed or looked into",
+            allowed="generate, compare and show; measure perplexity, choice, answers and muse; distill kd --teacher",
+            hint=f"the model it was made from, {parent.lineage[-1].parents[0].path}" if parent.lineage else "",
+        )
 
 
 def _refuse_packed(method: Method, parent: Artifact) -> None:

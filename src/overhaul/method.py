@@ -60,6 +60,10 @@ class Method(Settings, ABC):
     """The kinds of model that it reads."""
     reads_packed: ClassVar[bool] = False
     """Whether it can begin with a model whose weights are stored as integers."""
+    reads_logits_alone: ClassVar[bool] = False
+    """Whether logits are all that it asks of a model, so that two networks may make them."""
+    networks: ClassVar[int] = 1
+    """How many networks of the model's shape are in what it writes."""
     keeps_banks: ClassVar[bool] = False
     """Whether the banks of a directory are still good beside what it writes."""
     holds_out: ClassVar[bool] = True

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from overhaul import models
 from overhaul.errors import UserError, did_you_mean
 from overhaul.layers import LinearLike, PackedLinear, is_adapter
 from overhaul.walk import decoder_blocks
@@ -23,7 +24,14 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def block_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The effective weight of every linear layer in the blocks, adapters that are not merged included, one by one."""
+    """The effective weight of every linear layer in the blocks, adapters that are not merged included, one by one.
+
+    Where two networks make one model, those of both.
+    """
+    if models.is_of_two(model):
+        for part, network in model.named_children():
+            yield from ((f"{part}.{name}", weight_OI) for name, weight_OI in block_weights(network))
+        return
     for name, module in outermost_linears(model).items():
         yield name, module.dense() if isinstance(module, LinearLike) else module.weight
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from overhaul import artifact as artifacts
 from overhaul.errors import UserError
+from overhaul.interop import hf
 from overhaul.interop.peft import CONFIG, plain_lora, why_not_plain
 from overhaul.lineage import LineageStep, Parent
 from overhaul.matrices import Listed, manifest
@@ -47,12 +48,14 @@ def stored(ref: str) -> Stored:
     """
     artifacts.check_files(ref)
     path, base = artifacts.directories(ref)
+    config = artifacts.read_config(ref)
+    hf.refuse_two(config, ref)
     shapes = _shapes(ref)
     others = _others(ref, shapes)
     names = {*others, *(f"{name}.weight" for name in shapes)}
     files = {key: file for file in artifacts.weight_files(base) for key in _keys(file)}
     is_adapter = path != base
-    is_packed = getattr(artifacts.read_config(ref), "quantization_config", None) is not None
+    is_packed = getattr(config, "quantization_config", None) is not None
     if is_packed or not names <= files.keys() or (is_adapter and why_not_plain(path)):
         return _loaded(ref, path, others)
     lora = plain_lora(path) if is_adapter else None

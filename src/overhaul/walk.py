@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from overhaul.errors import UserError
 from overhaul.input_statistics import Statistic, StopForward, collect
+from overhaul.interop import hf
 from overhaul.interop.fused import fused
 from overhaul.layers import LinearLike
 from overhaul.machine import release_memory
@@ -136,9 +137,10 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder's repeated blocks by qualified name: the largest list of modules that hold linear layers.
 
     Raises:
-        UserError: there is none; there is an encoder too; or the blocks keep weight matrices in something else
-            than `nn.Linear`, which would silently stay as they are.
+        UserError: there is none; there is an encoder too, or a second network; or the blocks keep weight matrices in
+            something else than `nn.Linear`, which would silently stay as they are.
     """
+    hf.refuse_two(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError(f"{type(model).__name__} is an encoder-decoder", allowed="decoder-only models")
     lists = [

@@ -88,6 +88,7 @@ class KnowledgeDistillation(Training):
     def check(self, model: nn.Module, data: Data | None) -> None:
         """Compares vocabularies, and looks for the layers and words that were asked for."""
         from overhaul import artifact
+        from overhaul.generation import longest_of
         from overhaul.interop import hf
 
         assert data is not None
@@ -101,9 +102,10 @@ class KnowledgeDistillation(Training):
             )
         if self.top_k and self.top_k > (most := min(hf.num_words(config), hf.num_words(model.config))):
             raise UserError(f"--top-k {self.top_k} is more than the vocabulary has", allowed=f"up to {most}")
-        if self.seq_len > (longest := getattr(config, "max_position_embeddings", self.seq_len)):
+        if self.seq_len > (longest := longest_of(config)):
             raise UserError(f"--seq-len {self.seq_len} is more than {self.teacher} reads", allowed=f"up to {longest}")
-        self.pairs(hf.depth(model.config), hf.depth(config))
+        if self.pairs(hf.depth(model.config), hf.depth(config)):
+            hf.refuse_two(config, f"--states {' '.join(self.states)}: {self.teacher}")
 
     def pairs(self, depth: int, teacher_depth: int) -> tuple[tuple[int, int], ...]:
         """The hidden states that are compared: places in the student and in the teacher, 0 being the embedding.

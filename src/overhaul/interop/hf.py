@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from overhaul import models
+from overhaul.errors import UserError
 from overhaul.layers import LinearLike
 
 # Configurations that change the logits after the output embedding; those models keep their own forward.
@@ -29,9 +31,30 @@ class Head(NamedTuple):
 
 
 def body(model: nn.Module) -> nn.Module:
-    """The decoder without the output embedding."""
+    """The decoder without the output embedding.
+
+    Raises:
+        UserError: there are two.
+    """
+    refuse_two(model)
     inner: Any = model
     return inner.base_model
+
+
+def refuse_two(model: Any, name: str = "") -> None:
+    """Raises `UserError` for a model whose logits are made of those of two networks.
+
+    Args:
+        model: it, or its configuration.
+        name: how the user called it.
+    """
+    if models.is_of_two(model):
+        raise UserError(
+            f"{name or type(model).__name__} is two networks, whose logits are subtracted (forget whp): neither "
+            "weights nor hidden states are those of one",
+            allowed="what asks for logits alone",
+            hint="the model it was made from",
+        )
 
 
 class Outputs(NamedTuple):
@@ -56,6 +79,8 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 def outputs(model: nn.Module, batch: Mapping[str, Tensor], *, states: bool = False) -> Outputs:
     """One pass through a causal language model: hidden states, or logits where these do not say all."""
+    if states:
+        refuse_two(model)
     runs: Any = body(model) if has_linear_head(model) else model
     more = {"output_hidden_states": True} if states else {}
     made = runs(**_inputs(batch), use_cache=False, **more)

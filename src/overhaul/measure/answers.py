@@ -24,6 +24,7 @@ class Answers(Measure):
     """Share of questions that are answered exactly, greedily and as plain text, with a 95% interval."""
 
     needs_corpus: ClassVar[bool] = False
+    reads_logits_alone: ClassVar[bool] = True
 
     task: tuple[str, ...] = Field(description="One or more tables with the columns question and answer.")
     limit: Positive | None = Field(200, description="Questions of each table, drawn by --seed; none means all.")

@@ -21,6 +21,7 @@ class Choice(Measure):
     """Accuracy on multiple-choice questions, with a 95% interval."""
 
     needs_corpus: ClassVar[bool] = False
+    reads_logits_alone: ClassVar[bool] = True
 
     task: tuple[str, ...] = Field(("openbookqa",), description=f"One or more of {', '.join(TASKS)}.")
     limit: Positive | None = Field(200, description="Questions of each task, drawn by --seed; none means all.")

@@ -36,6 +36,7 @@ class Muse(Measure):
         "Evaluation for Language Models, ICLR 2025, arXiv:2407.06460"
     )
     needs_corpus: ClassVar[bool] = False
+    reads_logits_alone: ClassVar[bool] = True
 
     retrain: str = Field(min_length=1, description="Model that was trained alike, without the texts to forget.")
     unlearned: Names = Field((), description="Models that were to forget them.")

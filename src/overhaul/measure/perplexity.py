@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 class MeasurePerplexity(Measure):
     """Perplexity on held-out text, with a 95% interval."""
+
+    reads_logits_alone: ClassVar[bool] = True
 
     seq_len: SeqLen = 512
     windows: Positive | None = Field(None, description="Score the first windows only; none means all.")
