@@ -129,6 +129,13 @@ ENTRIES = (
         "Unlearn texts by learning them further and going as far the other way (task vector).",
         43,
     ),
+    Entry(
+        "forget",
+        "whp",
+        "forget.whp:Whp",
+        "Unlearn texts at decoding: two networks, and off the logits what learning the texts further adds (WHP).",
+        43,
+    ),
     Entry("adapt", "full", "adapt.full:Full", "Train every parameter; pruned weights stay zero."),
     Entry("adapt", "lora", "adapt.lora:LoRA", "Train low-rank increments of the linear layers."),
     Entry(

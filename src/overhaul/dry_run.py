@@ -72,7 +72,7 @@ def say_plan(
         say(f"{settings.samples} windows of {min(settings.seq_len, longest)} tokens from {data.corpus.name}")
     # Other methods change the size, and so does what is kept as an adapter or as factors.
     same_size = isinstance(method, Training) and getattr(method, "merge", True)
-    weights = f"weights ({size / 1e6:.0f} MB)" if same_size else "weights"
+    weights = f"weights ({method.networks * size / 1e6:.0f} MB)" if same_size else "weights"
     say(f"writes {out}: {weights}, overhaul.json, recipe.yaml, README.md, report.html")
 
 

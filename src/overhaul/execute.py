@@ -23,7 +23,7 @@ from overhaul.corpora import NO_CORPUS, Corpus, CorpusSpec, from_anywhere, open_
 from overhaul.data import Data
 from overhaul.dry_run import say_plan
 from overhaul.errors import Interrupted, UserError
-from overhaul.fitting import refuse_unfit
+from overhaul.fitting import refuse_two_networks, refuse_unfit
 from overhaul.generation import longest
 from overhaul.interop.classifier import channels_of
 from overhaul.judge import Judge
@@ -92,8 +92,9 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     beside, watched = _further(method, options, corpus)
     for note in (note for text in (corpus, sequence, *beside.values()) if text for note in text.notes):
         say(f"note: {note}")
-    parent = method.opened(artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype), kinds=method.kinds))
+    parent = artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype), kinds=method.kinds)
     refuse_unfit(method, parent)
+    parent = method.opened(parent)
     # A pipeline sees what was given even where it reads none of it: private data in the wrong place is worth a word.
     sees_all = isinstance(method, Pipeline) or method.brings_text
     text = (corpus or NO_CORPUS) if sees_all else corpus if needs_data else None
@@ -116,7 +117,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     method.check(parent.model, handed)
     left = method.left_bytes(parent.model) if isinstance(method, Training) else 0
     artifacts.refuse_full_disk(
-        out, left + 2 * sum(p.numel() * parent.dtype.itemsize for p in parent.model.parameters())
+        out, left + 2 * method.networks * sum(p.numel() * parent.dtype.itemsize for p in parent.model.parameters())
     )
     if options.dry_run:
         say_plan(step, parent, data, out, longest=longest(parent.model), dtype=dtype)
@@ -297,9 +298,9 @@ def _train(
         "others": [other.hash for other in others],
         **flat_fields(method.model_dump(mode="json")),
     }
-    histories, stored = [], next(parent.model.parameters()).dtype
+    histories, stored, changed = [], next(parent.model.parameters()).dtype, parent.model
     handed: Any = data
-    for number, plan in enumerate(method.stages(parent.model, handed), 1):
+    for number, plan in enumerate(method.stages(changed, handed), 1):
         try:
             history = train(
                 plan,
@@ -317,12 +318,13 @@ def _train(
             )
         except Interrupted as stopped:
             raise _resumable(stopped, method, out) from None
-        finish(plan)
+        made = finish(plan)
+        changed = made if plan.model is changed else changed
         histories.append(history)
-    if not has_adapters(parent.model):
+    if not has_adapters(changed):
         # What is measured from here on is what will be written.
-        parent.model.to(stored)
-    return parent.model, History.joined(histories, in_parts=method.in_parts())
+        changed.to(stored)
+    return changed, History.joined(histories, in_parts=method.in_parts())
 
 
 def _resumable(stopped: Interrupted, method: Training, out: Path) -> Interrupted:
@@ -461,6 +463,7 @@ def measure(method: Measure, models: Sequence[str], options: Options) -> Table:
     table = Table(())
     for name in models:
         made = artifacts.load(name, device=device, dtype=machine.weights_dtype(dtype), with_library=True)
+        refuse_two_networks(method, made)
         table += method.measure(made.model, Data(corpus, made.processor, options.seed, name, dtype))
     return table
 

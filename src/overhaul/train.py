@@ -55,7 +55,7 @@ class Plan:
         optimizer: any torch optimizer; it is called with a closure.
         schedule: share of the run -> factor of the peak rate.
         watchers: change something on a timetable.
-        finish: applied to the model after the last step: merge adapters, drop masks.
+        finish: applied to the model after the last step: merges adapters, drops masks, or makes another model of it.
         helpers: children of the model that are trained with it and that `finish` takes away, by name.
         probes: numbers about the model by name, taken whenever it is evaluated.
         hands_on: whether its optimizer goes on in the next plan: then a checkpoint behind the last step holds it too.
