@@ -12,7 +12,7 @@ import sysconfig
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from platform import python_version
@@ -176,6 +176,26 @@ def open_whole(spec: CorpusSpec, tags: Sequence[str] = ()) -> Corpus:
         notes=replace(reading.notes, duplicates=copies).sentences(),
         fingerprint=fingerprint((rows, (), ())),
     )
+
+
+def open_all_of(paths: Mapping[str, str]) -> tuple[Corpus, ...]:
+    """Corpora of which nothing is held out, each named after what it is there for too: `news.jsonl (to forget)`.
+
+    Args:
+        paths: names or paths, by what they are there for.
+
+    Raises:
+        UserError: as `open_whole`; standard input can be read once only.
+    """
+    found = []
+    for purpose, path in paths.items():
+        if path == "-":
+            raise UserError(
+                f"the texts {purpose} are read more than once", allowed="a named corpus, a file, or a directory"
+            )
+        corpus = open_whole(CorpusSpec(path=path))
+        found.append(replace(corpus, name=f"{corpus.name} ({purpose})"))
+    return tuple(found)
 
 
 def every_row(path: str, field: str | None = None) -> Iterator[Row]:

@@ -19,7 +19,16 @@ from torch import nn
 from overhaul import artifact as artifacts
 from overhaul import journal, machine, pretrained
 from overhaul.artifact import Artifact
-from overhaul.corpora import NO_CORPUS, Corpus, CorpusSpec, from_anywhere, open_corpus, open_several, open_whole
+from overhaul.corpora import (
+    NO_CORPUS,
+    Corpus,
+    CorpusSpec,
+    from_anywhere,
+    open_all_of,
+    open_corpus,
+    open_several,
+    open_whole,
+)
 from overhaul.data import Data
 from overhaul.dry_run import say_plan
 from overhaul.errors import Interrupted, UserError
@@ -90,7 +99,8 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     _refuse_unread(step)
     corpus = open_data(options, method) if needs_data or options.data else None
     beside, watched = _further(method, options, corpus)
-    for note in (note for text in (corpus, sequence, *beside.values()) if text for note in text.notes):
+    whole = open_all_of(method.whole_texts())
+    for note in (note for text in (corpus, sequence, *beside.values(), *whole) if text for note in text.notes):
         say(f"note: {note}")
     parent = artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype), kinds=method.kinds)
     refuse_unfit(method, parent)
@@ -127,7 +137,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     judged = None if (isinstance(method, Pipeline) and not needs_data) or not is_held_out else corpus
     if sequence:
         options = options.model_copy(update={"evaluate": "none"})
-    judge = Judge.of(options, judged, parent.processor, dtype, (*beside.values(), *watched))
+    judge = Judge.of(options, judged, parent.processor, dtype, (*beside.values(), *watched), whole)
     before = judge.chain(parent)
     changed, notes, history = _change(step, parent, others, data, dtype, out, judge, command)
     if not is_main_process():
@@ -191,7 +201,7 @@ def measured_by(step: Step) -> tuple[str, ...]:
     method, options = step.method, step.options
     reads = method.reads_data()
     beside, watched = _further(method, options, open_data(options, method) if reads or options.data else None)
-    losses = (f"{LOSS_ON} {text.name}" for text in (*beside.values(), *watched))
+    losses = (f"{LOSS_ON} {text.name}" for text in (*open_all_of(method.whole_texts()), *beside.values(), *watched))
     on_text = [] if options.evaluate == "none" or method.measures() else [PERPLEXITY, LOSS]
     return (*method.measures(), *on_text, *losses)
 

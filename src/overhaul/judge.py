@@ -19,15 +19,18 @@ from overhaul import evaluate, machine
 from overhaul.artifact import Artifact
 from overhaul.corpora import Corpus, CorpusSpec, open_corpus
 from overhaul.data import Data
+from overhaul.errors import UserError
 from overhaul.journal import LayerNote
 from overhaul.kinds import is_classifier, kind_of_model
 from overhaul.layers import Packed
 from overhaul.layers.masked import MaskedLinear
 from overhaul.options import DEFAULT_CORPUS, Options
 from overhaul.progress import say
-from overhaul.report.facts import BITS_PER_BYTE, HELDOUT, LOSS_ON, Facts, LayerFacts
+from overhaul.report.facts import BITS_PER_BYTE, HELDOUT, LOSS_ON, WHOLE, Facts, LayerFacts
 from overhaul.select import block_weights
+from overhaul.stream import IGNORED
 from overhaul.table import Row
+from overhaul.unlearning import texts
 
 PROMPTS = ("The capital of France is", "It was a bright morning, and the old man")
 PROMPT_TOKENS = 32
@@ -45,7 +48,8 @@ class Judge:
         corpus: its held-out part is read; None measures no quality.
         windows: the held-out windows.
         dtype: of matrix products.
-        watched: held-out windows of further corpora, by name.
+        watched: held-out windows of further corpora, by name, and those of whole ones.
+        labels: of the whole ones, which tokens count; of the others all do.
     """
 
     corpus: Corpus | None
@@ -53,6 +57,7 @@ class Judge:
     processor: Any
     dtype: torch.dtype
     watched: Mapping[str, Tensor] = field(default_factory=dict)
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -62,6 +67,7 @@ class Judge:
         processor: Any,
         dtype: torch.dtype,
         watched: Iterable[Corpus] = (),
+        whole: Iterable[Corpus] = (),
     ) -> Judge:
         """The judge that the options ask for: on --evaluate, else on the corpus of --data, else on the sample.
 
@@ -71,27 +77,34 @@ class Judge:
             processor: the tokenizer.
             dtype: of matrix products.
             watched: further corpora, each under a name of its own.
+            whole: the same, of which nothing is held out: all of their text is watched.
 
         Raises:
-            UserError: there is no such corpus, or its held-out part is shorter than one window.
+            UserError: there is no such corpus, its held-out part is shorter than one window, or nothing of it counts.
         """
 
         def heldout(corpus: Corpus) -> Tensor:
-            length, limit = options.evaluate_seq_len, options.evaluate_windows
             return Data(corpus, processor).windows("heldout", seq_len=length, limit=limit, flag="--evaluate-seq-len")
 
-        beside = {one.name: heldout(one) for one in watched}
+        length, limit = options.evaluate_seq_len, options.evaluate_windows
+        all_of = {one.name: texts.cut(Data(one, processor), length, once=True) for one in whole}
+        labels = {name: found["labels"][:limit] for name, found in all_of.items()}
+        if unread := next((name for name, of in labels.items() if not (of[:, 1:] != IGNORED).any()), None):
+            raise UserError(f"no token of {unread} counts within {limit} windows", hint="a larger --evaluate-windows")
+        beside = {name: found["input_ids"][:limit] for name, found in all_of.items()}
+        beside |= {one.name: heldout(one) for one in watched}
         if options.evaluate == "none":
-            return cls(None, None, processor, dtype, beside)
+            return cls(None, None, processor, dtype, beside, labels)
         if options.evaluate is not None or corpus is None:
             corpus = open_corpus(CorpusSpec(path=options.evaluate or DEFAULT_CORPUS))
-        return cls(corpus, heldout(corpus), processor, dtype, beside)
+        return cls(corpus, heldout(corpus), processor, dtype, beside, labels)
 
     @property
     def key(self) -> str:
         """Facts measured under one key can be compared."""
         watched = "".join(
-            f"/{name}:{_hash(windows)}:{tuple(windows.shape)}:{self.dtype}" for name, windows in self.watched.items()
+            f"/{name}:{_hash(windows, *self._counted(name))}:{tuple(windows.shape)}:{self.dtype}"
+            for name, windows in self.watched.items()
         )
         if self.corpus is None or self.windows is None:
             return f"none{watched}"
@@ -99,7 +112,9 @@ class Judge:
 
     def probe(self, model: nn.Module) -> dict[str, float]:
         """Held-out perplexity, and the losses on what is watched, for evaluation while training."""
-        losses = {f"{HELDOUT}/{name}": row.value for name, row in zip(self.watched, self._watched(model), strict=True)}
+        kinds = {name: WHOLE if name in self.labels else HELDOUT for name in self.watched}
+        rows = zip(kinds.items(), self._watched(model), strict=True)
+        losses = {f"{kind}/{name}": row.value for (name, kind), row in rows}
         if self.windows is None:
             return losses
         return {"perplexity": evaluate.perplexity(model, self.windows, dtype=self.dtype).estimate.value, **losses}
@@ -108,9 +123,14 @@ class Judge:
         """The loss on each further corpus, in nats a token."""
         found = []
         for name, windows_NT in self.watched.items():
-            losses = evaluate.window_losses(model, windows_NT, windows_NT, dtype=self.dtype)
+            (labels_NT,) = self._counted(name) or (windows_NT,)
+            losses = evaluate.window_losses(model, windows_NT, labels_NT, dtype=self.dtype)
             found.append(Row(model=label, metric=f"{LOSS_ON} {name}", **asdict(evaluate.mean_loss(losses))))
         return tuple(found)
+
+    def _counted(self, name: str) -> tuple[Tensor, ...]:
+        """The labels of a text, where not all tokens count."""
+        return (self.labels[name],) if name in self.labels else ()
 
     def chain(self, parent: Artifact) -> tuple[Facts, ...]:
         """Facts of the parent and of what it was made from, as its record has them under this key.
@@ -272,8 +292,8 @@ class Judge:
         return "" if self.windows is None else _hash(self.windows)
 
 
-def _hash(windows_NT: Tensor) -> str:
-    return hashlib.sha256(windows_NT.numpy().tobytes()).hexdigest()[:12]
+def _hash(*tensors: Tensor) -> str:
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()[:12]
 
 
 def _decode_speed(said: Sequence[evaluate.Generation]) -> float | None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from overhaul.kinds import Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import nn
@@ -38,6 +39,8 @@ Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 """A share of a whole, strictly between 0 and 1."""
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 """A share of a whole that may be nothing or everything."""
+TO_FORGET, TO_RETAIN = "to forget", "to retain"
+"""What texts are to a method that makes a model forget some."""
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -80,6 +83,13 @@ class Method(Settings, ABC):
     def texts(self) -> tuple[str, ...]:
         """The corpora it reads beside that of --data, as the user named them; the loss on them is watched."""
         return ()
+
+    def whole_texts(self) -> Mapping[str, str]:
+        """The corpora of which it reads every row, as the user named them, by what they are to it.
+
+        The loss on them is watched as well, on all of them.
+        """
+        return {}
 
     def reads_data(self) -> bool:
         """Whether it reads the corpus of --data with these settings."""

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from overhaul.method import Fraction, NonNegative, PeakRate, Training
+from overhaul.method import TO_FORGET, TO_RETAIN, Fraction, NonNegative, PeakRate, Training
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
     from overhaul.data import Data
@@ -41,7 +43,10 @@ class Removal(Training):
         return False
 
     def references(self) -> tuple[str, ...]:
-        return (self.forget,)
+        return tuple(self.whole_texts().values())
+
+    def whole_texts(self) -> Mapping[str, str]:
+        return {TO_FORGET: self.forget}
 
     @abstractmethod
     def objective(self, model: nn.Module) -> Objective:
@@ -124,8 +129,8 @@ class Retaining(Removal):
             raise ValueError(f"forget and retain are both {self.forget}: a text is one or the other")
         return self
 
-    def references(self) -> tuple[str, ...]:
-        return (self.forget, *((self.retain,) if self.retain else ()))
+    def whole_texts(self) -> Mapping[str, str]:
+        return {TO_FORGET: self.forget} | ({TO_RETAIN: self.retain} if self.retain else {})
 
     @abstractmethod
     def unlearning(self, model: nn.Module) -> Objective:

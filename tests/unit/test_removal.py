@@ -150,6 +150,77 @@ def test_what_was_read_is_in_the_lineage(unlearn: Callable[..., Any], tmp_path: 
     assert {Path(step["fields"][name]).name for name in ("forget", "retain")} == {"forget.jsonl", "retain.jsonl"}
 
 
+def facts_of(out: Path) -> list[dict[str, float]]:
+    """The metrics of every model of a chain, by name."""
+    record = json.loads((out / "overhaul.json").read_text())
+    return [{row["metric"]: row["value"] for row in one["metrics"]} for one in record["facts"]]
+
+
+SHORT = ("--evaluate-seq-len", "32", "--evaluate-windows", "1000")
+FORGET, RETAIN = "loss on forget.jsonl (to forget)", "loss on retain.jsonl (to retain)"
+
+
+def exact_loss(model: Any, data: Data, path: Path) -> float:
+    """Nats a token of all of a text, cut into windows of 32, the last one as short as it is."""
+    rows = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    ids = [token for row in rows for token in (*data.tokenizer(row)["input_ids"], data.tokenizer.eos_token_id)]
+    total, count = 0.0, 0
+    for at in range(0, len(ids), 32):
+        row = torch.tensor([ids[at : at + 32]])
+        if row.shape[1] > 1:
+            with torch.no_grad():
+                total += float(model(input_ids=row, labels=row).loss) * (row.shape[1] - 1)
+            count += row.shape[1] - 1
+    return total / count
+
+
+def test_the_losses_before_and_after_are_those_of_all_of_the_texts(
+    unlearn: Callable[..., Any], tiny: Path, folder: Path, tmp_path: Path
+):
+    done = unlearn("ga", *SHORT, "--eval-every", "3")
+    assert done.code == 0, done.err
+    data, files = data_of(tiny), {FORGET: folder / "forget.jsonl", RETAIN: folder / "retain.jsonl"}
+    told = facts_of(tmp_path / "out")
+    points = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+
+    for found, where in zip(told, (tiny, tmp_path / "out"), strict=True):
+        model = artifact.load(where).model
+        assert found == pytest.approx({name: exact_loss(model, data, path) for name, path in files.items()}, rel=1e-4)
+    assert FORGET in done.out
+    assert [(step, "whole/forget.jsonl (to forget)" in point) for step, point in enumerate(points, 1)] == [
+        (step, step in (3, 6)) for step in range(1, 7)
+    ]
+    assert points[-1]["whole/retain.jsonl (to retain)"] == pytest.approx(told[-1][RETAIN], rel=1e-5)
+    assert "loss on whole texts" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_losses_of_a_chain_are_measured_once_and_on_the_same_windows(
+    unlearn: Callable[..., Any], tiny: Path, folder: Path, tmp_path: Path
+):
+    assert unlearn("ga", *SHORT).code == 0
+    again = ("-o", tmp_path / "again", "--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl")
+    assert overhaul("forget", "npo", tmp_path / "out", *again, *FLAGS, *SHORT).code == 0
+    other = ("-o", tmp_path / "other", "--forget", folder / "retain.jsonl", "--retain-term", "none")
+    assert overhaul("forget", "ga", tmp_path / "out", *other, *FLAGS, *SHORT).code == 0
+
+    assert facts_of(tmp_path / "again")[:2] == facts_of(tmp_path / "out")
+    assert [list(one) for one in facts_of(tmp_path / "other")] == 2 * [["loss on retain.jsonl (to forget)"]]
+
+
+def test_a_text_shorter_than_a_window_counts_once_and_of_questions_the_answers_do(
+    unlearn: Callable[..., Any], tiny: Path, tmp_path: Path
+):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"question": "Who has the lamp?", "answer": "Aldo"}))
+    flags = ("--retain-term", "none", "--forget", tmp_path / "one.jsonl", "--evaluate-seq-len", "64")
+    assert unlearn("ga", *flags, retain=False).code == 0
+    row = json.loads((tmp_path / "out" / "overhaul.json").read_text())["facts"][0]["metrics"][0]
+    data = data_of(tiny)
+    ids = data.tokenizer("Aldo", add_special_tokens=False)["input_ids"]
+
+    assert row["metric"] == "loss on one.jsonl (to forget)"
+    assert len(ids) <= row["count"] <= len(ids) + 3  # with the space before and the end behind
+
+
 @pytest.mark.parametrize(
     ("method", "flags", "said"),
     [
@@ -160,6 +231,7 @@ def test_what_was_read_is_in_the_lineage(unlearn: Callable[..., Any], tmp_path: 
         ("rmu", ("--retain-term", "none", "--layer", "3"), "the model has 2 blocks"),
         ("ga", ("--retain-term", "none", "--forget", "nothing.txt"), "nothing.txt"),
         ("ga", ("--retain", "nothing.txt"), "nothing.txt"),
+        ("ga", ("--retain-term", "none", "--forget", "-"), "the texts to forget are read more than once"),
     ],
 )
 def test_bad_input_is_one_clear_error(

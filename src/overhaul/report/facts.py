@@ -26,6 +26,8 @@ ACCURACY_OF = "accuracy, "
 """How the metrics begin that are accuracies over all tasks, of one kind of matrix."""
 HELDOUT = "held-out"
 """How these are called in a training history, before a slash and the corpus."""
+WHOLE = "whole"
+"""The same of corpora of which nothing is held out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +150,7 @@ HISTORY_LABELS = {
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     HELDOUT: "held-out loss (nats per token)",
+    WHOLE: "loss on whole texts (nats per token)",
 }
 
 
@@ -164,9 +167,9 @@ def curves_of_history(
     with its loss in place of its perplexity.
 
     Args:
-        history: points `{"step":, "tokens":, "loss":, "loss/<term>":, "held-out/<corpus>":, "lr":, "grad_norm":, ...}`;
-            a key may be absent.
-        before: held-out losses before the first step, in nats a token, by corpus.
+        history: points `{"step":, "tokens":, "loss":, "loss/<term>":, "held-out/<corpus>":, "whole/<corpus>":, "lr":,
+            "grad_norm":, ...}`; a key may be absent.
+        before: losses on these before the first step, in nats a token, by corpus.
         judged: the corpus of the perplexity.
         unit: of what was counted, in the plural: losses are of one.
     """
@@ -195,12 +198,14 @@ def _curves(
 def _watched_curves(
     history: Sequence[Mapping[str, float]], before: Mapping[str, float], judged: str
 ) -> tuple[Curve, ...]:
-    """The losses on held-out texts, that which models are judged on first; empty where no further one was watched."""
+    """The losses on further texts, behind that which models are judged on; empty where no further one was watched."""
     losses: dict[str, list[tuple[int, float]]] = {judged: []}
+    kinds = {judged: HELDOUT}
     for point in history:
         for key, loss in point.items():
             kind, _, text = key.partition("/")
-            if kind == HELDOUT:
+            if kind in (HELDOUT, WHOLE):
+                kinds[text] = kind
                 losses.setdefault(text, []).append((int(point["tokens"]), loss))
     if not any(losses.values()):
         return ()
@@ -208,10 +213,10 @@ def _watched_curves(
         losses[judged] = [
             (int(point["tokens"]), math.log(point["perplexity"])) for point in history if "perplexity" in point
         ]
-    return tuple(_watched_curve(text, found, before.get(text)) for text, found in losses.items() if found)
+    return tuple(_watched_curve(text, found, before.get(text), kinds[text]) for text, found in losses.items() if found)
 
 
-def _watched_curve(text: str, points: Sequence[tuple[int, float]], before: float | None) -> Curve:
+def _watched_curve(text: str, points: Sequence[tuple[int, float]], before: float | None, kind: str) -> Curve:
     """Losses over tokens, with how far they rose above that before the first step."""
     x, y = zip(*points if before is None else [(0, before), *points], strict=True)
     title, spans = "", ()
@@ -223,7 +228,7 @@ def _watched_curve(text: str, points: Sequence[tuple[int, float]], before: float
         if found.depth >= SHOWN:
             title = f"{text} rises by {found.depth:.3f} until {found.at:,} tokens, {end}"
             spans = (Span(x=found.at, low=before, high=before + found.depth, text=f"{found.depth:+.3f}"),)
-    return Curve(name=text, x=x, y=y, x_label=TOKENS, y_label=HISTORY_LABELS[HELDOUT], title=title, spans=spans)
+    return Curve(name=text, x=x, y=y, x_label=TOKENS, y_label=HISTORY_LABELS[kind], title=title, spans=spans)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from overhaul.method import TO_FORGET
 from overhaul.report.facts import BITS_PER_BYTE, LOSS_ON, TASK_LOSS, Facts, same_tokens
 from overhaul.report.numbers import (
     MISSING,
@@ -161,10 +162,11 @@ def _is_language(facts: Sequence[Facts]) -> bool:
 
 
 def _metric_column(metric: str) -> _MetricColumn:
+    is_loss = metric.startswith(f"{LOSS_ON} ") and not metric.endswith(f" ({TO_FORGET})")
     return _MetricColumn(
         title=metric,
         row=lambda one: next((row for row in one.metrics if row.metric == metric), None),
-        better="less" if metric.startswith(f"{LOSS_ON} ") else DIRECTION.get(metric.split("/")[0]),
+        better="less" if is_loss else DIRECTION.get(metric.split("/")[0]),
     )
 
 

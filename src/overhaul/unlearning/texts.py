@@ -37,14 +37,30 @@ def windows(data: Data, path: str, seq_len: int) -> Windows:
     Raises:
         UserError: it cannot be read, or nothing of it would be trained on.
     """
-    whole = replace(data, corpus=open_whole(CorpusSpec(path=path)))
+    return cut(replace(data, corpus=open_whole(CorpusSpec(path=path))), seq_len)
+
+
+def cut(whole: Data, seq_len: int, *, once: bool = False) -> Windows:
+    """Every token of a corpus of which nothing is held out, as `windows`.
+
+    Args:
+        whole: the corpus.
+        seq_len: T.
+        once: of what fills up nothing is a label, so that every token counts once.
+
+    Raises:
+        UserError: nothing of it is a label.
+    """
     documents = whole.encoded(list(whole.corpus.train))
     ids_K = np.concatenate([document.ids for document in documents])
     labels_K = np.where(np.concatenate([document.trained for document in documents]), ids_K, IGNORED)
     if not (labels_K != IGNORED).any():
-        raise UserError(f"{path} has nothing that could be unlearnt or retained: no answer, no text")
-    places_NT = np.arange(-(-len(ids_K) // seq_len) * seq_len).reshape(-1, seq_len) % len(ids_K)
-    return {"input_ids": torch.from_numpy(ids_K[places_NT]), "labels": torch.from_numpy(labels_K[places_NT])}
+        raise UserError(f"{whole.corpus.source} has nothing that could be unlearnt or retained: no answer, no text")
+    places_NT = np.arange(-(-len(ids_K) // seq_len) * seq_len).reshape(-1, seq_len)
+    ids_NT, labels_NT = (values_K[places_NT % len(ids_K)] for values_K in (ids_K, labels_K))
+    if once:
+        labels_NT[places_NT >= len(ids_K)] = IGNORED
+    return {"input_ids": torch.from_numpy(ids_NT), "labels": torch.from_numpy(labels_NT)}
 
 
 def hashed(found: Windows) -> str:

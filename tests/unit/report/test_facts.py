@@ -129,6 +129,15 @@ def test_a_text_that_is_judged_and_watched_is_drawn_once() -> None:
     assert names == ["old", "loss", "lr", "grad_norm"]
 
 
+def test_whole_texts_have_a_figure_of_their_own() -> None:
+    points = [WATCHED[0], *(point | {"whole/a (to forget)": 5.0} for point in WATCHED[1:])]
+    curves = curves_of_history(points, before={"new": 3.0, "a (to forget)": 1.0}, judged="new")
+
+    labels = {curve.name: curve.y_label for curve in curves[:3]}
+    assert labels["a (to forget)"] == "loss on whole texts (nats per token)"
+    assert labels["new"] == labels["old"] == "held-out loss (nats per token)"
+
+
 def test_where_nothing_else_is_watched_perplexity_is_drawn_over_steps() -> None:
     points = [{key: number for key, number in point.items() if key != "held-out/old"} for point in WATCHED]
 

@@ -74,6 +74,17 @@ def test_other_metrics_get_columns_and_an_unknown_direction_is_not_judged() -> N
     assert json_rows(facts)[1]["worse"] == ["perplexity", "accuracy/boolq"]
 
 
+def test_a_higher_loss_on_what_was_to_be_forgotten_is_no_worse() -> None:
+    def losses(value: float) -> tuple[Row, ...]:
+        names = ("loss on a (to forget)", "loss on b (to retain)")
+        return tuple(Row(model="m", metric=name, value=value, low=value, high=value, count=9) for name in names)
+
+    dense, pruned, _ = three_facts()
+    told = json_rows((replace(dense, metrics=losses(1.0)), replace(pruned, metrics=losses(2.0))))
+
+    assert told[1]["worse"] == ["perplexity", "loss on b (to retain)"]
+
+
 def test_no_column_for_training_where_nothing_was_trained() -> None:
     assert {"trained", "optimizer state"}.isdisjoint(before_after(three_facts()[:2]).columns)
 
