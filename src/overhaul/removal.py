@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
@@ -66,25 +67,27 @@ class Removal(Training):
 
     def plan(self, model: nn.Module, data: Data) -> Plan:
         """The texts to forget in an order drawn anew in every pass."""
+        from overhaul.checkpoint import trained_tensors
         from overhaul.optim.build import build
         from overhaul.schedules import schedule
         from overhaul.train import Plan
         from overhaul.unlearning import texts
-        from overhaul.watch import KeepZeros
+        from overhaul.watch import KeepZeros, LastGood
 
         found = texts.windows(data, self.forget, self.seq_len)
         if self.needs_reference():
             found = texts.with_reference(model, found, batch_size=self.batch_size, dtype=data.dtype)
         objective = self.objective(model)
         self.train_parameters(model)
+        count = len(found["labels"])
         return Plan(
             model=model,
             objective=objective,
             stream=self.beside(self.stream(data, self.forget, found), data),
             optimizer=build(self, [p for p in model.parameters() if p.requires_grad], model=model),
             schedule=schedule(self.schedule, self.warmup),
-            watchers=(KeepZeros(),),
-            steps=self._steps(len(found["labels"])),
+            watchers=(KeepZeros(), LastGood(trained_tensors, ends_pass=partial(self._ends_pass, count))),
+            steps=self._steps(count),
         )
 
     def stream(self, data: Data, path: str, found: Windows) -> Stream:
@@ -95,12 +98,17 @@ class Removal(Training):
 
     def _steps(self, count: int) -> int:
         """Optimizer steps for so many windows."""
+        return self.steps if self.epochs is None else max(1, math.ceil(self.epochs * count / self._windows_a_step()))
+
+    def _ends_pass(self, count: int, step: int) -> bool:
+        """Whether with a step, counted from 1, another pass over so many windows is done."""
+        a_step = self._windows_a_step()
+        return step * a_step // count > (step - 1) * a_step // count
+
+    def _windows_a_step(self) -> int:
         from overhaul.sharding import num_processes
 
-        if self.epochs is None:
-            return self.steps
-        a_step = self.batch_size * self.accumulate * num_processes()
-        return max(1, math.ceil(self.epochs * count / a_step))
+        return self.batch_size * self.accumulate * num_processes()
 
 
 class Retaining(Removal):

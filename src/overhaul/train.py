@@ -190,8 +190,7 @@ def train(
         run.updates(),
         Bar("training", steps, done=first, quiet=quiet or not accelerator.is_main_process) as bar,
     ):
-        for step in run.to_do(first):
-            point = run.step(step)
+        for step, point in run.steps_after(first):
             run.history.seconds = time.perf_counter() - began
             if settings.eval_every and step % settings.eval_every == 0:
                 point |= run.looked(*([evaluate] if evaluate else []), *plan.probes)
@@ -248,12 +247,22 @@ class _Run:
         self.number = 0
         self.take_norm: per_layer.TakeNorm | None = None
 
-    def to_do(self, done: int) -> Iterator[int]:
-        """The steps after so many, up to the last one or until a watcher says that it is over."""
+    def steps_after(self, done: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The steps after so many with their points, up to the last one or until a watcher says that it is over.
+
+        Raises:
+            Diverged: and no watcher put the model back; where one does, the last point tells it.
+        """
         for step in range(done + 1, self.steps + 1):
             if any(watcher.is_over() for watcher in self.plan.watchers):
                 return
-            yield step
+            try:
+                point = self.step(step)
+            except Diverged:
+                if not self._is_put_back(step):
+                    raise
+                return
+            yield step, point
 
     @contextlib.contextmanager
     def updates(self) -> Iterator[None]:
@@ -263,6 +272,15 @@ class _Run:
             return
         with per_layer.updating(self.plan.optimizer, self._refuse_not_finite) as self.take_norm:
             yield
+
+    def _is_put_back(self, step: int) -> bool:
+        """Whether a watcher gave the model weights of before a step that diverged."""
+        # Of several processes the others may be waiting for this one's gradients.
+        watchers = self.plan.watchers if self.accelerator.num_processes == 1 else ()
+        good = next((n for n in (watcher.put_back(self.plan.model, step) for watcher in watchers) if n), None)
+        if good is not None:
+            self.history.points[-1] |= {"diverged": step, "weights_of": good}
+        return good is not None
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its point of the history."""

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from overhaul.journal import note_table
 from overhaul.layers.masked import MaskedLinear
-from overhaul.sharding import like
+from overhaul.progress import say
+from overhaul.sharding import like, whole
 
 
 class Watcher:
@@ -25,6 +27,13 @@ class Watcher:
     def is_over(self) -> bool:
         """Whether nothing more is to be trained, before the last step."""
         return False
+
+    def put_back(self, model: nn.Module, step: int) -> int | None:
+        """The earlier step whose weights it put back, as a loss or gradient is not finite in step `step`.
+
+        Then the run is over; None where it keeps no weights that are good: then training `Diverged`.
+        """
+        return None
 
     def end(self, model: nn.Module) -> None:
         """After the last step."""
@@ -112,6 +121,61 @@ class KeepBest(Watcher):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scores, self.best = state["scores"], state["best"]
+
+
+class LastGood(Watcher):
+    """Keeps what is trained as it was after the last pass, for a run that diverges one day.
+
+    Args:
+        trained: what training changes, by name; tensors that share their numbers with the model's.
+        ends_pass: whether a step ends a pass.
+
+    Attributes:
+        lost: the step that diverged, and that whose weights were put back.
+    """
+
+    def __init__(
+        self, trained: Callable[[nn.Module], Mapping[str, Tensor]], *, ends_pass: Callable[[int], bool]
+    ) -> None:
+        self.trained, self.ends_pass = trained, ends_pass
+        self.kept: dict[int, dict[str, Tensor]] = {}
+        self.lost: tuple[int, int] | None = None
+        self.last = 0
+
+    def step(self, model: nn.Module, step: int) -> None:
+        self.last = step
+        # The loss of this step was finite, and so the weights before it were good: older ones are of no use.
+        newest = max(self.kept, default=0)
+        self.kept = {number: kept for number, kept in self.kept.items() if number == newest}
+        if self.ends_pass(step):
+            self.kept[step] = {name: tensor.clone() for name, tensor in self.trained(model).items()}
+
+    @torch.no_grad()
+    def put_back(self, model: nn.Module, step: int) -> int | None:
+        # With the weights of the step before the loss is no number.
+        good = max((number for number in self.kept if number < step - 1), default=None)
+        if good is not None:
+            for name, tensor in self.trained(model).items():
+                tensor.copy_(like(self.kept[good][name], tensor))
+            self.lost = (step, good)
+        return good
+
+    def end(self, model: nn.Module) -> None:
+        if not all(tensor.isfinite().all() for tensor in self.trained(model).values()):
+            self.put_back(model, self.last + 1)  # the last update was too much, and no loss came after it
+        if self.lost:
+            step, good = self.lost
+            told = f"Training diverged at step {step}, where a number was not finite"
+            told = f"{told}; the weights are those of step {good}."
+            say(told)
+            note_table(told, ("diverged at step", "weights of step"), [(str(step), str(good))])
+        self.kept = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": whole(self.kept), "last": self.last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kept, self.last = state["kept"], state["last"]
 
 
 class Moments(Watcher):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from command import overhaul, refused
+from command import interrupted, overhaul, refused
 from overhaul import artifact
 from overhaul.corpora import NO_CORPUS
 from overhaul.data import Data
@@ -219,6 +219,46 @@ def test_a_text_shorter_than_a_window_counts_once_and_of_questions_the_answers_d
 
     assert row["metric"] == "loss on one.jsonl (to forget)"
     assert len(ids) <= row["count"] <= len(ids) + 3  # with the space before and the end behind
+
+
+RUINOUS = ("--retain-term", "none", "--clip", "0", "--batch-size", "16")
+
+
+@pytest.mark.parametrize("how", [("--lr", "3e8"), ("--lr", "30", "--weight-decay", "1")])
+def test_a_run_that_diverges_ends_with_the_last_good_weights(
+    unlearn: Callable[..., Any], tmp_path: Path, how: tuple[str, ...]
+):
+    done = unlearn("ga", *RUINOUS, *how, "--steps", "60", retain=False)
+    assert done.code == 0, done.err
+    last = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    said = (
+        f"Training diverged at step {last['diverged']}, where a number was not finite; the weights are those of step "
+    )
+    assert f"{said}{last['weights_of']}." in done.err
+    assert f"{said}{last['weights_of']}." in (tmp_path / "out" / "report.html").read_text()
+    assert unlearn("ga", *RUINOUS, *how, "--steps", last["weights_of"], out="short", retain=False).code == 0
+
+    assert last["step"] == last["diverged"] - 1 < 60
+    ended, short = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "short"))
+    assert all(torch.equal(ended[name], short[name]) and short[name].isfinite().all() for name in short)
+
+
+def test_a_run_that_diverges_after_ctrl_c_ends_with_the_same_weights(
+    unlearn: Callable[..., Any], tiny: Path, folder: Path, tmp_path: Path
+):
+    how = (*RUINOUS, "--lr", "3e8", "--steps", "60", "--save-every", "1")
+    assert unlearn("ga", *how, out="whole", retain=False).code == 0
+    flags = ("forget", "ga", tiny, "-o", tmp_path / "out", "--forget", folder / "forget.jsonl", *FLAGS, *how)
+    assert interrupted(lambda seen: len(seen) == 5, *flags).code == 130
+    assert overhaul(*flags, "--resume").code == 0
+
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_run_that_diverges_in_the_first_pass_is_an_error(unlearn: Callable[..., Any], tmp_path: Path):
+    refused(unlearn("ga", *RUINOUS, "--lr", "5e9", retain=False), "not finite at step 2", "a lower --lr")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The best of several passes: kept to the bit, the run over when none is better for long, and resumed as it was."""
+"""The best of several passes, and the last good one of a run that diverges: kept to the bit, and resumed as it was."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from overhaul.adapt.full import Full
 from overhaul.checkpoint import trained_tensors
+from overhaul.errors import Diverged
+from overhaul.journal import recording
 from overhaul.method import Training
 from overhaul.objective import Batch, Forward, Term
 from overhaul.stream import Batch as Batched
 from overhaul.stream import Repeat, Rows
 from overhaul.train import Plan, train
-from overhaul.watch import KeepBest, Watcher
+from overhaul.watch import KeepBest, LastGood, Watcher
 
 
 class Walk(nn.Module):
@@ -128,3 +130,63 @@ def test_a_run_that_was_cut_off_ends_as_the_whole_one(last: int, patience: int |
 
         assert told(resumed) == told(whole)
         assert len(again.points) == len(history.points)
+
+
+FAR = 1.2e38
+"""Three times as far is no fp32 number any more: the weights are not after step 3, the loss is not in step 4."""
+
+
+def leap(*, steps: int, every: int, cut: int | None = None) -> Plan:
+    """Every step goes `FAR`; passes have `every` steps."""
+
+    class Cuts(Watcher):
+        def step(self, model: nn.Module, step: int) -> None:
+            if step == cut:
+                raise KeyboardInterrupt
+
+    model, rows = Walk(), Rows([{"labels": torch.zeros(())}], name="rows", fingerprint="0" * 8)
+    good = LastGood(trained_tensors, ends_pass=lambda step: not step % every)
+    return Plan(
+        model=model, objective=Slope(), stream=Batched(Repeat(rows), batch_size=1), steps=steps,
+        optimizer=torch.optim.SGD([model.at], lr=FAR), watchers=(good, Cuts()),
+    )  # fmt: skip
+
+
+def leapt(plan: Plan) -> tuple[float, int]:
+    model: Any = plan.model
+    return model.at.item(), int(model.moves)
+
+
+@pytest.mark.parametrize(("steps", "every", "at"), [(9, 1, 2), (9, 2, 2), (3, 1, 2), (3, 2, 2), (2, 1, 2), (1, 1, 1)])
+def test_where_training_diverges_the_last_good_weights_are_put_back(steps: int, every: int, at: int):
+    plan = leap(steps=steps, every=every)
+
+    with recording() as notes:
+        history = train(plan, SETTINGS, quiet=True)
+
+    assert leapt(plan) == (pytest.approx(at * FAR), at)
+    assert len(history.points) == min(steps, 3)
+    assert [table.rows for table in notes.tables] == ([(("4", "2"),)] if steps > 2 else [])
+    assert (history.points[-1].get("diverged"), history.points[-1].get("weights_of")) == (
+        (4, 2) if steps == 9 else (None, None)
+    )
+
+
+@pytest.mark.parametrize("every", [3, 4, 9])
+def test_where_no_pass_was_good_it_is_an_error_that_names_the_rate(every: int):
+    with pytest.raises(Diverged, match=r"not finite at step 4.*(\n.*)*a lower --lr"):
+        train(leap(steps=9, every=every), SETTINGS, quiet=True)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("cut", [2, 3])
+def test_a_run_that_was_cut_off_diverges_to_the_same_weights(cut: int, every: int, tmp_path: Path):
+    settings = SETTINGS.model_copy(update={"save_every": 1})
+    with contextlib.suppress(KeyboardInterrupt):
+        train(leap(steps=9, every=every, cut=cut), settings, state_dir=tmp_path, quiet=True)
+
+    plan = leap(steps=9, every=every)
+    history = train(plan, settings, state_dir=tmp_path, resume=True, quiet=True)
+
+    assert leapt(plan) == (pytest.approx(2 * FAR), 2)
+    assert history.points[-1]["weights_of"] == 2
