@@ -89,10 +89,14 @@ def _values(schema: dict[str, Any]) -> str:
     if "prefixItems" in schema:
         return f"{len(schema['prefixItems'])} times {_values(schema['prefixItems'][0])}"
     if schema["type"] == "array":
-        return f"any of {_values(schema['items'])}" if "enum" in schema["items"] else "one or more words"
+        return f"any of {_values(schema['items'])}" if "enum" in schema["items"] else _several(schema["items"])
     if schema["type"] in ("integer", "number"):
         return f"{'whole number' if schema['type'] == 'integer' else 'number'}{_range(schema)}"
     return {"boolean": "`true`, `false`", "string": "text"}[schema["type"]]
+
+
+def _several(schema: dict[str, Any]) -> str:
+    return "one or more numbers" if schema.get("type") == "number" else "one or more words"
 
 
 def _range(schema: dict[str, Any]) -> str:

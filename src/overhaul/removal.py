@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from overhaul.method import TO_FORGET, TO_RETAIN, Fraction, NonNegative, PeakRate, Training
+from overhaul.method import TO_FORGET, TO_RETAIN, Fraction, NonNegative, PeakRate, Positive, Settings, Training
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import nn
 
@@ -21,7 +21,46 @@ if TYPE_CHECKING:
     from overhaul.objective import Objective
     from overhaul.stream import Stream
     from overhaul.train import Plan
+    from overhaul.unlearning.stopping import Knowledge, Stopping
     from overhaul.unlearning.texts import Windows
+
+
+Strengths = Annotated[
+    tuple[Annotated[float, Field(allow_inf_nan=False)], ...],
+    BeforeValidator(lambda given: (given,) if isinstance(given, int | float) else given),
+]
+"""How far a method goes: one number, which may stand alone, or several that are tried."""
+
+
+class Stop(Settings):
+    """When little enough is known of texts to forget: the stopping rule of MUSE."""
+
+    questions: str | None = Field(
+        None, description="Table of question and answer about the texts to forget, asked after each pass over them."
+    )
+    shots: str | None = Field(None, description="Table of answered questions that stand before each; about others.")
+    num_shots: Positive = Field(10, description="Of these, at most.")
+    retrain: str | None = Field(
+        None, description="Model that was trained without the texts: it is over when no more is known than there."
+    )
+    at: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = Field(
+        None, description="In place of such a model: percent (mean ROUGE-L F1) that may be known."
+    )
+    limit: Positive = Field(100, description="Questions, the first ones.")
+
+    def files(self) -> tuple[str, ...]:
+        """What is read."""
+        return tuple(path for path in (self.questions, self.shots) if path)
+
+    def refuse_half(self) -> None:
+        """Raises `ValueError` for settings that make no rule together."""
+        given = self.model_dump(exclude_defaults=True)
+        if self.questions is None and given:
+            raise ValueError(f"stop.{min(given)} needs stop.questions, a table of question and answer")
+        if self.questions is not None and (self.retrain is None) == (self.at is None):
+            raise ValueError("stop.questions needs stop.retrain MODEL or stop.at PERCENT, and one of them alone")
+        if self.shots is None and "num_shots" in given:
+            raise ValueError("stop.num_shots is of stop.shots, a table of answered questions")
 
 
 class Removal(Training):
@@ -39,12 +78,36 @@ class Removal(Training):
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Passes over the texts to forget; replaces --steps when given."
     )
+    stop: Stop = Field(Stop.model_validate({}), description="When it is over before its last step.")
+
+    @model_validator(mode="after")
+    def _stopping_is_a_rule(self) -> Self:
+        self.stop.refuse_half()
+        return self
+
+    def others(self) -> tuple[str, ...]:
+        return (self.stop.retrain,) if self.stop.retrain else ()
+
+    def check(self, model: nn.Module, data: Data | None) -> None:
+        """Refuses questions that cannot be read or compared."""
+        from overhaul.sharding import refuse_sharded
+
+        if self.stop.questions:
+            assert data is not None
+            refuse_sharded("--stop.questions")
+            self.knowledge(data)
+
+    def knowledge(self, data: Data) -> Knowledge:
+        """Asks how much is known of the texts to forget."""
+        from overhaul.unlearning.stopping import Knowledge
+
+        return Knowledge(self.stop, data)
 
     def reads_data(self) -> bool:
         return False
 
     def references(self) -> tuple[str, ...]:
-        return tuple(self.whole_texts().values())
+        return (*self.whole_texts().values(), *self.stop.files())
 
     def whole_texts(self) -> Mapping[str, str]:
         return {TO_FORGET: self.forget}
@@ -79,16 +142,27 @@ class Removal(Training):
             found = texts.with_reference(model, found, batch_size=self.batch_size, dtype=data.dtype)
         objective = self.objective(model)
         self.train_parameters(model)
-        count = len(found["labels"])
+        steps, ends_pass = self._steps(count := len(found["labels"])), partial(self._ends_pass, count)
+        stopping = self.stopping(data, ends_pass, steps)
         return Plan(
             model=model,
             objective=objective,
             stream=self.beside(self.stream(data, self.forget, found), data),
             optimizer=build(self, [p for p in model.parameters() if p.requires_grad], model=model),
             schedule=schedule(self.schedule, self.warmup),
-            watchers=(KeepZeros(), LastGood(trained_tensors, ends_pass=partial(self._ends_pass, count))),
-            steps=self._steps(count),
+            watchers=(KeepZeros(), LastGood(trained_tensors, ends_pass=ends_pass), *stopping),
+            steps=steps,
+            told=stopping[0].told if stopping else lambda history: None,
         )
+
+    def stopping(self, data: Data, ends_pass: Callable[[int], bool], steps: int) -> tuple[Stopping, ...]:
+        """What ends the run before its last step, where that is asked for."""
+        from overhaul.unlearning.stopping import Stopping
+
+        if not self.stop.questions:
+            return ()
+        asked = self.knowledge(data)
+        return (Stopping(asked.of, asked.bound, ends_pass=ends_pass, steps=steps),)
 
     def stream(self, data: Data, path: str, found: Windows) -> Stream:
         """Batches of some windows without end."""

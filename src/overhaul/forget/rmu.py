@@ -12,6 +12,7 @@ from overhaul.removal import Retaining
 if TYPE_CHECKING:
     from torch import nn
 
+    from overhaul.data import Data
     from overhaul.objective import Objective
 
 
@@ -32,7 +33,7 @@ class Rmu(Retaining):
     blocks: Positive = Field(3, description="Blocks that are trained, that one the last of them.")
     coefficient: Rate = Field(6.5, description="Length of the direction that states are sent in.")
 
-    def check(self, model: nn.Module, data: object) -> None:
+    def check(self, model: nn.Module, data: Data | None) -> None:
         """Refuses a block that there is not."""
         from overhaul.errors import UserError
         from overhaul.interop import hf
@@ -40,6 +41,7 @@ class Rmu(Retaining):
         depth = hf.depth(model.config)
         if self.layer and self.layer > depth:
             raise UserError(f"--layer {self.layer}: the model has {depth} blocks", allowed=f"1 to {depth}")
+        super().check(model, data)
 
     def place(self, model: nn.Module) -> int:
         """The block, from 1."""
