@@ -25,10 +25,8 @@ if TYPE_CHECKING:
     from overhaul.unlearning.texts import Windows
 
 
-Strengths = Annotated[
-    tuple[Annotated[float, Field(allow_inf_nan=False)], ...],
-    BeforeValidator(lambda given: (given,) if isinstance(given, int | float) else given),
-]
+ONE_OR_SEVERAL = BeforeValidator(lambda given: (given,) if isinstance(given, int | float) else given)
+Strengths = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], ONE_OR_SEVERAL]
 """How far a method goes: one number, which may stand alone, or several that are tried."""
 
 
@@ -183,6 +181,46 @@ class Removal(Training):
         from overhaul.sharding import num_processes
 
         return self.batch_size * self.accumulate * num_processes()
+
+
+class Undoing(Removal):
+    """Unlearn texts by learning them further, and taking some strength of what that changed off the model."""
+
+    alpha: Strengths = Field((1.0,), min_length=1)
+    schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="Decay after the warm-up.")
+
+    @model_validator(mode="after")
+    def _of_several_one_is_chosen(self) -> Self:
+        if len(self.alpha) > 1 and not self.stop.questions:
+            raise ValueError("alpha has several values, among which stop.questions chooses; give one, or a rule")
+        return self
+
+    def stopping(self, data: Data, ends_pass: Callable[[int], bool], steps: int) -> tuple[Stopping, ...]:
+        """Nothing: the texts are learnt to the end."""
+        return ()
+
+    def objective(self, model: nn.Module) -> Objective:
+        """The texts are learnt; what follows takes that off."""
+        from overhaul.objective import CrossEntropy
+
+        return CrossEntropy()
+
+    def choosing(self, model: nn.Module, data: Data) -> Callable[[nn.Module, Callable[[float], None]], None]:
+        """What applies the only strength, or the first that meets the rule, to what was made of a model.
+
+        What the rule asks of the model before is asked at once, so that mistakes show before anything is trained.
+        """
+        from overhaul.unlearning.stopping import first_strength
+
+        if not self.stop.questions:
+            return lambda _made, apply: apply(self.alpha[0])
+        asked = self.knowledge(data)
+        known, bound = asked.of(model), asked.bound(model)
+
+        def choose(made: nn.Module, apply: Callable[[float], None]) -> None:
+            first_strength(self.alpha, apply=apply, score=partial(asked.of, made), bound=bound, before=known)
+
+        return choose
 
 
 class Retaining(Removal):

@@ -46,7 +46,7 @@ def unlearn(folder: Path, tmp_path: Path) -> Callable[..., Any]:
     """`unlearn("ga", "--steps", 4)` -> the command, done; it wrote to `tmp_path / "out"`."""
 
     def run(method: str, *flags: object, out: str = "out", run: Callable[..., Any] = overhaul) -> Any:
-        kept = () if method == "task-vector" else ("--retain-term", "none")
+        kept = () if method in ("task-vector", "whp") else ("--retain-term", "none")
         how = ("-o", tmp_path / out, "--forget", folder / "forget.jsonl", *kept, *HOW, *flags)
         return run("forget", method, folder / "target", *how)
 
@@ -128,16 +128,19 @@ def test_after_ctrl_c_passes_are_not_asked_again_and_it_ends_where_it_would_have
     assert table_of(tmp_path / "out") == table_of(tmp_path / "whole")
 
 
-def test_of_several_alphas_the_first_is_taken_that_is_enough(unlearn: Callable[..., Any], folder: Path, tmp_path: Path):
+@pytest.mark.parametrize(("method", "tried"), [("task-vector", (0, -1, 8, 64, 256)), ("whp", (0, 0.1, 1, 8, 64))])
+def test_of_several_alphas_the_first_is_taken_that_is_enough(
+    unlearn: Callable[..., Any], folder: Path, tmp_path: Path, method: str, tried: tuple[float, ...]
+):
     asked = ("--stop.questions", folder / "questions.jsonl", "--stop.at", "60")
     learn = ("--steps", "4", "--lr", "1e-3")
-    done = unlearn("task-vector", *learn, *asked, "--alpha", "0", "-1", "8", "64", "256")
+    done = unlearn(method, *learn, *asked, "--alpha", *tried)
     assert done.code == 0, done.err
     rows = table_of(tmp_path / "out")["rows"]
     taken = rows[-1][1]
-    assert unlearn("task-vector", *learn, "--alpha", taken, out="alone").code == 0
+    assert unlearn(method, *learn, "--alpha", taken, out="alone").code == 0
 
-    assert [row[1] for row in rows[:3]] == ["0", "0", "-1"]
+    assert [row[1] for row in rows[:3]] == ["0", "0", f"{tried[1]:g}"]
     assert rows[0][2] == rows[1][2]
     assert float(rows[-1][2]) <= 60 < float(rows[-2][2])
     assert same(tmp_path / "out", tmp_path / "alone")
@@ -188,5 +191,6 @@ def test_half_a_rule_is_one_clear_error(
     assert not (tmp_path / "out").exists()
 
 
-def test_several_alphas_need_a_rule(unlearn: Callable[..., Any]):
-    refused(unlearn("task-vector", "--alpha", "1", "2"), "alpha has several values")
+@pytest.mark.parametrize("method", ["task-vector", "whp"])
+def test_several_alphas_need_a_rule(unlearn: Callable[..., Any], method: str):
+    refused(unlearn(method, "--alpha", "1", "2"), "alpha has several values")
