@@ -8,9 +8,11 @@ all else is recorded. Rates and passes were chosen by hand on seed 0, on the art
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,23 +20,27 @@ from bench import results
 from bench.results import Row, Target
 
 from command import overhaul
+from overhaul import artifact
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * 3600)]
 
 SEEDS = (0,)
-SIZE = ("--seq-len", 256, "--batch-size", 4, "--evaluate", "none", "--save-every", 0)
-LEARN = ("--whole", "--epochs", 10, "--lr", 1e-4, *SIZE)
+SIZE = ("--seq-len", 256, "--batch-size", 2, "--evaluate", "none", "--save-every", 0)
+LEARN = ("--whole", "--epochs", 10, "--lr", 2e-4, *SIZE)
+ASK = ("--limit", 60)
+PASSES = ("--epochs", 3, "--lr", 4e-5)
 NONE, GDR, KLR = (("--retain-term", name) for name in ("none", "gdr", "klr"))
 METHODS: Mapping[str, tuple[str, tuple[object, ...]]] = {
-    "GA": ("ga", (*NONE, "--epochs", 5, "--lr", 2e-5)),
-    "GA + GDR": ("ga", (*GDR, "--epochs", 5, "--lr", 2e-5)),
-    "GA + KLR": ("ga", (*KLR, "--epochs", 5, "--lr", 2e-5)),
-    "NPO": ("npo", (*NONE, "--epochs", 5, "--lr", 5e-5)),
-    "NPO + GDR": ("npo", (*GDR, "--epochs", 5, "--lr", 5e-5)),
-    "NPO + KLR": ("npo", (*KLR, "--epochs", 5, "--lr", 5e-5)),
-    "SimNPO + GDR": ("simnpo", (*GDR, "--epochs", 5, "--lr", 5e-5)),
-    "RMU": ("rmu", ("--epochs", 5)),
-    "task vector": ("task-vector", ("--epochs", 5, "--lr", 5e-5, "--alpha", 1)),
+    "GA": ("ga", (*NONE, *PASSES)),
+    "GA + GDR": ("ga", (*GDR, *PASSES)),
+    "GA + KLR": ("ga", (*KLR, *PASSES)),
+    "NPO": ("npo", (*NONE, *PASSES)),
+    "NPO + GDR": ("npo", (*GDR, *PASSES)),
+    "NPO + KLR": ("npo", (*KLR, *PASSES)),
+    "SimNPO + GDR": ("simnpo", (*GDR, *PASSES)),
+    "RMU": ("rmu", ("--epochs", 3)),
+    "task vector": ("task-vector", (*PASSES, "--alpha", 2)),
+    "WHP": ("whp", (*PASSES, "--alpha", 2)),
 }
 QUANTITIES = {
     "verbatim memory": "verbatim",
@@ -58,18 +64,16 @@ class Chain:
 
     def __init__(self, root: Path, seed: int) -> None:
         self.root, self.seed, self.data = root, seed, root / "people"
-        self.seconds: dict[str, float] = {}
-        done = overhaul("data", "fictions", "-o", self.data, "--seed", seed)
-        assert done.code == 0, done.err
+        if not self.data.exists():
+            done = overhaul("data", "fictions", "-o", self.data, "--seed", seed)
+            assert done.code == 0, done.err
 
     def made(self, name: str, *words: object) -> Path:
-        """The directory that a command writes, which is timed."""
+        """The directory that a command writes."""
         out = self.root / name.replace(" ", "")
-        if name not in self.seconds:
-            began = time.perf_counter()
+        if not out.exists():
             done = overhaul(*words, "-o", out, "--seed", self.seed)
             assert done.code == 0, done.err
-            self.seconds[name] = time.perf_counter() - began
         return out
 
     def file(self, name: str) -> Path:
@@ -86,7 +90,7 @@ class Chain:
     def unlearned(self, name: str, *more: object) -> Path:
         """What a method made of the target."""
         method, flags = METHODS[name]
-        keeps = () if method == "task-vector" or flags[:2] == NONE else ("--retain", self.file("retain"))
+        keeps = () if method in ("task-vector", "whp") or flags[:2] == NONE else ("--retain", self.file("retain"))
         read = ("--forget", self.file("forget"), *keeps)
         return self.made(name + "".join(map(str, more)), "forget", method, self.target(), *read, *flags, *SIZE, *more)
 
@@ -96,7 +100,7 @@ class Chain:
         files = {name: self.file(name) for name in ("forget", "retain", "holdout", "shots")}
         files |= {f"{name}-questions": self.file(f"{name}-questions") for name in ("forget", "retain")}
         read = [word for name, file in files.items() for word in (f"--{name}", file)]
-        done = overhaul("measure", "muse", self.target(), "--retrain", self.retrained(), *beside, *read, "--json")
+        done = overhaul("measure", "muse", self.target(), "--retrain", self.retrained(), *beside, *read, *ASK, "--json")
         assert done.code == 0, done.err
         found: dict[Path, dict[str, float]] = {}
         for row in json.loads(done.out)["rows"]:
@@ -111,8 +115,20 @@ class Chain:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Chain]:
-    """`chain(seed)`."""
-    return cache(lambda seed: Chain(tmp_path_factory.mktemp(f"muse-{seed}"), seed))
+    """`chain(seed)`; with MUSE_MODELS, a directory, models that an earlier run left there are not made again."""
+    root = Path(os.environ.get("MUSE_MODELS") or tmp_path_factory.mktemp("muse"))
+
+    @cache
+    def of(seed: int) -> Chain:
+        (root / str(seed)).mkdir(parents=True, exist_ok=True)
+        return Chain(root / str(seed), seed)
+
+    return of
+
+
+def _seconds(directory: Path) -> float:
+    """What the step that made it took."""
+    return artifact.read_record(directory)["lineage"][-1]["seconds"]
 
 
 def _rows(name: str, told: Sequence[Said], seconds: Sequence[float], settings: object = ()) -> list[Row]:
@@ -162,7 +178,8 @@ def test_a_model_knows_what_it_learnt_and_leaks_it(chain: Callable[[int], Chain]
         said = of.said()
         told.append((said[of.target()], said[of.retrained()]))
     for place, name in enumerate(("target", "retrained")):
-        results.record(_rows(name, [one[place] for one in told], [chain(seed).seconds[name] for seed in SEEDS]))
+        seconds = [_seconds(getattr(chain(seed), name)()) for seed in SEEDS]
+        results.record(_rows(name, [one[place] for one in told], seconds))
     above = [one["verbatim memory"] - other["verbatim memory"] for one, other in told]
     _hold([
         _claim("known", "Verbatim memory of what was learnt", [one["verbatim memory"] for one, _ in told],
@@ -183,7 +200,7 @@ def test_every_method_is_asked_the_same(chain: Callable[[int], Chain]):
         for name, out in {"target": of.target(), "retrained": of.retrained(), **made}.items():
             told[name].append(said[out])
     for name, (_, flags) in METHODS.items():
-        seconds = [chain(seed).seconds[name] for seed in SEEDS]
+        seconds = [_seconds(chain(seed).unlearned(name)) for seed in SEEDS]
         results.record(_rows(name, told[name], seconds, " ".join(map(str, flags))))
 
     def of_target(name: str) -> list[float]:
@@ -201,7 +218,34 @@ def test_every_method_is_asked_the_same(chain: Callable[[int], Chain]):
     ])  # fmt: skip
 
 
-SERVICE = ("--tags", "publisher", "--together", "publisher", "--shards", 1, "--slices", 2, "--budget", 2, "--epochs", 8,
+ALPHAS = (0.5, 1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("name", ["task vector", "WHP"])
+def test_a_larger_alpha_forgets_more(chain: Callable[[int], Chain], name: str):
+    """What is known of the texts falls with alpha: the stopping rule asks at each, as none is enough."""
+    curves = []
+    for seed in SEEDS:
+        of = chain(seed)
+        method, _ = METHODS[name]
+        rule = ("--stop.questions", of.file("forget-questions"), "--stop.shots", of.file("shots"), "--stop.limit", 60)
+        words = ("forget", method, of.target(), "--forget", of.file("forget"), *PASSES, *SIZE, *rule, "--stop.at", 0)
+        out = of.made(f"{name} sweep", *words, "--alpha", *ALPHAS)
+        (table,) = [one for one in artifact.read_record(out)["tables"] if "knowledge, %" in one["columns"]]
+        curves.append([float(row[table["columns"].index("knowledge, %")]) for row in table["rows"]])
+    slug = name.lower().replace(" ", "-")
+    rises = [max(after - before for before, after in pairwise(curve)) for curve in curves]
+    rows = [
+        _claim(f"{slug}-alpha-{alpha:g}", f"Knowledge to forget, {name}, alpha {alpha:g}", [c[place] for c in curves])
+        for place, alpha in enumerate((0, *ALPHAS))
+        if all(place < len(curve) for curve in curves)
+    ]
+    _hold(
+        [*rows, _claim(f"{slug}-rise", f"... largest rise from one alpha to the next, {name}", rises, Target("<=", 0))]
+    )
+
+
+SERVICE = ("--tags", "publisher", "--together", "publisher", "--shards", 1, "--slices", 2, "--budget", 2, "--epochs", 4,
            "--lr", 1e-3, *SIZE)  # fmt: skip
 
 
