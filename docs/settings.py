@@ -12,6 +12,7 @@ from typing import Any
 from overhaul import catalog
 from overhaul.adapt.bundling import Bundling
 from overhaul.fictions import FictionSettings
+from overhaul.forget_texts import NewsSettings, StorySettings
 from overhaul.method import Training
 from overhaul.options import Options
 from overhaul.question_writing import QuestionWriting
@@ -37,6 +38,8 @@ def page() -> str:
         ("questions", QuestionWriting, "tutorials/questions.md"),
         ("topics", TopicSettings, "tutorials/questions.md"),
         ("fictions", FictionSettings, "methods/measure-muse.md"),
+        ("news", NewsSettings, "methods/measure-muse.md"),
+        ("stories", StorySettings, "methods/measure-muse.md"),
     ):
         sections += [f"## data {name}\n", f"[How it is used](../{shown}).\n", table(kind)]
     for verb in catalog.VERBS:

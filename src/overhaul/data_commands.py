@@ -1,4 +1,4 @@
-"""The commands about text and images: data list, preview, questions, topics, fictions."""
+"""The commands about text and images: data list, preview, questions, topics, fictions, news, stories."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Flag = tyro.conf.FlagCreatePairsOff
 
 def data_command(arguments: list[str]) -> None:
     """`overhaul data list`, `preview CORPUS --model M`, `questions -o FILE`, `topics CORPUS --labels FILE -o DIR`, and
-    `fictions -o DIR`.
+    `fictions -o DIR`, `news -o DIR`, `stories -o DIR`.
     """
     name = arguments[0] if arguments else "(nothing)"
     if name not in _COMMANDS:
@@ -166,16 +166,33 @@ def _data_topics(arguments: list[str]) -> None:
 def _data_fictions(arguments: list[str]) -> None:
     from overhaul.fictions import FictionSettings, write
 
-    given, choice = _asked(
-        "fictions", FictionSettings, arguments, _out("New directory.", "DIR"), json="Rows by file on stdout."
-    )
+    _data_to_forget("fictions", FictionSettings, write, arguments)
+
+
+def _data_news(arguments: list[str]) -> None:
+    from overhaul.forget_texts import NewsSettings, write_news
+
+    _data_to_forget("news", NewsSettings, write_news, arguments)
+
+
+def _data_stories(arguments: list[str]) -> None:
+    from overhaul.forget_texts import StorySettings, write_stories
+
+    _data_to_forget("stories", StorySettings, write_stories, arguments)
+
+
+def _data_to_forget(
+    name: str, settings: Any, write: Callable[[Any, Path], dict[str, int]], arguments: list[str]
+) -> None:
+    """A command that writes texts to be learnt and forgotten, with questions."""
+    given, choice = _asked(name, settings, arguments, _out("New directory.", "DIR"), json="Rows by file on stdout.")
     told = write(choice, given.out)
     if given.json:
         print_json(told)
         return
     print("written:")
-    for name, count in told.items():
-        print(f"  {shlex.quote(str(given.out / name))}  {count:,} rows")
+    for file, count in told.items():
+        print(f"  {shlex.quote(str(given.out / file))}  {count:,} rows")
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -184,4 +201,6 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "questions": _data_questions,
     "topics": _data_topics,
     "fictions": _data_fictions,
+    "news": _data_news,
+    "stories": _data_stories,
 }

@@ -2,25 +2,20 @@
 
 Few sentences are alike in two of them, so that a model which never saw one cannot go on with it word for word; the
 questions stand below each article too, as a small model does not answer what it only read.
-
-forget.jsonl   retain.jsonl   holdout.jsonl       articles of one kind, no person in two; the first of one publisher
-known.jsonl                                       the first two together
-forget-questions.jsonl   retain-questions.jsonl   about the first two
-shots.jsonl                                       answered questions about people who are in no article
+Nobody is in two parts, and all that is to be forgotten was published by one publisher, and nothing else.
 """
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
 
-from overhaul import disk
-from overhaul.errors import UserError
+from overhaul import forget_set
+from overhaul.forget_set import ForgetSet
 from overhaul.method import Natural, Positive, Settings
 
 _SYLLABLES = (
@@ -194,27 +189,30 @@ def write(settings: FictionSettings, directory: Path) -> dict[str, int]:
     Raises:
         UserError: something is there, or the disk is full or cannot be written.
     """
-    if disk.is_taken(directory):
-        raise UserError(f"{directory} is there already", hint="-o with a new name; nothing is overwritten")
+    forget_set.refuse_taken(directory)
     counts = {"forget": settings.forget, "retain": settings.retain, "holdout": settings.holdout}
     aside = -(-settings.shots // 4)
     found = iter(people(sum(counts.values()) + aside, seed=settings.seed))
     parts = {name: [next(found) for _ in range(count)] for name, count in counts.items()}
-    rows: dict[str, list[dict[str, str]]] = {
+    rows = {
         name: [
             {"text": person.text(), "person": person.name, "publisher": _publisher(name, number)}
             for number, person in enumerate(of)
         ]
         for name, of in parts.items()
     }
-    for name in ("forget", "retain"):
-        rows[f"{name}-questions"] = [row for person in parts[name] for row in person.questions()]
-    rows["known"] = rows["forget"] + rows["retain"]
-    rows["shots"] = [row for person in found for row in person.questions()][: settings.shots]
-    with disk.aside(directory) as made:
-        for name, of in rows.items():
-            (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
-    return {f"{name}.jsonl": len(of) for name, of in rows.items()}
+    made = ForgetSet(
+        **rows,
+        forget_questions=_asked(parts["forget"]),
+        retain_questions=_asked(parts["retain"]),
+        shots=_asked(found)[: settings.shots],
+    )
+    return forget_set.write(made, directory)
+
+
+def _asked(found: Iterable[Person]) -> list[dict[str, str]]:
+    """All questions about some people."""
+    return [row for person in found for row in person.questions()]
 
 
 def _publisher(part: str, number: int) -> str:
