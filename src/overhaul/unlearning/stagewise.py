@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from overhaul import machine
 from overhaul.deletion.sequences import Order, prefixes
 from overhaul.errors import UserError
-from overhaul.layers import swap, to_linear
-from overhaul.layers.lora import LoRALinear, refuse_pruned, start_at_zero
+from overhaul.layers import swap
+from overhaul.layers.lora import LoRALinear, start_at_zero
 from overhaul.objective import CrossEntropy
 from overhaul.optim.build import build
 from overhaul.schedules import schedule
@@ -73,7 +73,7 @@ class Stagewise:
         data: all of whose rows are trained on.
 
     Raises:
-        UserError: blocks or examples do not divide, a target fits no layer, or the model is pruned.
+        UserError: blocks or examples do not divide, or a target fits no layer.
     """
 
     def __init__(self, method: S3T, model: nn.Module, data: Data) -> None:
@@ -85,10 +85,10 @@ class Stagewise:
         blocks = decoder_blocks(model)
         self.groups = groups_of(len(blocks), method.slices, uneven=method.uneven)
         names = select_linears(model, method.targets)
-        refuse_pruned(model, names, hint="a model that was not pruned")
         own = [tuple(f"{block}." for number, block in enumerate(blocks) if number in group) for group in self.groups]
         self.names = [[name for name in names if name.startswith(blocks)] for blocks in own]
         model.requires_grad_(False)
+        self.bare = {name: model.get_submodule(name) for name in names}
         self.layers = swap(model, names, lambda old: LoRALinear.from_linear(old, method.rank, method.scaled()))
         self.kept: dict[tuple[int, Order], dict[str, Tensor]] = {}
         count = itertools.count()
@@ -177,5 +177,6 @@ class Stagewise:
         }
 
     def restore(self) -> None:
-        """The model as it was, without adapters."""
-        swap(self.model, list(self.layers), lambda layer: to_linear(layer.weight, layer.bias, training=layer.training))
+        """The model as it was, without adapters; a pruned one with what it knows of its zeros."""
+        for name, layer in self.bare.items():
+            self.model.set_submodule(name, layer)

@@ -6,14 +6,17 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from command import overhaul
+from overhaul import artifact
 from overhaul.deletion.book import FOLDER, Book, key_of
 from overhaul.documents import Row, text_row
+from overhaul.layers.masked import MaskedLinear
 from overhaul.unlearning.slices import cell_of, divided
 from overhaul.unlearning.stagewise import groups_of
 
@@ -171,6 +174,35 @@ def test_examples_can_be_asked_for_by_columns(trained: Callable[..., Path]):
         found = book.find(("user", "called"))
         assert len(found.there) == len(TEXTS)
         assert book.find_content(text_row(TEXTS[0]).id).there[0] in found.there
+
+
+def test_a_pruned_model_keeps_its_zeros_and_what_it_learns_can_be_deleted(
+    make_tiny: Callable[..., Path], tmp_path: Path
+):
+    pruned, out, data = tmp_path / "pruned", tmp_path / "out", tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    for words in (
+        ("prune", "magnitude", make_tiny(), "-o", pruned, "--sparsity", 0.5, "--evaluate", "none"),
+        ("forget", "s3t", pruned, "-o", out, "--data", data, *HOW),
+    ):
+        done = overhaul(*words)
+        assert done.code == 0, done.err
+    before, after = artifact.load(pruned), artifact.load(out)
+    masks = {name: layer.mask for name, layer in before.model.named_modules() if isinstance(layer, MaskedLinear)}
+    assert masks
+    for name, mask in masks.items():
+        layer: Any = after.model.get_submodule(name)
+        assert torch.equal(layer.mask, mask)
+    assert same(before.model.state_dict(), after.model.state_dict())
+
+    ids_BT = torch.arange(20)[None] + 5
+    served = artifact.load(out, with_library=True).model
+    learnt = served(ids_BT).logits
+    assert not torch.equal(learnt, after.model(ids_BT).logits)
+    gone = tmp_path / "gone.jsonl"
+    gone.write_text(json.dumps({"text": TEXTS[0]}) + "\n")
+    assert overhaul("forget", "delete", out, "--text", gone).code == 0
+    assert not torch.equal(artifact.load(out, with_library=True).model(ids_BT).logits, learnt)
 
 
 @pytest.mark.parametrize(
