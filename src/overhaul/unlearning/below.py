@@ -5,7 +5,8 @@ Letters of shapes: T tokens of a window, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from overhaul import machine
 from overhaul.errors import UserError
 from overhaul.input_statistics import StopForward
 from overhaul.interop import hf
+from overhaul.interop.fused import fused
 from overhaul.layers import adapters_off
 from overhaul.progress import say
 from overhaul.walk import decoder_blocks
@@ -89,7 +91,7 @@ class Below:
         self._states.clear()
 
     def _is_same(self, window: Window, place: int) -> bool:
-        with torch.no_grad(), machine.autocast(self._device, self.dtype), adapters_off(self.model):
+        with torch.no_grad(), self._bare():
             whole_TD = hf.hidden_states(self.model, _one(window.content, self._device))[0].float()
             self.cut(place)
             try:
@@ -134,7 +136,7 @@ class Below:
         self.model.eval()
         blocks = self._swapped(self._blocks)
         try:
-            with machine.autocast(self._device, self.dtype), adapters_off(self.model):
+            with self._bare():
                 hf.hidden_states(self.model, _one(window.content, self._device))
         except StopForward:
             pass
@@ -144,6 +146,15 @@ class Below:
                 hook.remove()
             self.model.train(training)
         return found
+
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """Inside, the whole model runs without adapters, and rounds as it does in the loop, whatever that runs now.
+
+        The loop fuses the blocks that it finds, which a stage has cut off from those below.
+        """
+        with fused(self.model), machine.autocast(self._device, self.dtype), adapters_off(self.model):
+            yield
 
     def cut(self, place: int) -> None:
         """Takes the blocks below one out, so that the model is run on what flows into it."""
