@@ -15,6 +15,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bench import results
 from bench.results import Row, Target
@@ -300,3 +301,39 @@ def test_whether_the_knowledge_returns(chain: Callable[[int], Chain]):
                 slug = f"back-{name}-{attack}-{QUANTITIES[metric]}".lower().replace(" ", "-").replace("-+-", "-")
                 rows.append(_claim(slug, f"{metric.capitalize()} that returns to {name} after {attack}", back))
     _hold(rows)
+
+
+REQUESTS = 4
+"""A recipe of the project makes them one after the other: `recipes/requests.yaml`."""
+
+
+@pytest.mark.parametrize("growing", [False, True], ids=["sustainability", "scalability"])
+def test_requests_that_follow_each_other_or_grow(chain: Callable[[int], Chain], growing: bool):
+    """C5 and C6: what NPO + GDR leaves after one to four quarters of the texts, and utility's slope a quarter."""
+    name = "growing" if growing else "requests"
+    told: list[list[Said]] = []
+    for seed in SEEDS:
+        of, made = chain(seed), [chain(seed).target()]
+        lines = of.file("forget").read_text().splitlines()
+        for number in range(1, REQUESTS + 1):
+            part = of.root / f"{name}-{number}.jsonl"
+            part.write_text("".join(f"{line}\n" for place, line in enumerate(lines) if _is_of(place, number, growing)))
+            begins = made[0] if growing else made[-1]
+            read = ("--forget", part, "--retain", of.file("retain"), *GDR, *PASSES, *SIZE)
+            made.append(of.made(f"{name} {number}", "forget", "npo", begins, *read))
+        said = of.said(*made[1:])
+        told.append([said[one] for one in made])
+    rows = [
+        _claim(f"{name}-{number}-{QUANTITIES[metric]}", f"{metric.capitalize()}, {number} of 4 {what}", values)
+        for number in range(1, REQUESTS + 1)
+        for metric in ("knowledge to forget", "utility")
+        for what in ("quarters at once" if growing else "requests, one after the other",)
+        for values in ([one[number][metric] for one in told],)
+    ]
+    slopes = [float(np.polyfit(range(len(one)), [said["utility"] for said in one], 1)[0]) for one in told]
+    _hold([*rows, _claim(f"{name}-slope", "... slope of utility a quarter", slopes)])
+
+
+def _is_of(place: int, number: int, growing: bool) -> bool:
+    """Whether a text is of a request: its own quarter, or all up to it."""
+    return place % REQUESTS < number if growing else place % REQUESTS == number - 1
