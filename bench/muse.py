@@ -26,7 +26,7 @@ from overhaul.fictions import people
 from overhaul.membership import auc
 from overhaul.muse import Asking, Findings, Material, examine
 
-TEXTS, QUESTIONS, SHOTS, ROUNDS = 16, 32, 4, 3
+TEXTS, QUESTIONS, SHOTS, ROUNDS = 16, 16, 4, 2
 HOW = Asking(prompt_tokens=32, tokens=128, answer_tokens=32, batch_size=16)
 FASTER = 3.0
 SAME_POINTS, SAME_NATS = 0.0, 1e-3

@@ -132,13 +132,13 @@ def _seconds(directory: Path) -> float:
     return artifact.read_record(directory)["lineage"][-1]["seconds"]
 
 
-def _rows(name: str, told: Sequence[Said], seconds: Sequence[float], settings: object = ()) -> list[Row]:
-    """All quantities of a model."""
-    slug = "".join(letter if letter.isalnum() else "-" for letter in name.lower()).replace("---", "-")
+def _rows(page: str, name: str, told: Sequence[Said], seconds: Sequence[float], settings: object = ()) -> list[Row]:
+    """All quantities of a model, for the page of what made it."""
+    slug = name.lower().replace(" + ", "-").replace(", ", "-").replace(" ", "-")
     more = {**SETTINGS, "method": settings}
     rows = [
         Row(
-            id=f"measure-muse-{slug}/{short}",
+            id=f"{page}/muse-{slug}-{short}",
             kind="model",
             what=f"{name}: {metric}",
             values=tuple(one[metric] for one in told),
@@ -153,7 +153,7 @@ def _rows(name: str, told: Sequence[Said], seconds: Sequence[float], settings: o
         for metric, short in QUANTITIES.items()
     ]
     took = Row(
-        id=f"measure-muse-{slug}/seconds", kind="model", what=f"{name}: seconds", values=tuple(seconds), unit="s",
+        id=f"{page}/muse-{slug}-seconds", kind="model", what=f"{name}: seconds", values=tuple(seconds), unit="s",
         seeds=SEEDS, settings=more,
     )  # fmt: skip
     return [*rows, took]
@@ -180,7 +180,7 @@ def test_a_model_knows_what_it_learnt_and_leaks_it(chain: Callable[[int], Chain]
         told.append((said[of.target()], said[of.retrained()]))
     for place, name in enumerate(("target", "retrained")):
         seconds = [_seconds(getattr(chain(seed), name)()) for seed in SEEDS]
-        results.record(_rows(name, [one[place] for one in told], seconds))
+        results.record(_rows("measure-muse", name, [one[place] for one in told], seconds))
     above = [one["verbatim memory"] - other["verbatim memory"] for one, other in told]
     _hold([
         _claim("known", "Verbatim memory of what was learnt", [one["verbatim memory"] for one, _ in told],
@@ -200,9 +200,9 @@ def test_every_method_is_asked_the_same(chain: Callable[[int], Chain]):
         said = of.said(*made.values())
         for name, out in {"target": of.target(), "retrained": of.retrained(), **made}.items():
             told[name].append(said[out])
-    for name, (_, flags) in METHODS.items():
+    for name, (method, flags) in METHODS.items():
         seconds = [_seconds(chain(seed).unlearned(name)) for seed in SEEDS]
-        results.record(_rows(name, told[name], seconds, " ".join(map(str, flags))))
+        results.record(_rows(f"forget-{method}", name, told[name], seconds, " ".join(map(str, flags))))
 
     def of_target(name: str) -> list[float]:
         return [one["utility"] / whole["utility"] for one, whole in zip(told[name], told["target"], strict=True)]
@@ -262,7 +262,7 @@ def test_what_was_deleted_is_as_strange_as_what_was_never_seen(chain: Callable[[
         assert done.code == 0, done.err
         seconds.append(time.perf_counter() - began)
         told.append(of.said(service)[service])
-    results.record(_rows("S3T, deleted", told, seconds, " ".join(map(str, SERVICE))))
+    results.record(_rows("forget-s3t", "S3T, deleted", told, seconds, " ".join(map(str, SERVICE))))
     off = [max(one["PrivLeak low"], -one["PrivLeak high"], 0) for one in told]
     _hold([
         _claim("s3t-leaks", "PrivLeak after an S3T deletion, how far 0 is outside its interval", off,
