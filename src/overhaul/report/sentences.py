@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from overhaul.lineage import LineageStep
+from overhaul.method import TO_FORGET, TO_RETAIN
 from overhaul.report.facts import FORGETTING, TASK_GAIN, Facts, Recovery, accuracies, metric, quality, recovery
 from overhaul.report.numbers import as_count, as_duration, as_interval, as_percent, as_quantity, as_size, as_value
 from overhaul.report.tables import before_after
@@ -147,6 +148,8 @@ def _change(facts: Sequence[Facts]) -> str:
     if known := accuracies(after):
         shares = " and ".join(f"{as_percent(row.value)} {kind}" for kind, row in known.items())
         return f"after all tasks the accuracy of {after.label} is {shares}"
+    if forgotten := _forgotten(facts):
+        return forgotten
     if not (before.perplexity and after.perplexity):
         return f"{len(facts)} models are shown side by side, without perplexity on both ends"
     factor = as_quantity(after.perplexity.value / before.perplexity.value, digits=3)
@@ -154,3 +157,13 @@ def _change(facts: Sequence[Facts]) -> str:
         f"perplexity went from {as_quantity(before.perplexity.value)} ({before.label}) "
         f"to {as_quantity(after.perplexity.value)} ({after.label}), {factor} times as much"
     )
+
+
+def _forgotten(facts: Sequence[Facts]) -> str:
+    """How the losses on texts to forget and to retain have changed in the last step; empty where none was to forget."""
+    said = []
+    for row in facts[-1].metrics:
+        before = metric(facts[-2], row.metric)
+        if before is not None and row.metric.endswith((f" ({TO_FORGET})", f" ({TO_RETAIN})")):
+            said.append(f"the {row.metric} went from {as_quantity(before)} to {as_quantity(row.value)}")
+    return f"{' and '.join(said)} nats a token" if any(f"({TO_FORGET})" in one for one in said) else ""

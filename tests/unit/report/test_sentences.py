@@ -46,6 +46,23 @@ def test_without_perplexity_nothing_is_claimed() -> None:
     assert verdict((bare, bare)) == "2 models are shown side by side, without perplexity on both ends."
 
 
+def test_of_texts_to_forget_and_to_retain_the_losses_are_told() -> None:
+    dense, *_ = three_facts()
+    names = ("loss on a.jsonl (to forget)", "loss on b.jsonl (to retain)")
+
+    def with_losses(*values: float) -> Facts:
+        found = zip(names, values, strict=False)
+        rows = (Row(model="m", metric=name, value=v, low=v, high=v, count=9) for name, v in found)
+        return replace(dense, metrics=tuple(rows))
+
+    assert verdict((dense, with_losses(0.11, 0.12), with_losses(2.5, 0.13))) == (
+        "The loss on a.jsonl (to forget) went from 0.1100 to 2.500 and the loss on b.jsonl (to retain) went from "
+        "0.1200 to 0.1300 nats a token."
+    )
+    assert "went from 0.1100 to 2.500 nats a token" in verdict((with_losses(0.11), with_losses(2.5)))
+    assert "to forget" not in verdict((dense, with_losses(2.5)))
+
+
 def test_limits_name_what_got_worse_and_what_zeros_do_not_buy() -> None:
     worse, stored = limits(three_facts())
 
