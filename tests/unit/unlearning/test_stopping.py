@@ -194,3 +194,13 @@ def test_half_a_rule_is_one_clear_error(
 @pytest.mark.parametrize("method", ["task-vector", "whp"])
 def test_several_alphas_need_a_rule(unlearn: Callable[..., Any], method: str):
     refused(unlearn(method, "--alpha", "1", "2"), "alpha has several values")
+
+
+def test_a_model_of_another_tokenizer_is_refused(unlearn: Callable[..., Any], tiny: Path, folder: Path, tmp_path: Path):
+    other = artifact.load(tiny)
+    other.processor.add_tokens(["<more>"])
+    other.model.save_pretrained(tmp_path / "other")
+    other.processor.save_pretrained(tmp_path / "other")
+    asked = ("--stop.questions", folder / "questions.jsonl", "--stop.retrain", tmp_path / "other")
+
+    refused(unlearn("ga", *asked), "has another tokenizer")
