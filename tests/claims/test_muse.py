@@ -185,9 +185,11 @@ def test_a_model_knows_what_it_learnt_and_leaks_it(chain: Callable[[int], Chain]
     _hold([
         _claim("known", "Verbatim memory of what was learnt", [one["verbatim memory"] for one, _ in told],
                Target(">=", 80)),
-        _claim("above", "... above that of a model that never saw it", above, Target(">=", 40)),
-        _claim("leaks", "PrivLeak of the first", [one["PrivLeak"] for one, _ in told], Target("<=", -80), ""),
-        _claim("nothing", "PrivLeak of the second", [one["PrivLeak"] for _, one in told], Target("==", 0), ""),
+        _claim("above", "Verbatim memory of what was learnt, above a model's that never saw it", above,
+               Target(">=", 40)),
+        _claim("leaks", "PrivLeak of the model that learnt all", [one["PrivLeak"] for one, _ in told],
+               Target("<=", -80), ""),
+        _claim("nothing", "PrivLeak of the retrained model", [one["PrivLeak"] for _, one in told], Target("==", 0), ""),
     ])  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_what_is_left_is_what_is_trained_without_the_example(tmp_path: Path):
     _hold([
         _row("exact", "Stages left by a deletion that equal those trained without the example, to the bit", same,
              Target("==", 1.0), "share"),
-        _row("left", "... of all stages before it", others, unit="share"),
+        _row("left", "Stages left by a deletion, of all before it", others, unit="share"),
     ])  # fmt: skip
 
 
@@ -123,13 +123,15 @@ def test_three_sequences_are_worth_more_than_one_as_deletions_go_on(tmp_path: Pa
     _hold([
         _row("wins", "Fall of the loss on held-out answers, three stages, nothing deleted", begins, Target(">", 0),
              "nats"),
-        _row("of-lora", "... of that of one LoRA, trained on all of the data in as many steps", plain, unit="share"),
+        _row("of-lora", "Fall of the loss, of that of one LoRA on all of the data in as many steps", plain,
+             unit="share"),
         _row("area-one", f"Utility over {REQUESTS} random requests, one sequence (SISA)", areas["one"], unit="share"),
-        _row("area-three", "... three sequences", areas["three"], unit="share"),
-        _row("area", "... three above one", [a - b for a, b in zip(areas["three"], areas["one"], strict=True)],
+        _row("area-three", f"Utility over {REQUESTS} random requests, three sequences", areas["three"], unit="share"),
+        _row("area", f"Utility over {REQUESTS} random requests, three sequences above one",
+             [a - b for a, b in zip(areas["three"], areas["one"], strict=True)],
              Target(">", 0), "share"),
         _row("lasts-one", "Requests until nothing is left, one sequence (formula: 3)", lasts["one"]),
-        _row("lasts-three", "... three sequences (formula: 5.5)", lasts["three"]),
+        _row("lasts-three", "Requests until nothing is left, three sequences (formula: 5.5)", lasts["three"]),
     ])  # fmt: skip
 
 
