@@ -114,10 +114,11 @@ def record(rows: Iterable[Row], path: Path = RESULTS) -> None:
     aside.replace(path)
 
 
-def hold(row: Row, path: Path = RESULTS) -> None:
-    """Records a row, then asserts that it reaches its target."""
-    record([row], path)
-    assert row.met is not False, row
+def hold(*rows: Row, path: Path = RESULTS) -> None:
+    """Records rows, then asserts that each reaches its target: all are recorded before one is judged."""
+    record(rows, path)
+    for row in rows:
+        assert row.met is not False, row
 
 
 def _rounded(value: float) -> float:

@@ -103,12 +103,6 @@ def _each(found: Sequence[Told], name: str) -> list[float]:
     return [one[name] for one in found]
 
 
-def _hold(*rows: Row) -> None:
-    results.record(rows)
-    for row in rows:
-        results.hold(row)
-
-
 def test_later_tasks_are_learnt_as_well_as_by_models_of_their_own(
     blanks: dict[int, Path], images: Path, learnt: Callable[[str], list[Told]], tmp_path_factory: pytest.TempPathFactory
 ):
@@ -118,7 +112,7 @@ def test_later_tasks_are_learnt_as_well_as_by_models_of_their_own(
                for n, task in enumerate(TASKS[1:])]  # fmt: skip
         alone.append(sum(own) / len(own))
     differences = [ours - theirs for ours, theirs in zip(_each(learnt("both"), "task-IL"), alone, strict=True)]
-    _hold(
+    results.hold(
         _row("alone", "Accuracy on later tasks, a model of its own for each", alone),
         _row("against-alone", "Banks less models of their own, later tasks", differences, Target(">=", -0.03)),
     )
@@ -126,7 +120,7 @@ def test_later_tasks_are_learnt_as_well_as_by_models_of_their_own(
 
 def test_kernels_are_worth_two_points_over_norms_and_head(learnt: Callable[[str], list[Told]]):
     pairs = zip(_each(learnt("both"), "task-IL"), _each(learnt("none"), "task-IL"), strict=True)
-    _hold(_row("against-norms", "All less norms and head alone, later tasks", [a - b for a, b in pairs],
+    results.hold(_row("against-norms", "All less norms and head alone, later tasks", [a - b for a, b in pairs],
                Target(">=", 0.02)))  # fmt: skip
 
 
@@ -138,7 +132,7 @@ def test_the_parts_are_measured(learnt: Callable[[str], list[Told]], form: str):
 
 def test_views_tell_tasks_better_than_one_does(learnt: Callable[[str], list[Told]]):
     one, several = (_each(learnt("both"), f"tasks told, {way}") for way in ("one view", "16 views"))
-    _hold(
+    results.hold(
         _row("told-one", "Tasks told by entropy, one view", one, Target(">", 0.4)),
         _row("told-views", "Tasks told by entropy, 16 views", several),
         _row("views", "16 views less one view, tasks told", [b - a for a, b in zip(one, several, strict=True)],

@@ -102,7 +102,7 @@ def test_a_bank_is_nearly_as_good_as_a_lora_of_a_fifth_of_its_numbers(
             values = [one[text] for one in measured]
             rows.append(_row(method, f"{name}-{text}", f"Perplexity on {text}, {called}", values, unit=""))
         rows.append(_row(method, f"ratio-{text}", f"Perplexity on {text}, of a LoRA's", ratios, Target("<=", 1.05)))
-    _hold(rows)
+    results.hold(*rows)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -116,7 +116,7 @@ def test_texts_tell_their_task_and_nothing_is_forgotten(method: str, learnt: Cal
             values.append(metrics[f"tasks told, {way}"])
         by_loss.append(_told_by_loss(out))
         lost.append(forgetting(task_record.read(out).matrices["task-IL"]))
-    _hold([
+    results.hold(*[
         _row(method, "told-one", "Texts taken for their own, by entropy, one view", told["one view"],
              Target(">=", 0.9)),
         _row(method, "told-views", "Texts taken for their own, by entropy, 10 views", told["10 views"],
@@ -140,12 +140,6 @@ def _told_by_loss(out: Path) -> float:
             doubts.append(text_banks.doubts(banked.model, list(windows_NT), how))
         right.append((torch.stack(doubts).argmin(dim=0) == number).double().mean())
     return float(torch.stack(right).mean())
-
-
-def _hold(rows: Sequence[Row]) -> None:
-    results.record(rows)
-    for row in rows:
-        results.hold(row)
 
 
 def _row(

@@ -166,12 +166,6 @@ def _claim(name: str, what: str, values: Sequence[float], target: Target | None 
     )  # fmt: skip
 
 
-def _hold(rows: Sequence[Row]) -> None:
-    results.record(rows)
-    for row in rows:
-        results.hold(row)
-
-
 def test_a_model_knows_what_it_learnt_and_leaks_it(chain: Callable[[int], Chain]):
     told = []
     for seed in SEEDS:
@@ -182,7 +176,7 @@ def test_a_model_knows_what_it_learnt_and_leaks_it(chain: Callable[[int], Chain]
         seconds = [_seconds(getattr(chain(seed), name)()) for seed in SEEDS]
         results.record(_rows("measure-muse", name, [one[place] for one in told], seconds))
     above = [one["verbatim memory"] - other["verbatim memory"] for one, other in told]
-    _hold([
+    results.hold(*[
         _claim("known", "Verbatim memory of what was learnt", [one["verbatim memory"] for one, _ in told],
                Target(">=", 80)),
         _claim("above", "Verbatim memory of what was learnt, above a model's that never saw it", above,
@@ -213,7 +207,7 @@ def test_every_method_is_asked_the_same(chain: Callable[[int], Chain]):
         one["verbatim memory"] - other["verbatim memory"]
         for one, other in zip(told["GA"], told["retrained"], strict=True)
     ]
-    _hold([
+    results.hold(*[
         _claim("ga-verbatim", "Verbatim memory after GA, above the retrained model's", below, Target("<", 0)),
         _claim("ga-utility", "Utility after GA, of the target's", of_target("GA"), Target("<", 0.3), "share"),
         _claim("npo-gdr-utility", "Utility after NPO + GDR, of the target's", of_target("NPO + GDR"),
@@ -243,8 +237,8 @@ def test_a_larger_alpha_forgets_more(chain: Callable[[int], Chain], name: str):
         for place, alpha in enumerate((0, *ALPHAS))
         if all(place < len(curve) for curve in curves)
     ]
-    _hold(
-        [*rows, _claim(f"{slug}-rise", f"... largest rise from one alpha to the next, {name}", rises, Target("<=", 0))]
+    results.hold(
+        *[*rows, _claim(f"{slug}-rise", f"... largest rise from one alpha to the next, {name}", rises, Target("<=", 0))]
     )
 
 
@@ -266,7 +260,7 @@ def test_what_was_deleted_is_as_strange_as_what_was_never_seen(chain: Callable[[
         told.append(of.said(service)[service])
     results.record(_rows("forget-s3t", "S3T, deleted", told, seconds, " ".join(map(str, SERVICE))))
     off = [max(one["PrivLeak low"], -one["PrivLeak high"], 0) for one in told]
-    _hold([
+    results.hold(*[
         _claim("s3t-leaks", "PrivLeak after an S3T deletion, how far 0 is outside its interval", off,
                Target("==", 0), ""),
     ])  # fmt: skip
@@ -302,7 +296,7 @@ def test_whether_the_knowledge_returns(chain: Callable[[int], Chain]):
                 back = [a[metric] - b[metric] for a, b in zip(told[name, attack], told[name, ""], strict=True)]
                 slug = f"back-{name}-{attack}-{QUANTITIES[metric]}".lower().replace(" ", "-").replace("-+-", "-")
                 rows.append(_claim(slug, f"{metric.capitalize()} that returns to {name} after {attack}", back))
-    _hold(rows)
+    results.hold(*rows)
 
 
 REQUESTS = 4
@@ -333,7 +327,7 @@ def test_requests_that_follow_each_other_or_grow(chain: Callable[[int], Chain], 
         for values in ([one[number][metric] for one in told],)
     ]
     slopes = [float(np.polyfit(range(len(one)), [said["utility"] for said in one], 1)[0]) for one in told]
-    _hold([*rows, _claim(f"{name}-slope", "... slope of utility a quarter", slopes)])
+    results.hold(*rows, _claim(f"{name}-slope", "... slope of utility a quarter", slopes))
 
 
 def _is_of(place: int, number: int, growing: bool) -> bool:

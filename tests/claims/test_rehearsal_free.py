@@ -89,7 +89,7 @@ def test_from_scratch_only_distilled_predictions_keep_old_classes(run: Learnt):
     """The paper's table without pre-training; a softmax over all classes answers with the last task's two."""
     predictions, ewc = class_il(run("predictions", SCRATCH)), class_il(run("ewc", SCRATCH))
     finetune = class_il(run("finetune", SCRATCH))
-    _hold(
+    results.hold(
         _row("finetune", "Softmax head, nothing held, class-IL", finetune, Target("<", 0.25)),
         _row("ewc-softmax", "Softmax head, EWC alone, class-IL", class_il(run("ewc-softmax", SCRATCH)),
              Target("<", LITTLE)),
@@ -104,7 +104,7 @@ def test_from_scratch_only_distilled_predictions_keep_old_classes(run: Learnt):
 
 def test_l2_helps_a_network_that_was_trained_before_and_no_other(run: Learnt):
     gains = [less(class_il(run("l2", begun)), class_il(run("predictions", begun))) for begun in (AFTER, SCRATCH)]
-    _hold(
+    results.hold(
         _row("l2-seen", "cnn, trained before: what L2 adds to PredKD, class-IL", gains[0], Target(">=", FLIP)),
         _row("l2-scratch", "cnn, random weights: what L2 adds to PredKD, class-IL", gains[1], Target("<=", 0.0)),
     )
@@ -122,7 +122,7 @@ def test_late_layers_move_more_than_early_ones(run: Learnt, root: Path, begun: s
         for place, layer in enumerate(layers)
     ])  # fmt: skip
     gaps = [one[0] - one[-1] for one in alike]
-    _hold(_row(slug, f"{begun}: likeness of the first block above that of what the head reads", gaps,
+    results.hold(_row(slug, f"{begun}: likeness of the first block above that of what the head reads", gaps,
                Target(">", 0), unit=""))  # fmt: skip
 
 
@@ -143,13 +143,6 @@ def _alike(directory: Path) -> list[float]:
     tables = json.loads((directory / "overhaul.json").read_text())["tables"]
     (told,) = [table for table in tables if "linear CKA" in table["title"]]
     return [float(value) for value in told["rows"][-1][1:]]
-
-
-def _hold(*rows: Row) -> None:
-    """All are recorded before one is judged."""
-    results.record(rows)
-    for row in rows:
-        results.hold(row)
 
 
 def _row(name: str, what: str, values: Sequence[float], target: Target | None = None, unit: str = "share") -> Row:

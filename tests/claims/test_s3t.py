@@ -84,7 +84,7 @@ def test_what_is_left_is_what_is_trained_without_the_example(tmp_path: Path):
         assert all(cell[1] not in order for _, order in left)
         same.append(statistics.fmean(_equal(left[key], wanted[key]) for key in left))
         others.append(len(left) / before)
-    _hold([
+    results.hold(*[
         _row("exact", "Stages left by a deletion that equal those trained without the example, to the bit", same,
              Target("==", 1.0), "share"),
         _row("left", "Stages left by a deletion, of all before it", others, unit="share"),
@@ -120,7 +120,7 @@ def test_three_sequences_are_worth_more_than_one_as_deletions_go_on(tmp_path: Pa
             lasts[name].append(statistics.fmean(_until_gone(chosen, random.Random(order)) for order in range(ORDERS)))
         begins.append(bare - full)
         plain.append((bare - full) / (bare - _lora(tmp_path / f"lora-{seed}", data, heldout, seed)))
-    _hold([
+    results.hold(*[
         _row("wins", "Fall of the loss on held-out answers, three stages, nothing deleted", begins, Target(">", 0),
              "nats"),
         _row("of-lora", "Fall of the loss, of that of one LoRA on all of the data in as many steps", plain,
@@ -189,9 +189,3 @@ def _row(name: str, what: str, values: Sequence[float], target: Target | None = 
         id=f"forget-s3t/{name}", kind="claim", what=what, values=tuple(values), unit=unit, target=target, seeds=SEEDS,
         settings=SETTINGS,
     )  # fmt: skip
-
-
-def _hold(rows: Sequence[Row]) -> None:
-    results.record(rows)
-    for row in rows:
-        results.hold(row)

@@ -91,7 +91,7 @@ def test_a_row_that_misses_its_target_is_recorded_before_it_fails(tmp_path: Path
     claim = Row(id="a", kind="claim", what="", values=(1.0, 3.0), target=Target("<", 2))
 
     with pytest.raises(AssertionError, match="id='a'"):
-        results.hold(claim, path)
+        results.hold(claim, path=path)
 
     assert [row["met"] for row in results.read(path)] == [False]
 
