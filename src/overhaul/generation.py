@@ -5,19 +5,26 @@ Letters of shapes: B texts, T tokens, D width.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteria
+from transformers.cache_utils import Cache, DynamicLayer
 
 from overhaul import machine
 from overhaul.interop import hf
 from overhaul.progress import Bar
+
+SHARED = 16
+"""Tokens that all prompts begin with from which on they are read once: to read fewer anew costs less than a copy."""
 
 
 @torch.no_grad()
@@ -31,12 +38,15 @@ def continuations(
     temperature: float = 1.0,
     top_p: float = 1.0,
     one_line: bool = False,
+    until: Sequence[str] = (),
     finished: bool = False,
     batch_size: int = 32,
     dtype: torch.dtype = torch.float32,
     title: str = "",
 ) -> list[str]:
     """What the model goes on with after each prompt: greedy, or sampled when a seed is given.
+
+    What all prompts begin with, such as answered questions, is read once where the model keeps what it read.
 
     Args:
         model: a causal language model.
@@ -47,6 +57,7 @@ def continuations(
         temperature: divides the logits of a sample.
         top_p: of a sample, the likeliest tokens of this share together are drawn from.
         one_line: end with the first line break.
+        until: end with the first of these, which may still stand in the text and be followed by more.
         finished: of a text that did not come to its end within `tokens`, nothing.
         batch_size: texts that are written at once.
         dtype: of matrix products.
@@ -65,21 +76,25 @@ def continuations(
     if seed is not None:
         # top_k of 0: transformers would otherwise draw from the 50 likeliest only.
         how |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    ids = [read(tokenizer, prompt) for prompt in prompts]
     # Texts of like length share a batch, so that little is padded.
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     written = [""] * len(prompts)
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with forked, machine.autocast(device, dtype), _nothing_inherited(model):
         if seed is not None:
             torch.manual_seed(seed)
+        shared, cache = _read_once(model, ids)
         with Bar(title, len(batches), quiet=not title) as bar:
             for batch in batches:
-                ids_BT, mask_BT = _padded_left(tokenizer, [prompts[index] for index in batch])
+                ids_BT, mask_BT = _padded([ids[index] for index in batch], shared, _padding(tokenizer))
                 made = inner.generate(
                     input_ids=ids_BT.to(device),
                     attention_mask=mask_BT.to(device),
                     pad_token_id=_padding(tokenizer),
+                    past_key_values=_for_each(cache, len(batch)),
+                    stopping_criteria=[_Until(tokenizer, until, ids_BT.shape[1])] if until else None,
                     **how,
                 )
                 new_BT = made[:, ids_BT.shape[1] :]
@@ -141,12 +156,55 @@ def _nothing_inherited(model: nn.Module) -> Iterator[None]:
         inner.generation_config = kept
 
 
-def _padded_left(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Tokens and their mask `(B, T)`: what is written follows on the right."""
-    ids = [read(tokenizer, text) for text in texts]
+class _Until(StoppingCriteria):
+    """Ends a text in which one of some words stands, of those that were written from a place on."""
+
+    def __init__(self, tokenizer: Any, words: Sequence[str], begins: int) -> None:
+        self.tokenizer, self.words, self.begins = tokenizer, words, begins
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.begins :], skip_special_tokens=True)
+        return torch.tensor([any(word in text for word in self.words) for text in texts], device=input_ids.device)
+
+
+def _read_once(model: nn.Module, ids: Sequence[Sequence[int]]) -> tuple[int, Cache | None]:
+    """How many tokens all prompts begin with, and what the model keeps of them; none where it would not be the same.
+
+    A last token of each is left: what follows it has to be asked for.
+    """
+    inner: Any = model
+    places = zip(*(one[:-1] for one in ids), strict=False)
+    beginning = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, places)]
+    # Where `generate` is replaced, as by banks that are chosen by the text, it is to see whole texts.
+    if len(ids) < 2 or len(beginning) < SHARED or "generate" in vars(model):
+        return 0, None
+    device = next(model.parameters()).device
+    less = {"logits_to_keep": 1} if inner._supports_logits_to_keep() else {}
+    found = inner(input_ids=torch.tensor([beginning], device=device), use_cache=True, **less)
+    cache = getattr(found, "past_key_values", None)
+    # A window that slides, or a recurrent state, is not continued the same after tokens that are masked out.
+    plain = isinstance(cache, Cache) and cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return (len(beginning), cache) if plain else (0, None)
+
+
+def _for_each(cache: Cache | None, count: int) -> Cache | None:
+    """A cache of as many texts that begin alike: it grows with them, and the one given does not."""
+    if cache is None:
+        return None
+    made = copy.deepcopy(cache)
+    made.batch_repeat_interleave(count)
+    return made
+
+
+def _padded(ids: Sequence[Sequence[int]], shared: int, filler: int) -> tuple[Tensor, Tensor]:
+    """Tokens and their mask `(B, T)`: filled up behind what all begin with, as what is written follows on the right."""
     width = max(map(len, ids))
-    ids_BT = torch.tensor([[_padding(tokenizer)] * (width - len(one)) + one for one in ids])
-    return ids_BT, torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in ids])
+    gaps = [width - len(one) for one in ids]
+    ids_BT = torch.tensor([[*one[:shared], *[filler] * gap, *one[shared:]] for one, gap in zip(ids, gaps, strict=True)])
+    mask_BT = torch.ones_like(ids_BT)
+    for row, gap in enumerate(gaps):
+        mask_BT[row, shared : shared + gap] = 0
+    return ids_BT, mask_BT
 
 
 def _padding(tokenizer: Any) -> int:

@@ -184,7 +184,7 @@ def knowledge(
             hint="fewer or shorter --shots",
         )
     written = continuations(
-        model, tokenizer, prompts, tokens=how.answer_tokens, batch_size=how.batch_size, dtype=dtype,
+        model, tokenizer, prompts, tokens=how.answer_tokens, until=ENDS, batch_size=how.batch_size, dtype=dtype,
         title=title and f"{title} questions",
     )  # fmt: skip
     return rouge_l([answer_of(text) for text in written], [answer for _, answer in questions])

@@ -28,6 +28,51 @@ def test_a_batch_of_any_size_gives_what_each_prompt_gives_alone(made: Any):
         assert continuations(made.model, made.processor, PROMPTS, tokens=6, batch_size=batch_size) == alone
 
 
+SHOTS = "".join(f"Question: What is {n} and {n}?\nAnswer: {2 * n}\n\n" for n in range(4))
+
+
+def test_what_all_prompts_begin_with_is_read_once_and_changes_nothing(made: Any, monkeypatch: pytest.MonkeyPatch):
+    prompts = [f"{SHOTS}Question: {prompt}\nAnswer:" for prompt in PROMPTS]
+    alone = [evaluate.generate(made.model, made.processor, prompt, tokens=6) for prompt in prompts]
+    read: list[int] = []
+    forward = type(made.model.model).forward
+
+    def counted(self: Any, input_ids: Any = None, **given: Any) -> Any:
+        read.append(input_ids.numel())
+        return forward(self, input_ids=input_ids, **given)
+
+    monkeypatch.setattr(type(made.model.model), "forward", counted)
+    for batch_size in (1, 3, 32):
+        assert continuations(made.model, made.processor, prompts, tokens=6, batch_size=batch_size) == alone
+        shared = read[0]
+        assert shared >= len(made.processor(SHOTS)["input_ids"]) - 1
+        assert sum(read) < 2 * shared + sum(len(made.processor(p)["input_ids"]) - shared + 32 for p in prompts)
+        read.clear()
+
+
+def test_a_model_that_writes_by_the_whole_text_reads_each_whole(make_tiny: Any):
+    made = artifact.load(make_tiny(tie=False))
+    model: Any = made.model
+    generate, given = model.generate, []
+    model.generate = lambda **how: given.append(how) or generate(**how)
+
+    continuations(model, made.processor, [SHOTS + prompt for prompt in PROMPTS], tokens=2)
+
+    assert all(how["past_key_values"] is None for how in given)
+
+
+def test_a_text_ends_with_the_words_that_end_it(made: Any):
+    free = continuations(made.model, made.processor, ["a"] * 32, tokens=48, seed=0, batch_size=1)
+    word = free[0][10:13]
+    ended = continuations(made.model, made.processor, ["a"] * 32, tokens=48, seed=0, batch_size=1, until=(word,))
+
+    assert any(len(text) < len(whole) for text, whole in zip(ended, free, strict=True))
+    first, whole = ended[0], free[0]
+    assert whole.startswith(first)
+    assert first.find(word) == whole.find(word) >= 0
+    assert word not in first[: first.find(word) + len(word) - 1]
+
+
 def test_a_seed_gives_the_same_samples_and_leaves_the_generator_alone(made: Any):
     before = torch.get_rng_state()
     first, again, other = (continuations(made.model, made.processor, PROMPTS, tokens=8, seed=s) for s in (1, 1, 2))
