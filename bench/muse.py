@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench.inputs import Inputs
 from bench.results import Row, Target
 from overhaul import artifact
-from overhaul.fictions import people
+from overhaul.forget_texts import NewsSettings, write_news
+from overhaul.measure.muse import Muse
 from overhaul.membership import auc
 from overhaul.muse import Asking, Findings, Material, examine
 
-TEXTS, QUESTIONS, SHOTS, ROUNDS = 16, 16, 4, 2
+TEXTS, SHOTS, WORDS, ROUNDS = 24, 10, 120, 2
 HOW = Asking(prompt_tokens=32, tokens=128, answer_tokens=32, batch_size=16)
 FASTER = 3.0
 SAME_POINTS, SAME_NATS = 0.0, 1e-3
@@ -35,13 +36,12 @@ SAME_POINTS, SAME_NATS = 0.0, 1e-3
 
 def muse(inputs: Inputs, _peers: Path) -> list[Row]:
     """Tokens a second of both on one model, in turn, and how far their scores are apart."""
-    dtype = (
-        torch.float32
-    )  # in bf16 batches of another shape round otherwise, and words that are as likely change places
+    # In bf16 batches of another shape round otherwise, and words that are as likely change places.
+    dtype = torch.float32
     made = artifact.load(inputs.model, dtype=dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(inputs.model, dtype=dtype).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(inputs.model)
-    material = _material()
+    material = _material(inputs.work)
     tokens = _tokens(tokenizer, material)
     ours, theirs = [], []
     one, other = None, None
@@ -63,8 +63,10 @@ def muse(inputs: Inputs, _peers: Path) -> list[Row]:
     )
     seen, unseen = (other.scores[kind]["min-40%"] for kind in ("forget", "holdout"))
     theirs_auc = roc_auc_score([0] * len(seen) + [1] * len(unseen), [-score for score in (*seen, *unseen)])
-    settings = {"model": "smollm2-135m", "texts": 3 * TEXTS, "questions": 2 * QUESTIONS, "shots": SHOTS, "cores": 1,
-                "batch_size": HOW.batch_size, "dtype": "float32"}  # fmt: skip
+    settings = {
+        "model": "smollm2-135m", "data": "data news", "words": WORDS, "texts": 3 * TEXTS, "questions": 2 * TEXTS,
+        "shots": SHOTS, "cores": torch.get_num_threads(), "batch_size": HOW.batch_size, "dtype": "float32",
+    }  # fmt: skip
     bench: dict[str, Any] = {"kind": "bench", "settings": settings}
     return [
         Row(id="measure-muse/speed", what="Tokens read and written, all that MUSE asks", unit="tokens/s",
@@ -81,19 +83,15 @@ def muse(inputs: Inputs, _peers: Path) -> list[Row]:
     ]  # fmt: skip
 
 
-def _material() -> Material:
-    """Articles and questions about people who never were."""
-    found = people(3 * TEXTS + SHOTS, seed=0)
-    parts = [found[at : at + TEXTS] for at in range(0, 3 * TEXTS, TEXTS)]
-    asked = [
-        tuple((row["question"], row["answer"]) for person in part for row in person.questions())[:QUESTIONS]
-        for part in (*parts[:2], found[3 * TEXTS :])
-    ]
-    texts = [tuple(person.text() for person in part) for part in parts]
-    return Material(
-        forget=texts[0], retain=texts[1], holdout=texts[2],
-        forget_questions=asked[0], retain_questions=asked[1], shots=asked[2][:SHOTS],
-    )  # fmt: skip
+def _material(work: Path) -> Material:
+    """The first articles of each kind, and as many questions about those to forget and to retain."""
+    directory = work / "news"
+    if not directory.exists():
+        write_news(NewsSettings.model_validate({"words": WORDS}), directory)
+    kinds = ("forget", "retain", "holdout", "shots", "forget-questions", "retain-questions")
+    files = {kind.replace("-", "_"): str(directory / f"{kind}.jsonl") for kind in kinds}
+    how = {"retrain": "none is asked", "limit": TEXTS, "num_shots": SHOTS}
+    return Muse.model_validate({**files, **how}).material()
 
 
 def _tokens(tokenizer: Any, material: Material) -> int:
