@@ -17,7 +17,7 @@ from overhaul.deletion.ensemble import Served
 from overhaul.documents import Row as Example
 from overhaul.select import shapes_of
 
-EXAMPLES, SLICES, STEPS, BATCH_SIZE, SEQ_LEN, RANK = 60, 3, 4, 4, 64, 8
+EXAMPLES, SLICES, STEPS, BATCH_SIZE, SEQ_LEN, RANK = 60, 3, 20, 4, 64, 8
 AT_MOST_SECONDS, FASTER = 1.0, 2.0
 HEADER_BYTES = 8
 """Of a safetensors file before its header, which says how long that is."""
