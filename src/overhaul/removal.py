@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from overhaul.unlearning.stopping import Knowledge, Stopping
     from overhaul.unlearning.texts import Windows
 
+    Before = Callable[[], nn.Module]
+    """Gives the model as it was, frozen."""
 
 ONE_OR_SEVERAL = BeforeValidator(lambda given: (given,) if isinstance(given, int | float) else given)
 Strengths = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], ONE_OR_SEVERAL]
@@ -253,26 +255,27 @@ class Retaining(Removal):
         return {TO_FORGET: self.forget} | ({TO_RETAIN: self.retain} if self.retain else {})
 
     @abstractmethod
-    def unlearning(self, model: nn.Module) -> Objective:
+    def unlearning(self, model: nn.Module, before: Before) -> Objective:
         """What is minimised of the texts to forget."""
 
-    def holding(self, model: nn.Module) -> Objective:
+    def holding(self, model: nn.Module, before: Before) -> Objective:
         """What is minimised of the texts to retain, where there are some."""
-        import copy
-
         from overhaul.distillation import Distill
         from overhaul.objective import CrossEntropy
         from overhaul.unlearning.terms import Beside
 
         if self.retain_term == "gdr":
             return Beside(CrossEntropy())
-        return Beside(Distill(copy.deepcopy(model).requires_grad_(False).eval()))
+        return Beside(Distill(before()))
 
     def objective(self, model: nn.Module) -> Objective:
-        """Both, the second with its weight."""
+        """Both, the second with its weight; a copy of the model before is made where one is asked for, and once."""
+        import copy
+
+        before = cache(lambda: copy.deepcopy(model).requires_grad_(False).eval())
         if self.retain is None:
-            return self.unlearning(model)
-        return self.unlearning(model) + self.retain_weight * self.holding(model)
+            return self.unlearning(model, before)
+        return self.unlearning(model, before) + self.retain_weight * self.holding(model, before)
 
     def beside(self, stream: Stream, data: Data) -> Stream:
         """Each batch with one to retain."""

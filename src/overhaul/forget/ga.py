@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from overhaul.objective import Objective
+    from overhaul.removal import Before
 
 
 class GradientAscent(Retaining):
@@ -20,7 +21,7 @@ class GradientAscent(Retaining):
         "Evaluation for Language Models, ICLR 2025, arXiv:2407.06460"
     )
 
-    def unlearning(self, model: nn.Module) -> Objective:
+    def unlearning(self, model: nn.Module, before: Before) -> Objective:
         from overhaul.objective import CrossEntropy
 
         return -1.0 * CrossEntropy()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from overhaul.objective import Objective
+    from overhaul.removal import Before
 
 
 class Npo(Retaining):
@@ -28,7 +29,7 @@ class Npo(Retaining):
     def needs_reference(self) -> bool:
         return True
 
-    def unlearning(self, model: nn.Module) -> Objective:
+    def unlearning(self, model: nn.Module, before: Before) -> Objective:
         from overhaul.unlearning.terms import NegativePreference
 
         return NegativePreference(self.beta)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from overhaul.data import Data
     from overhaul.objective import Objective
+    from overhaul.removal import Before
 
 
 class Rmu(Retaining):
@@ -49,19 +50,16 @@ class Rmu(Retaining):
 
         return self.layer or max(1, round(hf.depth(model.config) / 4))
 
-    def unlearning(self, model: nn.Module) -> Objective:
+    def unlearning(self, model: nn.Module, before: Before) -> Objective:
         from overhaul.unlearning.terms import Misdirected, direction
 
         return Misdirected(self.place(model), self.coefficient * direction(model))
 
-    def holding(self, model: nn.Module) -> Objective:
+    def holding(self, model: nn.Module, before: Before) -> Objective:
         """The states of the texts to retain, in the same block."""
-        import copy
-
         from overhaul.unlearning.terms import Beside, StatesKept
 
-        before = copy.deepcopy(model).requires_grad_(False).eval()
-        return Beside(StatesKept(self.place(model), before))
+        return Beside(StatesKept(self.place(model), before()))
 
     def train_parameters(self, model: nn.Module) -> None:
         """The matrices that the blocks' MLPs end with."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from overhaul.objective import Objective
+    from overhaul.removal import Before
 
 
 class SimNpo(Retaining):
@@ -26,7 +27,7 @@ class SimNpo(Retaining):
     beta: Rate = Field(0.7, description="How sharply a text is let go when its loss is reached; MUSE News has 0.7.")
     gamma: NonNegative = Field(3.0, description="That loss, in nats a token.")
 
-    def unlearning(self, model: nn.Module) -> Objective:
+    def unlearning(self, model: nn.Module, before: Before) -> Objective:
         from overhaul.unlearning.terms import SimpleNegativePreference
 
         return SimpleNegativePreference(self.beta, self.gamma)
