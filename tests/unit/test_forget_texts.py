@@ -13,7 +13,6 @@ from command import overhaul, refused
 from overhaul.forget_texts import GAP, cloze, shortened
 from overhaul.muse import refuse_overlap
 
-
 PLAYER = "Media playback is not supported on this device\n"
 
 
