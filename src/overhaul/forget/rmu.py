@@ -33,6 +33,9 @@ class Rmu(Retaining):
     layer: Positive | None = Field(None, description="The block whose states are misdirected; none: at a quarter.")
     blocks: Positive = Field(3, description="Blocks that are trained, that one the last of them.")
     coefficient: Rate = Field(6.5, description="Length of the direction that states are sent in.")
+    adaptive: bool = Field(
+        False, description="In units of each state's own length before, which the block decides (Adaptive RMU)."
+    )
 
     def check(self, model: nn.Module, data: Data | None) -> None:
         """Refuses a block that there is not."""
@@ -53,7 +56,7 @@ class Rmu(Retaining):
     def unlearning(self, model: nn.Module, before: Before) -> Objective:
         from overhaul.unlearning.terms import Misdirected, direction
 
-        return Misdirected(self.place(model), self.coefficient * direction(model))
+        return Misdirected(self.place(model), self.coefficient * direction(model), before() if self.adaptive else None)
 
     def holding(self, model: nn.Module, before: Before) -> Objective:
         """The states of the texts to retain, in the same block."""

@@ -5,7 +5,7 @@
 | GA | `CE`, with the sign turned |
 | NPO | `2 / beta * softplus(beta * (log p - log p_ref))` |
 | SimNPO | `2 / beta * softplus(beta * (log p / |y| + gamma))` |
-| RMU | `|h - c u|^2` of the states of one block |
+| RMU | `|h - c u|^2` of the states of one block; adaptive, `|h - c |h_ref| u|^2` |
 
 `log p` is the sum over the labels of a text, as the papers write it; published code took differences of raw logits over
 the whole vocabulary instead (Shi et al., MUSE, ICLR 2025; Zhang et al., NPO, 2024; Fan et al., SimNPO, 2024; Li et al.,
@@ -123,17 +123,21 @@ class Misdirected(Term):
     Args:
         layer: the block, from 1.
         direction_D: of norm 1, times a coefficient.
+        reference: the model before, frozen: each token's direction is as long as its state there, times its norm
+            (Adaptive RMU: Huu-Tien et al., 2025, equation 9). Without one all are as long.
     """
 
     name = "misdirected"
     reads_states = True
 
-    def __init__(self, layer: int, direction_D: Tensor) -> None:
-        self.layer, self.direction_D = layer, direction_D
+    def __init__(self, layer: int, direction_D: Tensor, reference: nn.Module | None = None) -> None:
+        self.layer, self.direction_D, self.reference = layer, direction_D, reference
 
     def total(self, forward: Forward, batch: Batch) -> Tensor:
-        states_BTD = forward.states()[self.layer].float()
-        return (states_BTD - self.direction_D).square().mean(dim=-1).sum()
+        states_BTD, target = forward.states()[self.layer].float(), self.direction_D
+        if self.reference is not None:
+            target = target * forward.of(self.reference).states()[self.layer].float().norm(dim=-1, keepdim=True)
+        return (states_BTD - target).square().mean(dim=-1).sum()
 
     def count(self, batch: Batch) -> int:
         return batch["input_ids"].numel()

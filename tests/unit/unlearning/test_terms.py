@@ -168,6 +168,23 @@ def test_rmu_sends_states_of_one_block_away_and_holds_those_of_others(model: Any
     assert torch.allclose(loss_of(objective, model, batch).double(), away + 1200 * held, rtol=1e-5)
 
 
+def test_adaptive_rmu_is_rmu_where_all_states_are_as_long(model: Any, batch: dict[str, Tensor]):
+    before, layer = moved(model).requires_grad_(False), 1
+    torch.manual_seed(0)
+    target_D = direction(model).double()
+    states_BTD, old_BTD = (
+        one(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states[layer] for one in (model, before)
+    )
+    wanted = (states_BTD - 5 * target_D * old_BTD.norm(dim=-1, keepdim=True)).square().mean()
+    found = loss_of(Misdirected(layer, 5 * target_D, before), model, batch)
+    assert torch.allclose(found.double(), wanted, rtol=1e-5)
+
+    words_VD = before.get_input_embeddings().weight
+    words_VD.copy_(3 * torch.nn.functional.normalize(words_VD, dim=-1))
+    same = loss_of(Misdirected(0, 5 * target_D, before), model, batch)
+    assert torch.allclose(same, loss_of(Misdirected(0, 15 * target_D), model, batch), rtol=1e-5)
+
+
 def test_a_head_that_is_more_than_a_linear_map_gives_the_same(make_tiny: Any, batch: dict[str, Tensor]):
     model: Any = artifact.load(make_tiny(), dtype=torch.float64).model
     model.config.final_logit_softcapping = None
