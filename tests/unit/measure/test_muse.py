@@ -176,6 +176,32 @@ def test_bad_input_is_one_clear_error(
     long = [{"question": "why " * 300, "answer": "so"}]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, long)))
     refused(muse(tiny, tiny, shots=tmp_path / "long.jsonl"), "the model reads 512", "fewer or shorter --shots")
+    (tmp_path / "empty.jsonl").write_text(json.dumps({"question": "why", "answer": ""}))
+    refused(muse(tiny, tiny, retain_questions=tmp_path / "empty.jsonl"), "empty.jsonl", "answer")
+
+
+def saved(made: Any, out: Path) -> Path:
+    made.model.save_pretrained(out)
+    made.processor.save_pretrained(out)
+    return out
+
+
+def test_a_retrained_model_of_another_tokenizer_is_refused(muse: Callable[..., Any], tiny: Path, tmp_path: Path):
+    other = artifact.load(tiny)
+    other.processor.add_tokens(["<more>"])
+
+    refused(muse(tiny, saved(other, tmp_path / "other")), "has another tokenizer than")
+
+
+def test_a_model_without_a_token_that_begins_texts_is_asked_the_same(
+    muse: Callable[..., Any], tiny: Path, tmp_path: Path
+):
+    bare = artifact.load(tiny)
+    bare.processor.bos_token = None
+    found = [json.loads(muse(one, one, "--json").out)["rows"] for one in (tiny, saved(bare, tmp_path / "bare"))]
+
+    assert artifact.load(tmp_path / "bare").processor.bos_token is None
+    assert [row["value"] for row in found[0]] == [row["value"] for row in found[1]]
 
 
 def test_texts_that_share_half_of_their_words_in_a_row_overlap():
