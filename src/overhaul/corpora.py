@@ -6,10 +6,8 @@ import gzip
 import hashlib
 import itertools
 import re
-import struct
 import sysconfig
 import tokenize
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from overhaul import documents, on_disk
 from overhaul.documents import Row, Rows, read_rows, text_row
 from overhaul.errors import UserError, did_you_mean
 from overhaul.method import Positive, Settings
+from overhaul.novels import novels
 from overhaul.on_disk import RowsOnDisk
 from overhaul.split import fingerprint, leaks, num_bytes, split
 
@@ -292,7 +291,6 @@ def _divided(name: str, licence: str, source: str, found: Rows) -> Corpus:
 
 # What follows reads the named corpora.
 
-_AUSTEN_IN_SAMPLE = "NORTHANGER ABBEY"
 _NOT_CODE = {
     "test",
     "tests",
@@ -311,45 +309,7 @@ def _sample() -> Rows:
 
 
 def _austen() -> Rows:
-    from overhaul.fetch import debian
-
-    package = debian(
-        "r-cran-janeaustenr",
-        "1.0.0-1",
-        "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
-    )
-    data = (package / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
-    novels = (novel for novel in _r_strings(data) if _AUSTEN_IN_SAMPLE not in novel[0])
-    return Rows(tuple(text_row(chapter) for novel in novels for chapter in _chapters("\n".join(novel))))
-
-
-def _r_strings(database: bytes) -> Iterator[list[str]]:
-    """The character vectors of an R lazy-load data base, in the order they are stored.
-
-    An entry is its length (4 bytes) and a zlib stream; inside, R's binary serialization: two bytes `X\\n`,
-    three numbers, from version 3 on the name of an encoding, then the vector (R Internals, 1.8).
-    """
-    while database:
-        inflate = zlib.decompressobj()
-        entry = inflate.decompress(database[4:])
-        database = inflate.unused_data
-        version, _, _, name_bytes = struct.unpack_from(">4i", entry, 2)
-        at = 18 + name_bytes if version == 3 else 14
-        _, count = struct.unpack_from(">2i", entry, at)
-        strings, at = [], at + 8
-        for _ in range(count):
-            _, length = struct.unpack_from(">2i", entry, at)
-            strings.append(entry[at + 8 : at + 8 + length].decode())
-            at += 8 + length
-        yield strings
-
-
-def _chapters(novel: str) -> Iterator[str]:
-    """The chapters without headings, each paragraph on one line."""
-    body = re.sub(r"(?m)^(?:VOLUME [IVX]+|FINIS|Finis|THE END)$", "", novel)
-    for chapter in re.split(r"(?mi)^chapter (?:\d+|[ivxl]+)$", body)[1:]:
-        paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", chapter))
-        yield "\n\n".join(filter(None, paragraphs))
+    return Rows(tuple(text_row(chapter) for chapters in novels().values() for chapter in chapters))
 
 
 def _stdlib() -> Rows:
