@@ -101,9 +101,10 @@ class Chain:
         read = ("--forget", self.file("forget"), *keeps)
         return self.made(name + "".join(map(str, more)), "forget", method, self.target(), *read, *flags, *SIZE, *more)
 
-    def said(self, *unlearned: Path) -> dict[Path, Said]:
+    def said(self, *unlearned: Path, returns: Sequence[str] = ()) -> dict[Path, Said]:
         """What they are worth, the target and the retrained model among them."""
         beside = ("--unlearned", *unlearned) if unlearned else ()
+        beside += ("--returns", *returns) if returns else ()
         files = {name: self.file(name) for name in ("forget", "retain", "holdout", "shots")}
         files |= {f"{name}-questions": self.file(f"{name}-questions") for name in ("forget", "retain")}
         read = [word for name, file in files.items() for word in (f"--{name}", file)]
@@ -281,37 +282,28 @@ def test_what_was_deleted_is_as_strange_as_what_was_never_seen(chain: Callable[[
     ])  # fmt: skip
 
 
-ATTACKS: Mapping[str, tuple[object, ...]] = {
-    "8 bits": ("quantize", "int8", "--evaluate", "none"),
-    "4 bits": ("quantize", "bct", "--mode", "w4a32", "--evaluate", "none"),
-    "20 steps on other text": ("adapt", "full", "--data", "sample", "--steps", 20, "--lr", 2e-5, *SIZE),
-}
-ATTACKED = ("NPO + GDR", "retrained")
-"""The second one shows what an attack does by itself."""
+WAYS = ("int8", "int4", "relearn")
 
 
 def test_whether_the_knowledge_returns(chain: Callable[[int], Chain]):
-    """The seventh check, ours: after quantization and after a little training on text that says nothing of it."""
-    told: dict[tuple[str, str], list[Said]] = {}
+    """The seventh check, ours; what happens to the retrained model is what a way does by itself."""
+    told: dict[str, list[Said]] = {"NPO + GDR": [], "retrained": []}
     for seed in SEEDS:
         of = chain(seed)
-        begun = {name: of.retrained() if name == "retrained" else of.unlearned(name) for name in ATTACKED}
-        made = {
-            (name, attack): of.made(f"{name} {attack}", *words[:2], directory, *words[2:])
-            for name, directory in begun.items()
-            for attack, words in ATTACKS.items()
-        }
-        said = of.said(*begun.values(), *made.values())
-        for key, out in {**{(name, ""): out for name, out in begun.items()}, **made}.items():
-            told.setdefault(key, []).append(said[out])
-    rows = []
-    for name in ATTACKED:
-        for attack in ATTACKS:
-            for metric in ("verbatim memory", "knowledge to forget"):
-                back = [a[metric] - b[metric] for a, b in zip(told[name, attack], told[name, ""], strict=True)]
-                slug = f"back-{name}-{attack}-{QUANTITIES[metric]}".lower().replace(" ", "-").replace("-+-", "-")
-                rows.append(_claim(slug, f"{metric.capitalize()} that returns to {name} after {attack}", back))
-    results.hold(*rows)
+        unlearned = of.unlearned("NPO + GDR")
+        said = of.said(unlearned, returns=WAYS)
+        told["NPO + GDR"].append(said[unlearned])
+        told["retrained"].append(said[of.retrained()])
+    results.hold(*[
+        _claim(
+            f"back-{name}-{way}-{QUANTITIES[metric]}".lower().replace(" + ", "-"),
+            f"{metric.capitalize()} that returns to {name} after {way}",
+            [one[f"{metric} after {way}"] - one[metric] for one in ones],
+        )
+        for name, ones in told.items()
+        for way in WAYS
+        for metric in ("verbatim memory", "knowledge to forget")
+    ])  # fmt: skip
 
 
 REQUESTS = 4

@@ -1,16 +1,17 @@
-"""MUSE: six numbers, and what they are worth, about a model that was to forget some texts."""
+"""MUSE: what is left of texts that a model was to forget, what was lost beside, and whether it comes back."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from overhaul.method import Measure, Names, Positive
 from overhaul.progress import say
+from overhaul.returning import Relearn, Way
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -52,6 +53,19 @@ class Muse(Measure):
     tokens: Positive = Field(128, description="Tokens that a model goes on with.")
     answer_tokens: Positive = Field(32, description="Tokens of an answer, at most.")
     batch_size: Positive = Field(16, description="Texts at once.")
+    returns: tuple[Way, ...] = Field(
+        (),
+        description="Whether it comes back: unlearned and retrained models are asked once more with int8 weights, with "
+        "int4 ones, or after a little training on other text.",
+    )
+    relearn: Relearn = Field(Relearn.model_validate({}), description="How that training goes.")
+
+    @model_validator(mode="after")
+    def _training_is_asked_for(self) -> Self:
+        told = [name for name, field in Relearn.model_fields.items() if getattr(self.relearn, name) != field.default]
+        if told and "relearn" not in self.returns:
+            raise ValueError(f"relearn.{told[0]} is read where returns has relearn; add it there")
+        return self
 
     def measure(self, model: nn.Module, data: Data) -> Table:
         """Rows of the model, the retrained one and the unlearned ones; percent, with 95% intervals over texts.
@@ -66,6 +80,8 @@ class Muse(Measure):
         material, others = self.material(), tuple(dict.fromkeys((self.retrain, *self.unlearned)))
         for name in others:
             pretrained.resolve(name)  # one that is not there is told before any is asked
+        if "relearn" in self.returns:
+            data.on(self.relearn.data)  # and so is text
         found = {data.model: self._asked(model, data, material, data.model, keep=True)}
         for name in others:
             if name != data.model:
@@ -75,11 +91,14 @@ class Muse(Measure):
         retrained = auc(reference.scores["forget"][chosen], reference.scores["holdout"][chosen])
         low, high = bounds(retrained)
         rows = [row for name, one in found.items() for row in self._rows(name, one, reference, data.seed)]
+        notes: list[str] = []
+        for name in others if self.returns else ():
+            rows += self._returned(model, data, material, name, notes)
         note = (
             f"PrivLeak can be from {low:.1f} to {high:.1f} here, as the retrained model's AUC is {retrained:.4f}: near "
             f"{high:.1f} the texts to forget are less likely than texts never seen, which gives them away as well"
         )
-        return Table(tuple(rows), details=tuple(_aucs(found)), notes=(note,))
+        return Table(tuple(rows), details=tuple(_aucs(found)), notes=(note, *notes))
 
     def material(self) -> Material:
         """What models are asked about.
@@ -126,23 +145,17 @@ class Muse(Measure):
         import json
         from dataclasses import asdict
 
-        from overhaul import artifact, disk, machine, pretrained
-        from overhaul.errors import UserError
+        from overhaul import disk, pretrained
         from overhaul.muse import Findings, examine
         from overhaul.muse import kept as place_of
 
-        how, model, tokenizer = self._asking(), target, data.tokenizer
+        how = self._asking()
         place = place_of(pretrained.resolve(name), material, how, data.dtype)
         if keep and (place / FILE).is_file():
             say(f"{name}: asked before, from {place}")
             return Findings.from_json(json.loads((place / FILE).read_text()))
-        if name != data.model:
-            device = next(target.parameters()).device
-            made = artifact.load(name, dtype=machine.weights_dtype(data.dtype), device=device, with_library=True)
-            model, tokenizer = made.model, made.processor
-            if tokenizer.get_vocab() != data.tokenizer.get_vocab():
-                raise UserError(f"{name} has another tokenizer than {data.model}: what they say cannot be compared")
-        found = examine(model, tokenizer, material, how, dtype=data.dtype, title=name)
+        model = target if name == data.model else self._beside(target, data, name)
+        found = examine(model, data.tokenizer, material, how, dtype=data.dtype, title=name)
 
         def write(made: Path) -> None:
             (made / FILE).write_text(json.dumps(asdict(found)))
@@ -151,16 +164,45 @@ class Muse(Measure):
             disk.made_once(place, FILE, write)
         return found
 
+    def _beside(self, target: nn.Module, data: Data, name: str) -> nn.Module:
+        """Another model, where the target is; `UserError` where it has another tokenizer."""
+        from overhaul import artifact, machine
+        from overhaul.errors import UserError
+
+        device = next(target.parameters()).device
+        made = artifact.load(name, dtype=machine.weights_dtype(data.dtype), device=device, with_library=True)
+        if made.processor.get_vocab() != data.tokenizer.get_vocab():
+            raise UserError(f"{name} has another tokenizer than {data.model}: what they say cannot be compared")
+        return made.model
+
+    def _returned(
+        self, target: nn.Module, data: Data, material: Material, name: str, notes: list[str]
+    ) -> Iterator[Row]:
+        """What a model knows of the texts to forget after each way of bringing it back; one that fits not is noted."""
+        from overhaul import pretrained
+        from overhaul.errors import UserError
+        from overhaul.muse import knowledge, verbatim_memory
+        from overhaul.returning import after, refuse_beside
+
+        for way in self.returns:
+            try:
+                refuse_beside(pretrained.resolve(name), name)
+                model = after(way, self._beside(target, data, name), data, self.relearn)
+            except UserError as error:
+                notes.append(f"{name} was not asked after {way}: {error}")
+                continue
+            how: dict[str, Any] = {"dtype": data.dtype, "title": f"{name} {way}"}
+            asked = (model, data.tokenizer)
+            written = verbatim_memory(*asked, material.forget, self._asking(), **how)
+            answers = knowledge(*asked, material.forget_questions, material.shots, self._asking(), **how)
+            yield _mean(name, f"{VERBATIM} after {way}", written, data.seed)
+            yield _mean(name, f"{FORGOTTEN} after {way}", answers, data.seed)
+
     def _rows(self, name: str, found: Findings, reference: Findings, seed: int) -> list[Row]:
         import numpy as np
 
-        from overhaul.evaluate import bootstrap_interval
         from overhaul.membership import CHOSEN, auc, priv_leak, resampled_auc
         from overhaul.table import Row
-
-        def mean(metric: str, values: Sequence[float]) -> Row:
-            low, high = bootstrap_interval(np.array(values), seed=seed)
-            return Row(model=name, metric=metric, value=float(np.mean(values)), low=low, high=high, count=len(values))
 
         chosen = f"min-{CHOSEN:.0%}"
         kinds = [one.scores[kind][chosen] for one in (found, reference) for kind in ("forget", "holdout")]
@@ -175,12 +217,23 @@ class Muse(Measure):
             return Row(model=name, metric=metric, value=value, low=low, high=high, count=count)
 
         return [
-            mean(VERBATIM, found.verbatim),
-            mean(FORGOTTEN, found.forgotten),
+            _mean(name, VERBATIM, found.verbatim, seed),
+            _mean(name, FORGOTTEN, found.forgotten, seed),
             interval(LEAK, priv_leak(own, theirs), leaks),
-            mean(UTILITY, found.retained),
+            _mean(name, UTILITY, found.retained, seed),
             interval(AUC, own, owns),
         ]
+
+
+def _mean(name: str, metric: str, values: Sequence[float], seed: int) -> Row:
+    """With its interval over texts or questions."""
+    import numpy as np
+
+    from overhaul.evaluate import bootstrap_interval
+    from overhaul.table import Row
+
+    low, high = bootstrap_interval(np.array(values), seed=seed)
+    return Row(model=name, metric=metric, value=float(np.mean(values)), low=low, high=high, count=len(values))
 
 
 def _aucs(found: dict[str, Findings]) -> list[dict[str, object]]:

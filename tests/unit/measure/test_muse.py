@@ -165,6 +165,42 @@ def test_a_retrained_model_leaks_nothing_and_what_was_asked_before_is_kept(
     assert muse(tiny, other, "--answer-tokens", 5).err.count("asked before") == 0
 
 
+def test_what_returns_is_what_the_commands_make_of_the_model(
+    muse: Callable[..., Any], tiny: Path, make_tiny: Any, tmp_path: Path
+):
+    """Asked of a copy in memory, or of the directory that the command writes: the same."""
+    training = {"steps": 2, "lr": 1e-3, "batch-size": 2, "seq-len": 16}
+    made = {
+        "int8": ("quantize", "int8"),
+        "int4": ("quantize", "bct", "--mode", "w4a32", "--store", "dense"),
+        "relearn": ("adapt", "full", "--data", "sample", *(w for k, v in training.items() for w in (f"--{k}", v))),
+    }
+    other = make_tiny(tie=False)
+    for way, (verb, method, *flags) in made.items():
+        done = overhaul(verb, method, other, "-o", tmp_path / way, *flags, "--evaluate", "none", "--dtype", "fp32")
+        assert done.code == 0, done.err
+    told = (word for name, value in training.items() for word in (f"--relearn.{name}", value))
+    done = muse(
+        tiny, tiny, "--unlearned", other, *(tmp_path / way for way in made), "--returns", *made, *told, "--json"
+    )
+    assert done.code == 0, done.err
+    rows = {(Path(row["model"]).name, row["metric"]): row for row in json.loads(done.out)["rows"]}
+
+    for way in made:
+        for metric in ("verbatim memory", "knowledge to forget"):
+            returned, wanted = rows[other.name, f"{metric} after {way}"], rows[way, metric]
+            assert [returned[of] for of in ("value", "low", "high")] == [wanted[of] for of in ("value", "low", "high")]
+    assert rows[tiny.name, "verbatim memory after int8"]["count"] == 9
+    (_, *notes) = json.loads(done.out)["notes"]
+    assert any("int8 was not asked after int8: the model is quantized already" in note for note in notes)
+
+
+def test_what_training_reads_is_refused_where_nothing_is_trained(muse: Callable[..., Any], tiny: Path, tmp_path: Path):
+    refused(muse(tiny, tiny, "--relearn.steps", 3), "relearn.steps is read where returns has relearn")
+    how = ("--returns", "relearn", "--relearn.data", tmp_path / "none.txt")
+    refused(muse(tiny, tiny, *how), "none.txt")
+
+
 def test_bad_input_is_one_clear_error(
     muse: Callable[..., Any], tiny: Path, folder: Path, make_tiny: Any, tmp_path: Path
 ):
