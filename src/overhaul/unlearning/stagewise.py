@@ -20,12 +20,12 @@ from overhaul.deletion.sequences import Order, prefixes
 from overhaul.errors import UserError
 from overhaul.layers import swap
 from overhaul.layers.lora import LoRALinear, start_at_zero
-from overhaul.objective import CrossEntropy
 from overhaul.optim.build import build
 from overhaul.schedules import schedule
 from overhaul.select import select_linears
-from overhaul.stream import Batch, Encoded, Map, Repeat, Rows, Shuffle, padded
+from overhaul.stream import Batch, Map, Repeat, Rows, Shuffle
 from overhaul.train import Plan
+from overhaul.unlearning.answering import ByWord
 from overhaul.unlearning.below import Below, Window
 from overhaul.unlearning.slices import Member, divided
 from overhaul.walk import decoder_blocks
@@ -90,6 +90,7 @@ class Stagewise:
         model.requires_grad_(False)
         self.bare = {name: model.get_submodule(name) for name in names}
         self.layers = swap(model, names, lambda old: LoRALinear.from_linear(old, method.rank, method.scaled()))
+        self.answering = ByWord(data, method.seq_len)
         self.kept: dict[tuple[int, Order], dict[str, Tensor]] = {}
         count = itertools.count()
         self.windows = {cell: list(self._windows(members, count)) for cell, members in self.members.items()}
@@ -110,14 +111,11 @@ class Stagewise:
                 yield shard, order
 
     def _windows(self, members: Sequence[Member], count: Iterator[int]) -> Iterator[Window]:
-        """The examples of a slice, each cut into windows of its own: none is read after another."""
-        width = self.method.seq_len
-        for member in members:
-            document = self.data.encode(member.row)
-            for at in range(0, len(document.ids), width):
-                part = Encoded(document.ids[at : at + width], document.trained[at : at + width])
-                if part.trained[1:].any():
-                    yield from [Window(padded(part, width), next(count))] * member.copies
+        """The examples of a slice, each in windows of its own: none is read after another."""
+        read = self.answering.contents([member.row for member in members])
+        for member, contents in zip(members, read, strict=True):
+            for content in contents:
+                yield from [Window(content, next(count))] * member.copies
 
     def plan(self, shard: int, order: Order) -> Plan:
         """How the stage of a beginning is trained, on top of those that it begins with."""
@@ -138,7 +136,7 @@ class Stagewise:
         self.below.cut(first)
         return Plan(
             model=self.model,
-            objective=CrossEntropy(),
+            objective=self.answering.loss(),
             stream=Batch(shuffled, batch_size=method.batch_size),
             optimizer=build(method, trained, model=self.model),
             schedule=schedule(method.schedule, method.warmup),
@@ -147,22 +145,31 @@ class Stagewise:
         )
 
     def _put(self, shard: int, order: Order, dice: torch.Generator) -> list[nn.Parameter]:
-        """Puts the adapters of a beginning into the layers, the last ones new; returns these."""
-        stage, trained = len(order) - 1, []
+        """Puts the adapters of a beginning into the layers, the last ones new; returns what is trained."""
+        stage = len(order) - 1
         for number, names in enumerate(self.names):
-            kept = self.kept[shard, order[: number + 1]] if number < stage else {}
             for name in names:
                 layer: Any = self.layers[name]
                 layer.enabled = number <= stage
                 layer.lora_A.requires_grad_(number == stage)
                 layer.lora_B.requires_grad_(number == stage)
-                if number < stage:
-                    layer.lora_A.data, layer.lora_B.data = kept[f"{name}.lora_A"], kept[f"{name}.lora_B"]
-                elif number == stage:
-                    A_RI, B_OR = start_at_zero(layer, layer.rank, dice)
-                    layer.lora_A.data, layer.lora_B.data = A_RI.to(layer.weight.device), B_OR.to(layer.weight.device)
-                    trained += [layer.lora_A, layer.lora_B]
-        return trained
+        for length in range(1, len(order)):
+            own = self._own(length - 1)
+            for name, tensor in self.kept[shard, order[:length]].items():
+                own[name].data = tensor.clone()
+        for name in self.names[stage]:
+            layer = self.layers[name]
+            A_RI, B_OR = start_at_zero(layer, layer.rank, dice)
+            layer.lora_A.data, layer.lora_B.data = A_RI.to(layer.weight.device), B_OR.to(layer.weight.device)
+        return list(self._own(stage).values())
+
+    def _own(self, stage: int) -> dict[str, nn.Parameter]:
+        """What a stage trains, by the names under which it is kept."""
+        return {
+            f"{name}.{own}": getattr(self.layers[name], own)
+            for name in self.names[stage]
+            for own in ("lora_A", "lora_B")
+        }
 
     def _seed(self, shard: int, order: Order) -> int:
         """Of everything that is drawn in a stage: by the run's seed and the stage, not by what came before it."""
@@ -170,11 +177,8 @@ class Stagewise:
 
     def keep(self, shard: int, order: Order) -> None:
         """Takes the adapters that were just trained."""
-        self.kept[shard, order] = {
-            f"{name}.{own}": getattr(self.layers[name], own).detach().clone()
-            for name in self.names[len(order) - 1]
-            for own in ("lora_A", "lora_B")
-        }
+        own = self._own(len(order) - 1)
+        self.kept[shard, order] = {name: place.detach().clone() for name, place in own.items()}
 
     def restore(self) -> None:
         """The model as it was, without adapters; a pruned one with what it knows of its zeros."""
