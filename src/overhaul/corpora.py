@@ -141,23 +141,26 @@ def open_corpus(spec: str | Path | CorpusSpec) -> Corpus:
     return _divided(name, "not stated", spec.path, read_rows(spec.path, spec.field, spec.limit))
 
 
-def open_whole(spec: CorpusSpec, tags: Sequence[str] = ()) -> Corpus:
+def open_whole(spec: CorpusSpec, tags: Sequence[str] = (), *, label: str | None = None) -> Corpus:
     """Reads a corpus of which nothing is held out: each row is there as it stands, whatever other rows there are.
 
     Args:
         spec: as `open_corpus`.
         tags: columns that every row keeps beside its content.
+        label: the column with the name of a text's class, as `documents.Reading` takes it.
 
     Raises:
         UserError: it does not exist, cannot be read or fetched, has no such column, or no row with text.
     """
     if spec.path in _NAMED or (spec.path != "-" and not Path(spec.path).exists()):
         divided = open_corpus(spec)
+        if label is not None:
+            raise UserError(f"{spec.path} has no columns, and so no {label}", allowed="a table with a column of labels")
         if tags:
             raise UserError(f"{spec.path} has no columns, and so no {tags[0]}", hint="without --tags")
         rows = (*divided.train, *divided.calib, *divided.heldout)
         return replace(divided, train=rows, calib=(), heldout=(), notes=(), fingerprint=fingerprint((rows, (), ())))
-    reading = documents.Reading(spec.path, spec.field, tags)
+    reading = documents.Reading(spec.path, spec.field, tags, label=label)
     rows = tuple(itertools.islice(reading, spec.limit))
     reading.refuse_nothing()
     copies = len(rows) - len({row.id for row in rows})

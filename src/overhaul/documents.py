@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from overhaul.errors import UserError
+from overhaul.errors import UserError, did_you_mean
 from overhaul.records import TABLE_SUFFIXES, TEXT_SUFFIXES, NotUtf8Error, Record, directory, file, standard_input
 
 SHAPES = (
@@ -25,6 +25,8 @@ SHAPES = (
     ("question", "answer"),
 )
 """Columns a row is recognised by; the first that fits wins, other columns are ignored."""
+LABELLED = ("text", "label")
+"""Columns of a row whose label was asked for; it is content, of which nothing is read."""
 
 
 class Message(NamedTuple):
@@ -36,7 +38,7 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row(Mapping[str, Any]):
-    """One document or example: a frozen mapping with the columns of one of `SHAPES`.
+    """One document or example: a frozen mapping with the columns of one of `SHAPES`, or those of `LABELLED`.
 
     Values are strings, except `messages`: a tuple of `Message`.
 
@@ -71,15 +73,20 @@ def text_row(text: str) -> Row:
     return Row((("text", text),))
 
 
+def labelled_row(text: str, label: str) -> Row:
+    """A row that is a text with the name of its class."""
+    return Row((("text", text), ("label", label)))
+
+
 def row_text(row: Row) -> list[tuple[str, bool]]:
     """The row as consecutive pieces of text, each with whether it is trained on.
 
-    Plain text is all trained on; of the other shapes only the answer: `completion`, `answer`, `chosen` and
-    what the assistant says. A question is closed by a newline; prompts and completions are joined as they
+    Plain text, labelled or not, is all trained on; of the other shapes only the answer: `completion`, `answer`,
+    `chosen` and what the assistant says. A question is closed by a newline; prompts and completions are joined as they
     are; the pieces of a conversation are its contents, without the model's chat template.
     """
     match tuple(row):
-        case ("text",):
+        case ("text",) | ("text", "label"):
             return [(row["text"], True)]
         case ("messages",):
             return [(message.content, message.role == "assistant") for message in row["messages"]]
@@ -132,19 +139,22 @@ class Rows:
     notes: Notes = Notes()
 
 
-def read_rows(path: Path | str, field: str | None = None, limit: int | None = None) -> Rows:
+def read_rows(
+    path: Path | str, field: str | None = None, limit: int | None = None, *, label: str | None = None
+) -> Rows:
     """All rows of a `Reading`, in memory.
 
     Args:
         path: what to read; `-` is standard input.
         field: the column that holds the text, for rows in none of `SHAPES`.
         limit: read at most this many rows.
+        label: the column with the name of a text's class.
 
     Raises:
         UserError: nothing there, a suffix or columns that are not understood, malformed JSON, or no row left.
         NotUtf8Error: no row can be decoded.
     """
-    reading = Reading(path, field)
+    reading = Reading(path, field, label=label)
     seen: set[str] = set()
     duplicates, rows = 0, []
     for row in islice(reading, limit):
@@ -200,18 +210,21 @@ class Reading(Iterator[Row]):
         name: what is read, for messages.
     """
 
-    def __init__(self, path: Path | str, field: str | None = None, tags: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: Path | str, field: str | None = None, tags: Sequence[str] = (), *, label: str | None = None
+    ) -> None:
         """Begins to read.
 
         Args:
             path: what to read; `-` is standard input.
             field: the column that holds the text, for rows in none of `SHAPES`.
             tags: further columns that every row keeps beside its content.
+            label: the column with the name of a text's class: then rows are those of `LABELLED`.
 
         Raises:
             UserError: nothing is there.
         """
-        self.field, self.tags, self.counts = field, tags, Counter[str]()
+        self.field, self.tags, self.label, self.counts = field, tags, label, Counter[str]()
         self.failures: list[NotUtf8Error] = []
         if str(path) == "-":
             self.name, self._records = "standard input", iter(standard_input())
@@ -230,12 +243,17 @@ class Reading(Iterator[Row]):
             elif isinstance(record[1], NotUtf8Error):
                 self.counts["undecodable"] += 1
                 self.failures = self.failures or [record[1]]
-            elif (row := _row(record[0], record[1], self.field)) is None:
+            elif (row := self._row(record[0], record[1])) is None:
                 self.counts["empty"] += 1
             else:
                 self.counts["rows"] += 1
                 return replace(row, tags=_tags(record[0], record[1], self.tags)) if self.tags else row
         raise StopIteration
+
+    def _row(self, where: str, columns: Mapping[str, Any]) -> Row | None:
+        if self.label is None:
+            return _row(where, columns, self.field)
+        return _labelled(where, columns, self.field or LABELLED[0], self.label)
 
     @property
     def notes(self) -> Notes:
@@ -266,6 +284,37 @@ def _row(where: str, columns: Mapping[str, Any], field: str | None) -> Row | Non
             raise _wrong_columns(where, columns, field)
         row = Row(tuple((name, _value(where, name, columns[name])) for name in shape))
     return row if any(text.strip() for text, trained in row_text(row) if trained) else None
+
+
+def _labelled(where: str, columns: Mapping[str, Any], text: str, label: str) -> Row | None:
+    """The record as a text with its label, None if it holds no text."""
+    for column, flag in ((text, "--field"), (label, "--label-field")):
+        if column not in columns:
+            raise UserError(
+                f"{where} has no column {column!r}; its columns: {', '.join(map(str, columns)) or 'none'}",
+                hint=did_you_mean(column, columns) or f"{flag} COLUMN",
+            )
+    name, said = class_name(where, columns[label]), _text(where, text, columns[text])
+    if name is None:
+        raise UserError(f"{where} has no label in column {label!r}", allowed="a name or a number in every row")
+    return labelled_row(said, name) if said.strip() else None
+
+
+def class_name(where: str, label: Any) -> str | None:
+    """What a class is called by its label, a name or a number; None where there is none.
+
+    Args:
+        where: the label was found, for the error.
+        label: as a table has it.
+
+    Raises:
+        UserError: it is neither a name nor a number.
+    """
+    if label is None or label != label or (isinstance(label, str) and not label.strip()):
+        return None
+    if not isinstance(label, str | int | float):
+        raise UserError(f"{where}: the label is a {type(label).__name__}", allowed="a name or a number")
+    return str(label).strip()
 
 
 def _tags(where: str, columns: Mapping[str, Any], names: Sequence[str]) -> tuple[tuple[str, str], ...]:

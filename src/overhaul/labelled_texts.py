@@ -6,14 +6,14 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from overhaul.corpora import Corpus, open_several
-from overhaul.documents import Row, row_text
+from overhaul.documents import Row, class_name, row_text
 from overhaul.errors import UserError, did_you_mean
 from overhaul.records import NotUtf8Error, records
 from overhaul.split import held_out
@@ -145,10 +145,12 @@ def _rows(path: str, label: str, text: str) -> tuple[list[tuple[str, str]], _Met
             met.undecodable += 1
             continue
         columns |= dict.fromkeys(map(str, record))
-        name, said = _name(where, record, label, met), record.get(text)
+        name, said = class_name(where, record.get(label)), record.get(text)
         if name is None:
             met.no_label += 1
-        elif not isinstance(said, str) or not said.strip():
+            continue
+        met.types[type(record[label]).__name__] += 1
+        if not isinstance(said, str) or not said.strip():
             met.no_text += 1
         else:
             rows.append((said, name))
@@ -162,17 +164,6 @@ def _rows(path: str, label: str, text: str) -> tuple[list[tuple[str, str]], _Met
     if not rows:
         raise UserError(f"{path} has no row with a text and a label", allowed=f'{{"{text}": ..., "{label}": ...}}')
     return rows, met
-
-
-def _name(where: str, record: Mapping[str, Any], label: str, met: _Met) -> str | None:
-    """The class of a row; None where it has none."""
-    value = record.get(label)
-    if value is None or (isinstance(value, str) and not value.strip()) or value != value:
-        return None
-    if not isinstance(value, str | int | float):
-        raise UserError(f"{where}: the label is a {type(value).__name__}", allowed="a name or a number")
-    met.types[type(value).__name__] += 1
-    return str(value).strip()
 
 
 def _natural(name: str) -> tuple[int, int, str]:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+import re
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from overhaul.documents import (
     Reading,
     Row,
     json_line,
+    labelled_row,
     read_columns,
     read_rows,
     row_text,
@@ -271,3 +273,32 @@ def test_columns_of_what_is_no_table_are_refused(tmp_path):
         read_columns(tmp_path / "latin.jsonl", ("text", "topic"))
     with pytest.raises(UserError, match="is no file"):
         read_columns(tmp_path, ("text",))
+
+
+def test_a_label_is_content_of_which_nothing_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"about": "one", "section": 3}\n{"about": " ", "section": "x"}\n{"about": "one", "section": " x "}\n'
+    )
+    found = read_rows(tmp_path / "a.jsonl", "about", label="section")
+
+    assert [dict(row) for row in found.rows] == [{"text": "one", "label": "3"}, {"text": "one", "label": "x"}]
+    assert found.notes.empty == 1
+    assert row_text(found.rows[0]) == [("one", True)]
+    assert len({row.id for row in found.rows}) == 2
+    assert found.rows[0] == labelled_row("one", "3") != text_row("one")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"text": "one"}', r"a.jsonl:1 has no column 'label'; its columns: text.*--label-field COLUMN"),
+        ('{"texts": "one", "label": 1}', r"no column 'text'; its columns: texts, label.*did you mean 'texts'"),
+        ('{"text": "one", "label": 1}\n{"text": "two", "label": " "}', r"a.jsonl:2 has no label in column 'label'"),
+        ('{"text": "one", "label": [1]}', r"the label is a list.*a name or a number"),
+    ],
+)
+def test_labels_that_are_not_there_are_refused(content, says, tmp_path):
+    (tmp_path / "a.jsonl").write_text(content)
+
+    with pytest.raises(UserError, match=re.compile(says, re.DOTALL)):
+        read_rows(tmp_path / "a.jsonl", label="label")
