@@ -35,7 +35,7 @@ from overhaul.errors import Interrupted, UserError
 from overhaul.fitting import refuse_two_networks, refuse_unfit
 from overhaul.generation import longest
 from overhaul.interop.classifier import channels_of
-from overhaul.judge import Judge
+from overhaul.judge import Judge, without_text
 from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
 from overhaul.method import Difference, Measure, Method, Pipeline, Training, Transform
 from overhaul.options import DEFAULT_CORPUS, PASSING_OPTIONS, Options
@@ -67,7 +67,7 @@ def open_data(options: Options, method: Method | None = None) -> Corpus:
     spec = CorpusSpec(path=options.data or DEFAULT_CORPUS, field=options.field)
     if method is None or (method.holds_out and not options.whole):
         return open_corpus(spec)
-    return open_whole(spec, getattr(method, "tags", ()))
+    return open_whole(spec, getattr(method, "tags", ()), label=getattr(method, "label_field", None))
 
 
 def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome | None:
@@ -111,15 +111,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     data = (
         _task_data(sequence, method, parent, options, dtype)
         if sequence
-        else Data(
-            text,
-            parent.processor,
-            options.seed,
-            dtype=dtype,
-            dense_tensors=artifacts.dense_ancestor(parent),
-            lineage=parent.lineage,
-            beside=beside,
-        )
+        else _text_data(text, parent, options, dtype, beside)
         if text
         else None
     )
@@ -135,8 +127,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     # What a pipeline has no use for is not read by the back door either: --evaluate can still name it.
     is_held_out = method.holds_out and not options.whole
     judged = None if (isinstance(method, Pipeline) and not needs_data) or not is_held_out else corpus
-    if sequence:
-        options = options.model_copy(update={"evaluate": "none"})
+    options = without_text(options, parent, learns_tasks=sequence is not None)
     judge = Judge.of(options, judged, parent.processor, dtype, (*beside.values(), *watched), whole)
     before = judge.chain(parent)
     changed, notes, history = _change(step, parent, others, data, dtype, out, judge, command)
@@ -179,6 +170,21 @@ def _sequence(method: Method, options: Options) -> TaskSequence | TextSequence |
     if sequence and texts:
         raise UserError(f"{texts[0]} is of methods that read one text", hint="--tasks, which names what is learnt")
     return sequence
+
+
+def _text_data(
+    text: Corpus, parent: Artifact, options: Options, dtype: torch.dtype, beside: Mapping[str, Corpus]
+) -> Data:
+    """A text as the model sees it."""
+    return Data(
+        text,
+        parent.processor,
+        options.seed,
+        dtype=dtype,
+        dense_tensors=artifacts.dense_ancestor(parent),
+        lineage=parent.lineage,
+        beside=beside,
+    )
 
 
 def _task_data(
@@ -472,7 +478,8 @@ def measure(method: Measure, models: Sequence[str], options: Options) -> Table:
     corpus = open_data(options) if method.needs_corpus else NO_CORPUS
     table = Table(())
     for name in models:
-        made = artifacts.load(name, device=device, dtype=machine.weights_dtype(dtype), with_library=True)
+        how: dict[str, Any] = {"device": device, "dtype": machine.weights_dtype(dtype), "kinds": method.kinds}
+        made = artifacts.load(name, **how, with_library=True)
         refuse_two_networks(method, made)
         table += method.measure(made.model, Data(corpus, made.processor, options.seed, name, dtype))
     return table

@@ -109,7 +109,7 @@ def _found(book: Book, where: Sequence[tuple[str, str]], texts: Path | None, fie
         there |= dict.fromkeys(found.there)
         gone |= dict.fromkeys(found.gone)
     if texts is not None:
-        rows = documents.read_rows(texts, field).rows
+        rows = documents.read_rows(texts, field, label=book.settings.get("label")).rows
         unknown = []
         for number, row in enumerate(rows, 1):
             found = book.find_content(row.id)

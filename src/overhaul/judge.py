@@ -292,6 +292,27 @@ class Judge:
         return "" if self.windows is None else _hash(self.windows)
 
 
+def without_text(options: Options, made: Artifact, *, learns_tasks: bool) -> Options:
+    """The options without a text to judge on, for which classifiers, and models that learn tasks, have no use.
+
+    Args:
+        options: what is judged on.
+        made: the model that will be changed, as it is then.
+        learns_tasks: whether it learns tasks, which it is measured on.
+
+    Raises:
+        UserError: a text is named for a classifier.
+    """
+    if not is_classifier(made.model):
+        return options.model_copy(update={"evaluate": "none"}) if learns_tasks else options
+    if named := [name for name in ("evaluate", "watch") if getattr(options, name) not in (None, "none", ())]:
+        raise UserError(
+            f"--{named[0]} is of models that predict words, and {made.name} tells classes here",
+            hint="overhaul measure accuracy, afterwards",
+        )
+    return options.model_copy(update={"evaluate": "none"})
+
+
 def _hash(*tensors: Tensor) -> str:
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()[:12]
 

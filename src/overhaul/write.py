@@ -18,10 +18,18 @@ from overhaul.artifact import Artifact
 from overhaul.deletion import ensemble
 from overhaul.journal import Notes, TableNote
 from overhaul.judge import Judge
-from overhaul.kinds import Kind
+from overhaul.kinds import Kind, is_classifier
 from overhaul.lineage import LineageStep, nested_fields
 from overhaul.method import Method
-from overhaul.report.card import CardData, Relation, banked_snippet, model_card, overhaul_snippet, snippet_of
+from overhaul.report.card import (
+    CardData,
+    Relation,
+    banked_snippet,
+    model_card,
+    overhaul_snippet,
+    served_classes_snippet,
+    snippet_of,
+)
 from overhaul.report.facts import HELDOUT, LOSS_ON, Facts, Report, curves_of_history
 from overhaul.report.figures import curves_png
 from overhaul.report.html import html_report
@@ -241,7 +249,7 @@ def _snippet(made: Artifact, name: str, tasks: Sequence[str], *, deletable: bool
     if not _is_stock(made):
         return overhaul_snippet(name)
     if deletable:
-        return overhaul_snippet(name, with_library=True)
+        return served_classes_snippet(name) if is_classifier(made.model) else overhaul_snippet(name, with_library=True)
     if tasks:
         by_likeness = made.kind is Kind.CAUSAL_LM
         return overhaul_snippet(name, with_library=True) if by_likeness else banked_snippet(name, tasks[-1])

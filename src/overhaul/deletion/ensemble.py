@@ -1,6 +1,6 @@
 """One model that answers as the mean of a shard's each: its adapters on top of weights that all of them share.
 
-Letters of shapes: B texts, S shards, T tokens, D model width.
+Letters of shapes: B texts, C classes, S shards, T tokens, D model width.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from overhaul.deletion.sequences import Order
 from overhaul.errors import UserError
 from overhaul.interop import hf
 from overhaul.layers import swap
-from overhaul.layers.joint import Choice, JointlyAdapted
+from overhaul.layers.joint import Choice, JointHead, JointlyAdapted
 
-_ROWS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
-"""Arguments of a decoder that have a row for each text."""
+_ROWS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+"""Arguments of a model that have a row for each text."""
 
 
 class Ensemble:
     """Puts the adapters of shards beside a model's layers; each text is read once with each.
 
-    A decoder's last states are averaged over shards, and so are its logits, which are linear in them.
+    A decoder's last states are averaged over shards, and so are its logits, which are linear in them. Of a classifier
+    each shard has a head of its own, and the logits are averaged.
 
     Args:
         model: with a bare layer under each adapter; changed in place.
@@ -36,38 +37,44 @@ class Ensemble:
         shards: how many there are.
         rank: of the adapters.
         scale: by which each increment B A is multiplied.
+        head: name of a classifier's head; empty for a decoder.
 
     Raises:
-        UserError: the model's logits are not linear in its states.
+        UserError: the logits of a decoder are not linear in its states.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str], *, shards: int, rank: int, scale: float) -> None:
-        if not hf.has_linear_head(model):
+    def __init__(
+        self, model: nn.Module, layers: Sequence[str], *, shards: int, rank: int, scale: float, head: str = ""
+    ) -> None:
+        if not head and not hf.has_linear_head(model):
             raise UserError(
                 f"the logits of {type(model).__name__} are more than a linear map of its states",
                 allowed="models with a plain output embedding",
             )
         self.model, self.scale, self.choice = model, scale, Choice()
         self.layers = swap(model, layers, lambda old: JointlyAdapted(old, self.choice, entries=shards, rank=rank))
+        heads = [head] if head else []
+        self.heads = swap(model, heads, lambda old: JointHead(old, self.choice, entries=shards))
         self.serving: tuple[int, ...] = ()
-        body: Any = hf.body(model)
+        answers: Any = model if head else hf.body(model)
         self._hooks = (
-            body.register_forward_pre_hook(self._spread, with_kwargs=True),
-            body.register_forward_hook(self._join),
+            answers.register_forward_pre_hook(self._spread, with_kwargs=True),
+            answers.register_forward_hook(self._join),
         )
 
     @classmethod
     def of(cls, model: nn.Module, settings: Mapping[str, Any]) -> Ensemble:
         """One for a book's settings; without adapters yet."""
         names = [name for group in settings["layers"] for name in group]
-        return cls(model, names, **{name: settings[name] for name in ("shards", "rank", "scale")})
+        how = {name: settings[name] for name in ("shards", "rank", "scale")}
+        return cls(model, names, **how, head=settings.get("head", ""))
 
     def take(self, adapters: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Answers with these from here on.
 
         Args:
             adapters: of each shard that has some, at least one: `LAYER.lora_A` (R, I) and `LAYER.lora_B` (O, R), of
-                those layers that have some.
+                those layers that have some; of a classifier `HEAD.weight` (C, D) and `HEAD.bias` (C,) too.
         """
         for name, layer in self.layers.items():
             down_SRI, up_SRO = torch.zeros_like(layer.down_PRI), torch.zeros_like(layer.up_PRO)
@@ -77,13 +84,17 @@ class Ensemble:
                     up_SRO[shard] = own[f"{name}.lora_B"].t()
             layer.down_PRI = nn.Parameter(down_SRI, requires_grad=False)
             layer.up_PRO = nn.Parameter(up_SRO, requires_grad=False)
+        for name, head in self.heads.items():
+            for shard, own in adapters.items():
+                for part, place in head.own.items():
+                    place.data[shard] = own[f"{name}.{part}"]
         self.serving = tuple(adapters)
 
     def remove(self) -> None:
         """Leaves the model as it was."""
         for hook in self._hooks:
             hook.remove()
-        swap(self.model, list(self.layers), lambda layer: layer.linear)
+        swap(self.model, [*self.layers, *self.heads], lambda layer: layer.linear)
 
     def _spread(
         self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
@@ -104,8 +115,9 @@ class Ensemble:
         return args, given
 
     def _join(self, _module: nn.Module, _args: tuple[Any, ...], made: Any) -> Any:
-        states_NTD = made.last_hidden_state
-        made.last_hidden_state = states_NTD.view(len(self.serving), -1, *states_NTD.shape[1:]).mean(dim=0)
+        name = "logits" if self.heads else "last_hidden_state"
+        of_shards_NX = made[name]
+        made[name] = of_shards_NX.view(len(self.serving), -1, *of_shards_NX.shape[1:]).mean(dim=0)
         return made
 
 
@@ -158,7 +170,7 @@ class Served:
 
 
 def _adapters(folder: Path, there: Mapping[tuple[int, Order], Stage], shard: int, order: Order) -> dict[str, Tensor]:
-    """The tensors of all stages of a beginning."""
+    """The tensors of all stages of a beginning; of the head, which each stage has its own of, those of the last."""
     found: dict[str, Tensor] = {}
     for length in range(1, len(order) + 1):
         found |= load_file(folder / there[shard, order[:length]].file)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from overhaul.kinds import Kind
 from overhaul.method import Names, PeakRate, Positive, Rate, Training
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from overhaul.artifact import Artifact
     from overhaul.data import Data
     from overhaul.deletion.sequences import Order
     from overhaul.train import Plan
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 class S3T(Training):
     """Train adapters in shards and slices, so that an example can be taken out again exactly, and at once.
 
+    With labels it trains a classifier, whose head every stage has a copy of.
+
     Every row of the data is trained on, and none is held out of it: who is held out would depend on the others.
     """
 
@@ -29,6 +33,7 @@ class S3T(Training):
         "Basu Roy Chowdhury, Choromanski, Sehanobish, Dubey, Chaturvedi: Towards Scalable Exact Machine Unlearning "
         "Using Parameter-Efficient Fine-Tuning, ICLR 2025, arXiv:2406.16257"
     )
+    kinds: ClassVar[tuple[Kind, ...]] = (Kind.CAUSAL_LM, Kind.TEXT_CLASSIFIER, Kind.ENCODER)
     holds_out: ClassVar[bool] = False
 
     lr: PeakRate = 2e-4
@@ -47,6 +52,14 @@ class S3T(Training):
     alpha: Rate = Field(16.0, description="An adapter is scaled by alpha / rank.")
     rslora: bool = Field(True, description="Scale by alpha / sqrt(rank) instead (rsLoRA), as in the paper.")
     targets: Names = Field((), description="Ends of layer names, such as q_proj v_proj; none: all linear layers.")
+    label_field: str | None = Field(
+        None, description="Column of the label, where it is classes of texts that are learnt: the model gets a head."
+    )
+    classes: Names = Field(
+        (),
+        description="All classes, declared: which there are must not depend on data that may be deleted. A classifier "
+        "of texts has its own.",
+    )
     uneven: bool = Field(False, description="Let the first stages have one block more, where blocks do not divide.")
     tags: Names = Field((), description="Columns of the data by which examples can be asked for, such as id or user.")
     together: str | None = Field(
@@ -78,6 +91,16 @@ class S3T(Training):
                 f"together {self.together} is none of tags ({', '.join(self.tags) or 'none'}); "
                 f"use tags {' '.join((*self.tags, self.together))}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _classes_are_told_apart(self) -> Self:
+        if self.classes and self.label_field is None:
+            raise ValueError("classes is of texts with labels; use label_field, the column that holds them")
+        if len(self.classes) == 1:
+            raise ValueError(f"classes has {self.classes[0]} alone; use two or more")
+        if twice := next((name for n, name in enumerate(self.classes) if name in self.classes[:n]), None):
+            raise ValueError(f"classes has {twice} twice; use each once")
         return self
 
     @model_validator(mode="after")
@@ -126,6 +149,29 @@ class S3T(Training):
         if len(found) != self.slices or not all(0 <= one <= 1 for one in found) or sum(found) > 1 + 1e-9:
             raise UserError(f"--deletion-prior {path} has {', '.join(f'{one:g}' for one in found)}", allowed=allowed)
         return found
+
+    def opened(self, made: Artifact) -> Artifact:
+        """A model that is to tell classes gets a head, unless it has one.
+
+        Raises:
+            UserError: its classes are not known, or it has no use for words.
+        """
+        from overhaul.errors import UserError
+        from overhaul.unlearning.answering import with_classes
+
+        if self.label_field is not None:
+            return with_classes(made, self.classes)
+        if made.kind is not Kind.CAUSAL_LM:
+            raise UserError(
+                f"{made.name} is a {made.kind.value}, and no column of labels is named", hint="--label-field label"
+            )
+        return made
+
+    def check(self, model: nn.Module, data: Data | None) -> None:
+        from overhaul.unlearning.answering import refuse_other_labels
+
+        if self.label_field is not None and data is not None:
+            refuse_other_labels(model, data)
 
     def plan(self, model: nn.Module, data: Data) -> Plan:
         """That of the first stage."""

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from overhaul.errors import UserError
 
-INPUTS = ("pixel_values", "input_ids", "attention_mask")
+INPUTS = ("pixel_values", "input_ids", "inputs_embeds", "attention_mask")
 """What of a batch a classifier reads; labels and tasks are for objectives."""
 
 
@@ -38,7 +38,9 @@ def classified(model: nn.Module, batch: Mapping[str, Tensor], layers: Sequence[s
 
     Args:
         model: of transformers, with a linear head.
-        batch: `{"pixel_values": (B, C, H, W)}` or `{"input_ids": (B, T), "attention_mask": (B, T)}`.
+        batch: `{"pixel_values": (B, C, H, W)}` or `{"input_ids": (B, T), "attention_mask": (B, T)}`; of a model from
+            which the blocks below were taken, which reads each text at its last token, with what flows into the others
+            as `inputs_embeds`, `(B, T, D)`.
         layers: whose output is kept, by their dotted names; `PENULTIMATE` for what the head reads. Of texts it is the
             mean over their tokens.
     """
@@ -49,17 +51,26 @@ def classified(model: nn.Module, batch: Mapping[str, Tensor], layers: Sequence[s
             hook = _keep_output(model, name, given, features) if name else _keep_read(model, given, features)
             hooks.callback(hook.remove)
         called: Any = model
-        logits_BC = called(**given).logits
+        logits_BC = _above(model, given) if "inputs_embeds" in given else called(**given).logits
     return Classified(logits_BC, features)
 
 
 def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch a classifier reads; of texts without the places at the end that are padding in all of them."""
     given = {name: batch[name] for name in INPUTS if name in batch}
+    if "inputs_embeds" in given:
+        given.pop("input_ids", None)
     if "attention_mask" in given:
         width = int(given["attention_mask"].sum(dim=1).max())  # padding is on the right
-        given |= {name: given[name][:, :width] for name in ("input_ids", "attention_mask")}
+        given = {name: tensor[:, :width] for name, tensor in given.items()}
     return given
+
+
+def _above(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
+    """Logits from states in place of tokens, by which transformers' own classifier would find where texts end."""
+    inner: Any = model
+    states_BTD = inner.base_model(**given, use_cache=False).last_hidden_state
+    return head_of(model)[1](_of_last_tokens(states_BTD, given))
 
 
 def _keep_output(model: nn.Module, name: str, batch: Mapping[str, Tensor], into: dict[str, Tensor]) -> RemovableHandle:
@@ -115,8 +126,15 @@ def head_of(model: nn.Module) -> tuple[str, nn.Linear]:
     return fitting[-1]
 
 
+def draw_head(head: nn.Linear, dice: torch.Generator) -> None:
+    """A head as it is before anything is learnt, drawn as PyTorch draws a linear layer, in place."""
+    bound = head.in_features**-0.5
+    for parameter in head.parameters():
+        parameter.data = torch.empty(parameter.shape).uniform_(-bound, bound, generator=dice).to(parameter)
+
+
 def with_head(model: nn.Module) -> nn.Module:
-    """A causal language model's body, not copied, under a head for classes of which it has none yet.
+    """The body of a language model or an encoder, not copied, under a head for classes of which it has none yet.
 
     Args:
         model: of an architecture of which transformers has a classifier of texts.

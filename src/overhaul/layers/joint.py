@@ -1,4 +1,4 @@
-"""A frozen linear layer with increments of low rank, some of which are added for each row of a batch."""
+"""A frozen linear layer with increments of low rank, some of which are added for each row of a batch; and heads."""
 
 from __future__ import annotations
 
@@ -67,3 +67,32 @@ class JointlyAdapted(nn.Module):
         assert self.choice.weights_BK is not None
         entries_K, weights_K = self.choice.entries_BK[row], self.choice.weights_BK[row]
         return torch.einsum("k,kro,kri->oi", weights_K, self.up_PRO[entries_K], self.down_PRI[entries_K])
+
+
+class JointHead(nn.Module):
+    """`W_k x + b_k` for each row of a batch: a head in place of which every entry k has one of its own.
+
+    Args:
+        linear: the head that is there, whose shape all have.
+        choice: of one entry for each row, which all layers of a model share.
+        entries: how many there are.
+    """
+
+    def __init__(self, linear: nn.Linear, choice: Choice, *, entries: int) -> None:
+        super().__init__()
+        self.linear, self.choice, self.entries = linear, choice, entries
+        self.own = nn.ParameterDict({
+            name: nn.Parameter(torch.zeros(entries, *place.shape, device=place.device), requires_grad=False)
+            for name, place in linear.named_parameters()
+        })  # fmt: skip
+
+    def forward(self, x_BXI: Tensor) -> Tensor:
+        """Maps `(B, ..., I)` to `(B, ..., C)`; the choice has B rows."""
+        if self.choice.entries_BK is None:
+            return self.linear(x_BXI)
+        chosen_B = self.choice.entries_BK[:, 0]
+        weight_BCI = self.own["weight"][chosen_B]
+        logits_BXC = torch.einsum("b...i,bci->b...c", x_BXI.to(weight_BCI.dtype), weight_BCI)
+        if "bias" in self.own:
+            logits_BXC = logits_BXC + self.own["bias"][chosen_B].view(len(chosen_B), *[1] * (x_BXI.dim() - 2), -1)
+        return logits_BXC

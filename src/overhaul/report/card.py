@@ -201,3 +201,16 @@ from overhaul.evaluate import generate
 loaded = artifact.load({name!r}{more})
 print(generate(loaded.model, loaded.processor, "It is a truth universally acknowledged", tokens=40))
 """
+
+
+def served_classes_snippet(name: str) -> str:
+    """Python that names the classes of two texts with the text classifier `name` and the adapters of its shards."""
+    return f"""
+from overhaul import artifact
+from overhaul.kinds import Kind
+
+loaded = artifact.load({name!r}, kinds=[Kind.TEXT_CLASSIFIER], with_library=True)
+inputs = loaded.processor(["One text.", "Another text, which is longer."], padding=True, return_tensors="pt")
+logits = loaded.model(**inputs).logits  # plain transformers loads the frozen model, which knows nothing
+print([loaded.model.config.id2label[int(place)] for place in logits.argmax(dim=-1)])
+"""

@@ -17,7 +17,9 @@ from overhaul import machine
 from overhaul.errors import UserError
 from overhaul.input_statistics import StopForward
 from overhaul.interop import hf
+from overhaul.interop.classifier import PENULTIMATE, classified
 from overhaul.interop.fused import fused
+from overhaul.kinds import is_classifier
 from overhaul.layers import adapters_off
 from overhaul.progress import say
 from overhaul.walk import decoder_blocks
@@ -31,7 +33,7 @@ class Window:
     """Part of one example, alone.
 
     Attributes:
-        content: `{"input_ids": (T,), "labels": (T,)}` int64.
+        content: `{"input_ids": (T,), "labels": (T,)}` int64; of a text with a class `attention_mask` too, one label.
         number: among all windows of the data.
     """
 
@@ -73,7 +75,9 @@ class Below:
         if not places or not windows:
             return
         self.places = tuple(sorted(places))
-        size = sum(tensor.nbytes for tensor in self._run(windows[0]).values()) * len({w.number for w in windows})
+        per_token = sum(states_TD[0].nbytes for states_TD in self._run(windows[0]).values())
+        different = {window.number: len(window.content["input_ids"]) for window in windows}
+        size = per_token * sum(different.values())
         if size > gigabytes * 1e9:
             # Doing without by itself would round otherwise, by how much other data there is.
             raise UserError(
@@ -92,13 +96,20 @@ class Below:
 
     def _is_same(self, window: Window, place: int) -> bool:
         with torch.no_grad(), self._bare():
-            whole_TD = hf.hidden_states(self.model, _one(window.content, self._device))[0].float()
+            whole_XD = self._read(window.content)
             self.cut(place)
             try:
-                above_TD = hf.hidden_states(self.model, _one(self.with_states(window, place), self._device))[0].float()
+                above_XD = self._read(self.with_states(window, place))
             finally:
                 self.whole(self.model)
-        return bool((above_TD - whole_TD).norm() <= SAME * whole_TD.norm())
+        return bool((above_XD - whole_XD).norm() <= SAME * whole_XD.norm())
+
+    def _read(self, content: Mapping[str, Tensor]) -> Tensor:
+        """`(T, D)`: what the output embedding reads of a window; `(1, D)`: what a classifier's head reads of a text."""
+        one = _one(content, self._device)
+        if is_classifier(self.model):
+            return classified(self.model, one, (PENULTIMATE,)).features[PENULTIMATE].float()
+        return hf.hidden_states(self.model, one)[0].float()
 
     @property
     def _device(self) -> torch.device:

@@ -1,12 +1,14 @@
 """Adapters trained stage by stage, from the top of a model downwards, each on more slices (S3T, ICLR 2025).
 
 A stage trains the adapters of one group of blocks, on all slices that its sequence has so far. Those above it are there
-and frozen, those below are not there yet. Whatever it depends on is of these slices: its tensors are the same, bit for
-bit, whether or not other data exists.
+and frozen, those below are not there yet. A classifier's head is trained in every stage, from where the one before it
+left it, and each stage keeps a copy of its own. Whatever a stage depends on is of these slices: its tensors are the
+same, bit for bit, whether or not other data exists.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from overhaul import machine
 from overhaul.deletion.sequences import Order, prefixes
 from overhaul.errors import UserError
+from overhaul.interop.classifier import draw_head
+from overhaul.kinds import is_classifier
 from overhaul.layers import swap
 from overhaul.layers.lora import LoRALinear, start_at_zero
 from overhaul.optim.build import build
@@ -25,7 +29,7 @@ from overhaul.schedules import schedule
 from overhaul.select import select_linears
 from overhaul.stream import Batch, Map, Repeat, Rows, Shuffle
 from overhaul.train import Plan
-from overhaul.unlearning.answering import ByWord
+from overhaul.unlearning.answering import Answering, ByClass, ByWord, Content
 from overhaul.unlearning.below import Below, Window
 from overhaul.unlearning.slices import Member, divided
 from overhaul.walk import decoder_blocks
@@ -90,7 +94,11 @@ class Stagewise:
         model.requires_grad_(False)
         self.bare = {name: model.get_submodule(name) for name in names}
         self.layers = swap(model, names, lambda old: LoRALinear.from_linear(old, method.rank, method.scaled()))
-        self.answering = ByWord(data, method.seq_len)
+        with_what = ByClass if is_classifier(model) else ByWord
+        self.answering: Answering = with_what(model, data, method.seq_len)
+        heads = [self.answering.head] if self.answering.head else []
+        self.bare |= {name: model.get_submodule(name) for name in heads}
+        self.heads: dict[str, nn.Linear] = swap(model, heads, lambda old: copy.deepcopy(old).float())
         self.kept: dict[tuple[int, Order], dict[str, Tensor]] = {}
         count = itertools.count()
         self.windows = {cell: list(self._windows(members, count)) for cell, members in self.members.items()}
@@ -131,7 +139,7 @@ class Stagewise:
         told = " ".join(map(str, (shard, *order)))
         rows = Rows(windows, name=f"shard and slices {told}", fingerprint=hashlib.sha256(told.encode()).hexdigest())
         first = self.groups[stage].start
-        shuffled = Map(Repeat(Shuffle(rows, seed=seed)), lambda window: self.below.with_states(window, first), name="")
+        shuffled = Map(Repeat(Shuffle(rows, seed=seed)), lambda window: self._seen(window, first), name="")
         a_step = method.batch_size * method.accumulate
         self.below.cut(first)
         return Plan(
@@ -144,15 +152,22 @@ class Stagewise:
             steps=method.steps if method.epochs is None else max(1, round(method.epochs * len(windows) / a_step)),
         )
 
+    def _seen(self, window: Window, first: int) -> Content:
+        """A window as a batch takes it, for a model that is run from the first block that is trained."""
+        return self.answering.filled(self.below.with_states(window, first))
+
     def _put(self, shard: int, order: Order, dice: torch.Generator) -> list[nn.Parameter]:
-        """Puts the adapters of a beginning into the layers, the last ones new; returns what is trained."""
+        """Puts the adapters of a beginning into the layers, the last ones new; returns what is trained.
+
+        A head goes on from the stage before; that of a first stage is new.
+        """
         stage = len(order) - 1
         for number, names in enumerate(self.names):
             for name in names:
                 layer: Any = self.layers[name]
                 layer.enabled = number <= stage
-                layer.lora_A.requires_grad_(number == stage)
-                layer.lora_B.requires_grad_(number == stage)
+                layer.lora_A.requires_grad_(False)
+                layer.lora_B.requires_grad_(False)
         for length in range(1, len(order)):
             own = self._own(length - 1)
             for name, tensor in self.kept[shard, order[:length]].items():
@@ -161,26 +176,32 @@ class Stagewise:
             layer = self.layers[name]
             A_RI, B_OR = start_at_zero(layer, layer.rank, dice)
             layer.lora_A.data, layer.lora_B.data = A_RI.to(layer.weight.device), B_OR.to(layer.weight.device)
-        return list(self._own(stage).values())
+        for head in self.heads.values() if stage == 0 else ():
+            draw_head(head, dice)
+        trained = list(self._own(stage).values())
+        for place in trained:
+            place.requires_grad_(True)
+        return trained
 
     def _own(self, stage: int) -> dict[str, nn.Parameter]:
         """What a stage trains, by the names under which it is kept."""
-        return {
-            f"{name}.{own}": getattr(self.layers[name], own)
-            for name in self.names[stage]
-            for own in ("lora_A", "lora_B")
+        layers: dict[str, Any] = {name: self.layers[name] for name in self.names[stage]}
+        adapters = {
+            f"{name}.{own}": getattr(layer, own) for name, layer in layers.items() for own in ("lora_A", "lora_B")
         }
+        heads = {f"{name}.{own}": place for name, head in self.heads.items() for own, place in head.named_parameters()}
+        return adapters | heads
 
     def _seed(self, shard: int, order: Order) -> int:
         """Of everything that is drawn in a stage: by the run's seed and the stage, not by what came before it."""
         return machine.derived_seed(self.data.seed, shard, order)
 
     def keep(self, shard: int, order: Order) -> None:
-        """Takes the adapters that were just trained."""
+        """Takes the adapters that were just trained, with the head."""
         own = self._own(len(order) - 1)
         self.kept[shard, order] = {name: place.detach().clone() for name, place in own.items()}
 
     def restore(self) -> None:
-        """The model as it was, without adapters; a pruned one with what it knows of its zeros."""
+        """The model as it was, without adapters and with its own head; a pruned one with what it knows of its zeros."""
         for name, layer in self.bare.items():
             self.model.set_submodule(name, layer)

@@ -43,7 +43,7 @@ def note_service(run: Stagewise) -> None:
 
 @contextmanager
 def _answering(run: Stagewise, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, the model answers with the adapters of all stages of each shard's first sequence."""
+    """Inside, the model answers with all stages of each shard's first sequence, and the head of the last one."""
     ensemble = Ensemble.of(run.model, settings)
     ensemble.take({
         shard: {name: t for length in range(1, len(first) + 1) for name, t in run.kept[shard, first[:length]].items()}
@@ -65,7 +65,9 @@ def settings_of(run: Stagewise) -> dict[str, Any]:
         "rank": run.method.rank,
         "scale": run.method.scaled() / run.method.rank,
         "layers": run.names,
+        "head": run.answering.head,
         "tags": list(run.method.tags),
+        "label": run.method.label_field,
     }
 
 
