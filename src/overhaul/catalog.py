@@ -299,6 +299,12 @@ ENTRIES = (
     ),
     Entry(
         "measure",
+        "accuracy",
+        "measure.accuracy:MeasureAccuracy",
+        "Share of labelled texts whose class a classifier tells, with a 95% interval.",
+    ),
+    Entry(
+        "measure",
         "outliers",
         "measure.outliers:MeasureOutliers",
         "Dimensions of the hidden states with large values in many layers, and what is lost without them.",

@@ -111,7 +111,7 @@ def open_labelled(
     Raises:
         UserError: it cannot be read, no row has the columns, a label is no name, or no class has two different texts.
     """
-    rows, met = _rows(path, label, text)
+    rows, notes = read_labelled(path, label=label, text=text)
     counts = Counter(name for _, name in set(rows))
     few = sorted(name for name, count in counts.items() if count < 2)
     classes = tuple(sorted(counts.keys() - set(few), key=_natural))
@@ -124,7 +124,6 @@ def open_labelled(
     parts = _Parts(len(classes), limit, heldout)
     for (said, place), key, held in zip(kept, hashes, is_held, strict=True):
         parts.add(said, place, key, held=held)
-    notes = met.sentences()
     if few:
         notes.append(f"classes with one text, or one again and again, left out: {_listed(few)}")
     if contradictory:
@@ -137,8 +136,15 @@ def open_labelled(
     return parts.as_set(name=Path(path).resolve().name, licence="not stated", classes=classes, notes=notes)
 
 
-def _rows(path: str, label: str, text: str) -> tuple[list[tuple[str, str]], _Met]:
-    """Texts with the names of their classes."""
+def read_labelled(path: str, *, label: str, text: str = "text") -> tuple[list[tuple[str, str]], list[str]]:
+    """The texts of a table with the names of their classes, and what was left out, one sentence each.
+
+    Args:
+        path, label, text: as `open_labelled` takes them.
+
+    Raises:
+        UserError: it cannot be read, no row has the columns, or a label is no name.
+    """
     met, rows, columns = _Met(), list[tuple[str, str]](), dict[str, None]()
     for where, record in records(Path(path)):
         if isinstance(record, NotUtf8Error):
@@ -163,7 +169,7 @@ def _rows(path: str, label: str, text: str) -> tuple[list[tuple[str, str]], _Met
             )
     if not rows:
         raise UserError(f"{path} has no row with a text and a label", allowed=f'{{"{text}": ..., "{label}": ...}}')
-    return rows, met
+    return rows, met.sentences()
 
 
 def _natural(name: str) -> tuple[int, int, str]:

@@ -48,8 +48,9 @@ def of(*shapes: type[Any]) -> list[Any]:
 
 
 def of_text(*shapes: type[Any]) -> list[Any]:
-    """Those of them that read text: the others have tests of their own beside."""
-    return [entry for entry in of(*shapes) if not issubclass(entry.values[0].load(), Learning)]
+    """Those of them that read text with a language model: the others have tests of their own beside."""
+    kinds = ((entry, entry.values[0].load()) for entry in of(*shapes))
+    return [entry for entry, kind in kinds if not issubclass(kind, Learning) and Kind.CAUSAL_LM in kind.kinds]
 
 
 def tiny_form(entry: Entry, **changed: object) -> list[str]:
@@ -105,7 +106,7 @@ def _others(make_tiny: Make, bundle: Path, tmp_path_factory: pytest.TempPathFact
     EXTRA["kd"] = ["--teacher", other]
     asked = old.with_name("asked.jsonl")
     asked.write_text(json.dumps({"question": "What is 2 + 3?", "answer": "5"}))
-    EXTRA["answers"] = ["--task", str(asked)]
+    EXTRA["answers"] = EXTRA["accuracy"] = ["--task", str(asked)]
     texts = old.with_name("texts.jsonl")
     texts.write_text("\n".join(json.dumps({"text": f"What nobody saw, part {n}. " * 9}) for n in range(4)))
     named = {"forget": old, "retain": old, "holdout": texts, "forget-questions": asked, "retain-questions": asked}

@@ -176,6 +176,25 @@ def test_logits_are_the_mean_of_one_classifier_for_each_shard(trained: Callable[
     assert (found[0] - found[1]).abs().max() > 1e-3, "the shards differ"
 
 
+def test_accuracy_is_that_of_the_mean(trained: Callable[..., Path], tmp_path: Path):
+    """Texts in batches of their own widths, as they are measured, against all at once."""
+    directory, table = trained("llama", EXAMPLES, "--dtype", "fp32"), written(tmp_path / "data.jsonl", EXAMPLES)
+    how = ("--task", table, "--label-field", "place", "--dtype", "fp32", "--json")
+    told = json.loads(overhaul("measure", "accuracy", directory, *how).out)
+    wanted = [LABELS[place] for place in logits(directory).argmax(dim=1)]
+    assert [detail["answer"] for detail in told["details"]] == wanted
+    assert told["rows"][0]["value"] == sum(a == b for a, (_, b) in zip(wanted, EXAMPLES, strict=True)) / len(wanted)
+
+
+def test_a_language_model_tells_no_classes(make_tiny: Callable[..., Path], tmp_path: Path):
+    data, out = written(tmp_path / "data.jsonl", EXAMPLES), tmp_path / "out"
+    how = ("--shards", 1, "--slices", 2, "--budget", 1, "--steps", 1, "--seq-len", 16, "--evaluate", "none")
+    done = overhaul("forget", "s3t", make_tiny(), "-o", out, "--data", data, *how)
+    assert done.code == 0, done.err
+    task = ("--task", data, "--label-field", "place")
+    refused(overhaul("measure", "accuracy", out, *task), "is a model of another kind: causal language model")
+
+
 def test_a_head_goes_on_from_the_stage_before(trained: Callable[..., Path]):
     """With a rate of almost nothing every stage of a sequence has the head that the first one drew."""
     heads = {
