@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
-from command import overhaul, refused
+from command import interrupted, overhaul, refused
 from overhaul import artifact, forget_service
 from overhaul.deletion.book import FOLDER, STAGES, Book
 from overhaul.deletion.ensemble import Served
@@ -222,6 +222,20 @@ def test_bytes_are_those_of_adapters_and_heads(trained: Callable[..., Path], cop
     assert deleted(model, in_cell(0, 1)[0])["stages"] == 3
     assert without_headers() == 5 * 4 * (per_block + 3 * 64)
     assert forget_service.verify(model)["stages"] == 5
+
+
+def test_a_run_that_is_resumed_has_the_same_adapters_and_heads(
+    base_of: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path
+):
+    """It is stopped in the second stage of a sequence, whose head goes on from that of the first."""
+    data, out = written(tmp_path / "data.jsonl", EXAMPLES), tmp_path / "out"
+    words = ("forget", "s3t", base_of("bert"), "-o", out, "--data", data, *HOW, *DECLARED, "--save-every", "1")
+    assert interrupted(lambda seen: len(seen) == 5, *words).code != 0
+    done = overhaul(*words, "--resume")
+    assert done.code == 0, done.err
+    whole, resumed = stages(trained("bert")), stages(out)
+    assert whole.keys() == resumed.keys()
+    assert all(same(whole[key], resumed[key]) for key in whole)
 
 
 def test_a_request_may_be_made_again_until_nothing_is_left(
