@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     CodeGenConfig,
     CodeGenForCausalLM,
     GPT2Config,
@@ -29,7 +30,7 @@ from transformers import (
 
 from overhaul import artifact
 from overhaul.errors import UserError
-from overhaul.interop.classifier import PENULTIMATE, classes_of, classified, head_of, set_classes, with_head
+from overhaul.interop.classifier import PENULTIMATE, classes_of, classified, draw_head, head_of, set_classes, with_head
 from overhaul.kinds import Kind, is_classifier, kind_of
 
 SHAPES = {
@@ -189,6 +190,42 @@ def test_a_head_for_texts_goes_on_any_decoder_and_reads_its_last_token(architect
     torch.testing.assert_close(found.features[PENULTIMATE][0], states_TD[-1], rtol=1e-4, atol=1e-5)
     head = head_of(model)[1]
     torch.testing.assert_close(found.logits, head(found.features[PENULTIMATE]))
+
+
+def test_states_in_place_of_tokens_are_read_at_the_last_one():
+    torch.manual_seed(0)
+    model: Any = with_head(DECODERS["qwen2"]().eval())
+    model.config.pad_token_id = 0
+    set_classes(model, ("a", "b", "c"))
+    ids_BT = torch.tensor([[5, 6, 7, 0, 0, 0], [8, 9, 10, 11, 12, 0]])
+    words = {"input_ids": ids_BT, "attention_mask": (ids_BT != 0).long()}
+
+    by_states = classified(model, {**words, "inputs_embeds": model.get_input_embeddings()(ids_BT)}, (PENULTIMATE,))
+    by_words = classified(model, words, (PENULTIMATE,))
+
+    torch.testing.assert_close(by_states.logits, by_words.logits)
+    torch.testing.assert_close(by_states.features[PENULTIMATE], by_words.features[PENULTIMATE])
+
+
+def test_an_encoder_gets_a_head():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+    encoder = BertModel(BertConfig(num_hidden_layers=1, **sizes)).eval()
+    model: Any = with_head(encoder)
+    set_classes(model, ("a", "b", "c"))
+
+    ids_BT = torch.tensor([[5, 6, 7]])
+    logits_BC = classified(model, {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}).logits
+    torch.testing.assert_close(logits_BC, head_of(model)[1](encoder(ids_BT).pooler_output))
+
+
+def test_a_head_is_drawn_by_its_dice_alone():
+    heads = [nn.Linear(16, 3), nn.Linear(16, 3)]
+    for head in heads:
+        draw_head(head, torch.Generator().manual_seed(4))
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert torch.equal(heads[0].bias, heads[1].bias)
+    assert 0 < heads[0].weight.abs().max() <= 0.25
 
 
 def test_an_architecture_without_a_classifier_of_texts_is_refused():
