@@ -4,18 +4,25 @@ Worked problems of units and sums, three slices of ten blocks each. Utility is h
 below that of the model before, as a share of what three sequences win before anything is deleted. SISA is one order of
 the slices, with an adapter on all blocks that goes on learning at every slice and is kept at each: it is gone when its
 first slice is hit. One sequence of S3T is the same with a third of the blocks for each slice.
+
+Classes: which section of Debian a package is in, by the line that describes it, on MiniLM with two shards. Every stage
+goes over its slices as often as the single stage goes over the shard that S3T is compared with.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
+import shutil
 import statistics
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bench import results
@@ -30,7 +37,12 @@ from overhaul.deletion.book import FOLDER, Book
 from overhaul.deletion.ensemble import Ensemble
 from overhaul.deletion.sequences import Order
 from overhaul.deletion.survivors import Survivors
-from overhaul.documents import read_rows
+from overhaul.documents import json_line, read_rows
+from overhaul.interop.classifier import classes_of
+from overhaul.kinds import Kind
+from overhaul.labelled_texts import LabelledTexts, read_labelled
+from overhaul.task_data import encoded
+from overhaul.task_scores import logits_of
 from overhaul.unlearning.slices import cell_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * 3600)]
@@ -218,8 +230,124 @@ def _sisa(root: Path, data: Path, heldout: Path, seed: int) -> Callable[[Order],
     return of
 
 
-def _row(name: str, what: str, values: Sequence[float], target: Target | None = None, unit: str = "") -> Row:
+def _row(
+    name: str, what: str, values: Sequence[float], target: Target | None = None, unit: str = "",
+    settings: Mapping[str, Any] = SETTINGS,
+) -> Row:  # fmt: skip
     return Row(
-        id=f"forget-s3t/{name}", kind="claim", what=what, values=tuple(values), unit=unit, target=target, seeds=SEEDS,
-        settings=SETTINGS,
+        id=f"forget-s3t/{name}", kind="claim", what=what, values=tuple(values), unit=unit, target=target,
+        seeds=SEEDS if settings is SETTINGS else CLASS_SEEDS, settings=settings,
     )  # fmt: skip
+
+
+CLASS_SEEDS = (0, 1, 2)
+SECTIONS, TRAINED_ON, MEASURED = 20, 40, 100
+"""Classes, and descriptions of each."""
+SHARDS, WIDTH, POINTS = 2, 24, 0.03
+HOW = ("--shards", SHARDS, "--label-field", "section", "--epochs", 4, "--batch-size", 16, "--seq-len", WIDTH, "--lr",
+       2e-3, "--save-every", 0)  # fmt: skip
+OF_CLASSES = {
+    "model": "all-minilm-l6-v2",
+    "data": f"descriptions of Debian's packages, {SECTIONS} sections, {TRAINED_ON} of each",
+    "flags": " ".join(map(str, HOW)),
+}
+
+
+def test_classes_are_told_as_by_one_stage_and_longer_than_by_one_sequence(tmp_path: Path):
+    """Accuracy among 20 classes; where nothing is left it is that of guessing."""
+    accuracies: dict[str, list[float]] = {"three stages": [], "one stage": []}
+    areas: dict[str, list[float]] = {"three": [], "one": []}
+    for seed in CLASS_SEEDS:
+        train, held, names = _packages(tmp_path / f"packages-{seed}", seed)
+        sliced, single = (
+            _classifier(tmp_path / f"{name}-{seed}", train, names, seed, "--slices", slices, "--budget", slices)
+            for name, slices in (("sliced", SLICES), ("single", 1))
+        )
+        accuracy = _accuracies(sliced, held)
+        with Book(sliced) as book:
+            orders = book.orders
+        accuracies["three stages"].append(accuracy([shard[0] for shard in orders]))
+        accuracies["one stage"].append(_accuracies(single, held)([(0,)] * SHARDS))
+        for name, budget in (("three", SLICES), ("one", 1)):
+            curves = [_curve(accuracy, [shard[:budget] for shard in orders], random.Random(n)) for n in range(ORDERS)]
+            areas[name].append(statistics.fmean(map(statistics.fmean, curves)))
+    gaps = [one - three for one, three in zip(accuracies["one stage"], accuracies["three stages"], strict=True)]
+    above = [three - one for three, one in zip(areas["three"], areas["one"], strict=True)]
+    after = f"over {REQUESTS} random requests, {SHARDS} shards of {SLICES} slices"
+    results.hold(*[
+        _row("classes", f"Accuracy among {SECTIONS} classes, three stages", accuracies["three stages"], None, "share",
+             OF_CLASSES),
+        _row("classes-one-stage", f"Accuracy among {SECTIONS} classes, one stage on the whole shard",
+             accuracies["one stage"], None, "share", OF_CLASSES),
+        _row("classes-gap", f"Accuracy among {SECTIONS} classes, one stage above three", gaps, Target("<", POINTS),
+             "share", OF_CLASSES),
+        _row("classes-area-one", f"Accuracy {after}, one sequence (SISA)", areas["one"], None, "share", OF_CLASSES),
+        _row("classes-area-three", f"Accuracy {after}, three sequences", areas["three"], None, "share", OF_CLASSES),
+        _row("classes-area", f"Accuracy {after}, three sequences above one", above, Target(">", 0), "share",
+             OF_CLASSES),
+    ])  # fmt: skip
+
+
+def _packages(root: Path, seed: int) -> tuple[Path, Path, list[str]]:
+    """Two tables of descriptions with their sections, and the largest sections; a seed draws other packages."""
+    if not shutil.which("apt-cache"):
+        pytest.skip("Debian's list of packages is not here")
+    told = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout
+    found: dict[str, set[str]] = {}
+    for package in told.split("\n\n"):
+        columns = dict(line.split(": ", 1) for line in package.splitlines() if ": " in line and line[0] != " ")
+        if {"Section", "Description"} <= columns.keys():
+            found.setdefault(columns["Section"], set()).add(columns["Description"])
+    names = sorted(found, key=lambda name: (-len(found[name]), name))[:SECTIONS]
+    root.mkdir()
+    train, held = root / "train.jsonl", root / "held.jsonl"
+    drawn = {
+        name: sorted(found[name], key=lambda text: hashlib.sha256(f"{seed}{text}".encode()).digest()) for name in names
+    }
+    for file, chosen in ((train, slice(0, TRAINED_ON)), (held, slice(TRAINED_ON, TRAINED_ON + MEASURED))):
+        rows = ({"text": text, "section": name} for name, texts in drawn.items() for text in texts[chosen])
+        file.write_text("".join(map(json_line, rows)))
+    return train, held, names
+
+
+def _classifier(out: Path, data: Path, names: Sequence[str], seed: int, *how: object) -> Path:
+    words = (*HOW, *how, "--classes", *names, "--seed", seed)
+    done = overhaul("forget", "s3t", OF_CLASSES["model"], "-o", out, "--data", data, *words)
+    assert done.code == 0, done.err
+    return out
+
+
+def _accuracies(service: Path, held: Path) -> Callable[[Sequence[Order]], float]:
+    """`accuracy(orders)`: with a beginning for each shard, of which some may be empty; guessing where all are."""
+    made, stages = artifact.load(service, kinds=(Kind.TEXT_CLASSIFIER,)), _stages(service)
+    known, pairs = classes_of(made.model), read_labelled(str(held), label="section")[0]
+    labels_N = np.array([known.index(label) for _, label in pairs], np.int64)
+    texts = encoded(LabelledTexts(texts=tuple(text for text, _ in pairs), labels_N=labels_N), made.processor, WIDTH)
+    with Book(service) as book:
+        ensemble = Ensemble.of(made.model, book.settings)
+
+    @cache
+    def logits(shard: int, order: Order) -> torch.Tensor:
+        parts = (stages[shard, order[:length]].items() for length in range(1, len(order) + 1))
+        ensemble.take({shard: {name: tensor for part in parts for name, tensor in part}})
+        return logits_of(made.model, texts, dtype=torch.float32)
+
+    def of(orders: Sequence[Order]) -> float:
+        own = [logits(shard, order) for shard, order in enumerate(orders) if order]
+        if not own:
+            return 1 / len(known)
+        return float((torch.stack(own).mean(dim=0).argmax(dim=1).numpy() == labels_N).mean())
+
+    return of
+
+
+def _curve(
+    accuracy: Callable[[Sequence[Order]], float], orders: Sequence[Sequence[Order]], dice: random.Random
+) -> list[float]:
+    """Accuracy before the first request and after each, requests hitting every slice of every shard alike."""
+    left = Survivors(orders)
+    found = [accuracy([left.serving(shard) for shard in range(SHARDS)])]
+    for _ in range(REQUESTS):
+        left.delete(dice.randrange(SHARDS), dice.randrange(SLICES))
+        found.append(accuracy([left.serving(shard) for shard in range(SHARDS)]))
+    return found
