@@ -281,7 +281,7 @@ def test_classes_are_told_as_by_one_stage_and_longer_than_by_one_sequence(tmp_pa
              accuracies["one stage"], None, "share", OF_CLASSES),
         _row("classes-gap", f"Accuracy among {SECTIONS} classes, one stage above three", gaps, Target("<", POINTS),
              "share", OF_CLASSES),
-        _row("classes-area-one", f"Accuracy {after}, one sequence (SISA)", areas["one"], None, "share", OF_CLASSES),
+        _row("classes-area-one", f"Accuracy {after}, one sequence", areas["one"], None, "share", OF_CLASSES),
         _row("classes-area-three", f"Accuracy {after}, three sequences", areas["three"], None, "share", OF_CLASSES),
         _row("classes-area", f"Accuracy {after}, three sequences above one", above, Target(">", 0), "share",
              OF_CLASSES),
