@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from platform import python_version
@@ -177,24 +177,22 @@ def open_whole(spec: CorpusSpec, tags: Sequence[str] = (), *, label: str | None 
     )
 
 
-def open_all_of(paths: Mapping[str, str]) -> tuple[Corpus, ...]:
-    """Corpora of which nothing is held out, each named after what it is there for too: `news.jsonl (to forget)`.
+def open_all_of(path: str, purpose: str) -> Corpus:
+    """A corpus of which nothing is held out, named after what it is there for too: `news.jsonl (to forget)`.
 
     Args:
-        paths: names or paths, by what they are there for.
+        path: a name or a path.
+        purpose: what it is there for.
 
     Raises:
         UserError: as `open_whole`; standard input can be read once only.
     """
-    found = []
-    for purpose, path in paths.items():
-        if path == "-":
-            raise UserError(
-                f"the texts {purpose} are read more than once", allowed="a named corpus, a file, or a directory"
-            )
-        corpus = open_whole(CorpusSpec(path=path))
-        found.append(replace(corpus, name=f"{corpus.name} ({purpose})"))
-    return tuple(found)
+    if path == "-":
+        raise UserError(
+            f"the texts {purpose} are read more than once", allowed="a named corpus, a file, or a directory"
+        )
+    corpus = open_whole(CorpusSpec(path=path))
+    return replace(corpus, name=f"{corpus.name} ({purpose})")
 
 
 def every_row(path: str, field: str | None = None) -> Iterator[Row]:

@@ -24,7 +24,6 @@ from overhaul.corpora import (
     Corpus,
     CorpusSpec,
     from_anywhere,
-    open_all_of,
     open_corpus,
     open_several,
     open_whole,
@@ -99,7 +98,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     _refuse_unread(step)
     corpus = open_data(options, method) if needs_data or options.data else None
     beside, watched = _further(method, options, corpus)
-    whole = open_all_of(method.whole_texts())
+    whole = method.whole_corpora()
     for note in (note for text in (corpus, sequence, *beside.values(), *whole) if text for note in text.notes):
         say(f"note: {note}")
     parent = artifacts.load(model, device=device, dtype=machine.weights_dtype(dtype), kinds=method.kinds)
@@ -207,7 +206,7 @@ def measured_by(step: Step) -> tuple[str, ...]:
     method, options = step.method, step.options
     reads = method.reads_data()
     beside, watched = _further(method, options, open_data(options, method) if reads or options.data else None)
-    losses = (f"{LOSS_ON} {text.name}" for text in (*open_all_of(method.whole_texts()), *beside.values(), *watched))
+    losses = (f"{LOSS_ON} {text.name}" for text in (*method.whole_corpora(), *beside.values(), *watched))
     on_text = [] if options.evaluate == "none" or method.measures() else [PERPLEXITY, LOSS]
     return (*method.measures(), *on_text, *losses)
 

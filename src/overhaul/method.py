@@ -14,12 +14,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from overhaul.kinds import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import nn
 
     from overhaul.artifact import Artifact
+    from overhaul.corpora import Corpus
     from overhaul.data import Data
     from overhaul.stream import Stream
     from overhaul.table import Table
@@ -84,12 +84,12 @@ class Method(Settings, ABC):
         """The corpora it reads beside that of --data, as the user named them; the loss on them is watched."""
         return ()
 
-    def whole_texts(self) -> Mapping[str, str]:
-        """The corpora of which it reads every row, as the user named them, by what they are to it.
+    def whole_corpora(self) -> tuple[Corpus, ...]:
+        """The corpora of its own of which it reads every row; the loss on them is watched as well, on all of them.
 
-        The loss on them is watched as well, on all of them.
+        Raises `UserError` where one cannot be read.
         """
-        return {}
+        return ()
 
     def reads_data(self) -> bool:
         """Whether it reads the corpus of --data with these settings."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -13,10 +12,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from overhaul.method import TO_FORGET, TO_RETAIN, Fraction, NonNegative, PeakRate, Positive, Settings, Training
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from torch import nn
 
+    from overhaul.corpora import Corpus
     from overhaul.data import Data
     from overhaul.objective import Objective
     from overhaul.stream import Stream
@@ -107,10 +107,16 @@ class Removal(Training):
         return False
 
     def references(self) -> tuple[str, ...]:
-        return (*self.whole_texts().values(), *self.stop.files())
+        return (self.forget, *self.stop.files())
 
-    def whole_texts(self) -> Mapping[str, str]:
-        return {TO_FORGET: self.forget}
+    def to_forget(self) -> Corpus:
+        """All of the texts to forget; raises `UserError` where they cannot be read."""
+        from overhaul.corpora import open_all_of
+
+        return open_all_of(self.forget, TO_FORGET)
+
+    def whole_corpora(self) -> tuple[Corpus, ...]:
+        return (self.to_forget(),)
 
     @abstractmethod
     def objective(self, model: nn.Module) -> Objective:
@@ -130,6 +136,8 @@ class Removal(Training):
 
     def plan(self, model: nn.Module, data: Data) -> Plan:
         """The texts to forget in an order drawn anew in every pass."""
+        from dataclasses import replace
+
         from overhaul.checkpoint import trained_tensors
         from overhaul.optim.build import build
         from overhaul.schedules import schedule
@@ -137,7 +145,7 @@ class Removal(Training):
         from overhaul.unlearning import texts
         from overhaul.watch import KeepZeros, LastGood
 
-        found = texts.windows(data, self.forget, self.seq_len)
+        found = texts.cut(replace(data, corpus=(corpus := self.to_forget())), self.seq_len)
         if self.needs_reference():
             found = texts.with_reference(model, found, batch_size=self.batch_size, dtype=data.dtype)
         objective = self.objective(model)
@@ -147,7 +155,7 @@ class Removal(Training):
         return Plan(
             model=model,
             objective=objective,
-            stream=self.beside(self.stream(data, self.forget, found), data),
+            stream=self.beside(self.stream(data, corpus, found), data),
             optimizer=build(self, [p for p in model.parameters() if p.requires_grad], model=model),
             schedule=schedule(self.schedule, self.warmup),
             watchers=(KeepZeros(), LastGood(trained_tensors, ends_pass=ends_pass), *stopping),
@@ -164,11 +172,11 @@ class Removal(Training):
         asked = self.knowledge(data)
         return (Stopping(asked.of, asked.bound, ends_pass=ends_pass, steps=steps),)
 
-    def stream(self, data: Data, path: str, found: Windows) -> Stream:
-        """Batches of some windows without end."""
+    def stream(self, data: Data, corpus: Corpus, found: Windows) -> Stream:
+        """Batches of a corpus's windows without end."""
         from overhaul.unlearning import texts
 
-        return texts.endless(found, name=Path(path).name, seed=data.seed, batch_size=self.batch_size)
+        return texts.endless(found, name=corpus.name, seed=data.seed, batch_size=self.batch_size)
 
     def _steps(self, count: int) -> int:
         """Optimizer steps for so many windows."""
@@ -251,8 +259,18 @@ class Retaining(Removal):
             raise ValueError(f"forget and retain are both {self.forget}: a text is one or the other")
         return self
 
-    def whole_texts(self) -> Mapping[str, str]:
-        return {TO_FORGET: self.forget} | ({TO_RETAIN: self.retain} if self.retain else {})
+    def references(self) -> tuple[str, ...]:
+        return (*super().references(), *((self.retain,) if self.retain else ()))
+
+    def to_retain(self) -> Corpus | None:
+        """All of the texts to retain, where there are some; raises `UserError` where they cannot be read."""
+        from overhaul.corpora import open_all_of
+
+        return open_all_of(self.retain, TO_RETAIN) if self.retain else None
+
+    def whole_corpora(self) -> tuple[Corpus, ...]:
+        retained = self.to_retain()
+        return (*super().whole_corpora(), *((retained,) if retained else ()))
 
     @abstractmethod
     def unlearning(self, model: nn.Module, before: Before) -> Objective:
@@ -279,9 +297,11 @@ class Retaining(Removal):
 
     def beside(self, stream: Stream, data: Data) -> Stream:
         """Each batch with one to retain."""
+        from dataclasses import replace
+
         from overhaul.unlearning import texts
 
-        if self.retain is None:
+        if (corpus := self.to_retain()) is None:
             return stream
-        kept = texts.windows(data, self.retain, self.seq_len)
-        return texts.Beside(stream, self.stream(data, self.retain, kept))
+        kept = texts.cut(replace(data, corpus=corpus), self.seq_len)
+        return texts.Beside(stream, self.stream(data, corpus, kept))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from command import interrupted, overhaul, refused
 from overhaul import artifact
-from overhaul.corpora import NO_CORPUS
+from overhaul.corpora import NO_CORPUS, CorpusSpec, open_whole
 from overhaul.data import Data
 from overhaul.unlearning import texts
 from overhaul.unlearning.terms import REFERENCE
@@ -50,16 +51,21 @@ def data_of(tiny: Path) -> Data:
     return Data(NO_CORPUS, artifact.load(tiny).processor)
 
 
+def windows(data: Data, path: Path, seq_len: int) -> texts.Windows:
+    """All of a file."""
+    return texts.cut(replace(data, corpus=open_whole(CorpusSpec(path=str(path)))), seq_len)
+
+
 def loss(model: Any, data: Data, path: Path) -> float:
     """Nats a token of a text."""
-    found = texts.windows(data, str(path), 32)
+    found = windows(data, path, 32)
     with torch.no_grad():
         return float(model(input_ids=found["input_ids"], labels=found["labels"]).loss)
 
 
 def test_all_of_a_text_is_in_the_windows_and_the_last_is_filled_from_the_first(tiny: Path, folder: Path):
     data = data_of(tiny)
-    found = texts.windows(data, str(folder / "forget.jsonl"), 32)
+    found = windows(data, folder / "forget.jsonl", 32)
     rows = [json.loads(line)["text"] for line in (folder / "forget.jsonl").read_text().splitlines()]
     ids = [token for row in rows for token in (*data.tokenizer(row)["input_ids"], data.tokenizer.eos_token_id)]
     flat = found["input_ids"].flatten().tolist()
@@ -71,7 +77,7 @@ def test_all_of_a_text_is_in_the_windows_and_the_last_is_filled_from_the_first(t
 
 def test_questions_are_not_unlearnt_and_a_text_shorter_than_a_window_is_repeated(tiny: Path, tmp_path: Path):
     (tmp_path / "one.jsonl").write_text(json.dumps({"question": "Who has the lamp?", "answer": "Aldo"}))
-    found = texts.windows(data_of(tiny), str(tmp_path / "one.jsonl"), 64)
+    found = windows(data_of(tiny), tmp_path / "one.jsonl", 64)
 
     assert found["labels"].shape == (1, 64)
     assert 0 < int((found["labels"] != -100).sum()) < 40
@@ -79,7 +85,7 @@ def test_questions_are_not_unlearnt_and_a_text_shorter_than_a_window_is_repeated
 
 def test_the_reference_is_that_of_the_model_before(tiny: Path, folder: Path):
     model, data = artifact.load(tiny).model, data_of(tiny)
-    found = texts.windows(data, str(folder / "forget.jsonl"), 32)
+    found = windows(data, folder / "forget.jsonl", 32)
     told = texts.with_reference(model, found, batch_size=5, dtype=torch.float32)
 
     sums = [
@@ -137,7 +143,7 @@ def test_epochs_are_passes_over_the_texts_to_forget(
     unlearn: Callable[..., Any], tiny: Path, folder: Path, tmp_path: Path
 ):
     assert unlearn("ga", "--epochs", "2").code == 0
-    count = len(texts.windows(data_of(tiny), str(folder / "forget.jsonl"), 32)["labels"])
+    count = len(windows(data_of(tiny), folder / "forget.jsonl", 32)["labels"])
 
     (history,) = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()][-1:]
     assert history["step"] == -(-2 * count // 2)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from overhaul import machine
-from overhaul.corpora import CorpusSpec, open_whole
 from overhaul.data import Data
 from overhaul.errors import UserError
 from overhaul.objective import Forward
@@ -26,22 +24,8 @@ Windows = dict[str, Tensor]
 """`input_ids` and `labels`, `(N, T)` int64; with a reference `(N,)` float32 too."""
 
 
-def windows(data: Data, path: str, seq_len: int) -> Windows:
-    """Every token of a corpus, nothing held out; the last window is filled up from the first one's beginning.
-
-    Args:
-        data: whose tokenizer reads it.
-        path: a named corpus, a file or a directory.
-        seq_len: T.
-
-    Raises:
-        UserError: it cannot be read, or nothing of it would be trained on.
-    """
-    return cut(replace(data, corpus=open_whole(CorpusSpec(path=path))), seq_len)
-
-
 def cut(whole: Data, seq_len: int, *, once: bool = False) -> Windows:
-    """Every token of a corpus of which nothing is held out, as `windows`.
+    """Every token of a corpus of which nothing is held out; the last window is filled up from the first's beginning.
 
     Args:
         whole: the corpus.
