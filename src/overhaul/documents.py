@@ -44,10 +44,12 @@ class Row(Mapping[str, Any]):
 
     Attributes:
         tags: other columns that were asked for, which are no content: equal rows may have different ones.
+        cut_of: id of the row of the corpus that it is a part or another form of; empty where it is one itself.
     """
 
     columns: tuple[tuple[str, str | tuple[Message, ...]], ...]
     tags: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+    cut_of: str = field(default="", compare=False)
 
     def __getitem__(self, column: str) -> Any:
         for name, value in self.columns:
@@ -67,10 +69,15 @@ class Row(Mapping[str, Any]):
         content = json.dumps(self.columns, ensure_ascii=False)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
+    @property
+    def document(self) -> str:
+        """Id of the row as it stands in the corpus, whatever was cut off it since."""
+        return self.cut_of or self.id
 
-def text_row(text: str) -> Row:
-    """A row that is one plain document."""
-    return Row((("text", text),))
+
+def text_row(text: str, cut_of: str = "") -> Row:
+    """A row that is one plain document, or, with the id of another row, made of that."""
+    return Row((("text", text),), cut_of=cut_of)
 
 
 def labelled_row(text: str, label: str) -> Row:
@@ -100,8 +107,10 @@ def row_text(row: Row) -> list[tuple[str, bool]]:
 
 def as_plain_text(row: Row) -> Row:
     """The row as a document of its own, all of it trained on: a prompt with its answer, a conversation line by line."""
+    if tuple(row) == ("text",):
+        return row
     between = "\n" if tuple(row) == ("messages",) else ""
-    return text_row(between.join(text for text, _ in row_text(row)))
+    return text_row(between.join(text for text, _ in row_text(row)), cut_of=row.document)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

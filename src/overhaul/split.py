@@ -129,7 +129,7 @@ def _in_order(rows: Sequence[Row], calib_share: float, heldout_share: float) -> 
         second = max(first, _cut(text, round(len(text) * (1 - heldout_share))))
         for part, piece in zip(parts, (text[:first], text[first:second], text[second:]), strict=True):
             if piece.strip():
-                part.append(text_row(piece.strip("\n")))
+                part.append(text_row(piece.strip("\n"), cut_of=row.document))
     return parts
 
 
@@ -203,7 +203,7 @@ def _clean(row: Row, forbidden: set[str]) -> tuple[Row | None, int]:
             kept.append(indent + " ".join(allowed))
         removed += len(sentences) - len(allowed) if allowed else 1
     text = "\n".join(kept).strip("\n")
-    return (text_row(text) if text.strip() else None), removed
+    return (text_row(text, cut_of=row.document) if text.strip() else None), removed
 
 
 def _long_lines(rows: Iterable[Row]) -> set[str]:

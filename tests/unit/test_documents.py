@@ -16,6 +16,7 @@ from overhaul.documents import (
     Message,
     Reading,
     Row,
+    as_plain_text,
     json_line,
     labelled_row,
     read_columns,
@@ -133,6 +134,9 @@ def test_a_row_is_a_frozen_mapping_with_a_stable_id():
     assert dict(row) == {"messages": (Message("user", "hi"),)}
     assert text_row("a").id == text_row("a").id != text_row("b").id
     assert text_row("a").id == "0798f1ceea91e418"
+    assert as_plain_text(row).document == row.id != as_plain_text(row).id
+    assert text_row("a", cut_of=row.id) == text_row("a")
+    assert text_row("a").document == as_plain_text(text_row("a")).document == text_row("a").id
     with pytest.raises(AttributeError):
         row.columns = ()  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -58,6 +58,7 @@ def test_one_long_document_is_cut_in_order_at_paragraphs():
     pieces = [row["text"] for part in (found.train, found.calib, found.heldout) for row in part]
     assert len(pieces) == 3
     assert "\n\n".join(pieces) == text
+    assert {row.document for part in (found.train, found.calib, found.heldout) for row in part} == {text_row(text).id}
 
 
 def test_one_line_without_paragraphs_is_cut_between_words():
@@ -92,6 +93,7 @@ def test_a_line_that_the_heldout_text_repeats_is_removed_from_train():
     assert not leaks(found.train + found.calib, found.heldout)
     assert found.lines_removed == len(found.train) + len(found.calib)
     assert all(row["text"].startswith(licence) for row in found.heldout)
+    assert {row.document for row in (*found.train, *found.calib, *found.heldout)} == {row.id for row in rows}
 
 
 def test_a_sentence_inside_a_line_is_removed_and_its_neighbours_stay():
