@@ -1,9 +1,13 @@
-"""Progress on stderr: a bar with the time left on a terminal, a plain line every few seconds elsewhere."""
+"""Progress on stderr: a bar with the time left on a terminal, a plain line every few seconds elsewhere; Ctrl-C."""
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -58,3 +62,23 @@ class Bar:
         self.last_line = now
         left = (now - self.began) / (self.done - self.at_start) * (self.total - self.done)
         say(f"{self.title} {self.done}/{self.total}  {note}  {left:.0f} s left".replace("    ", "  "))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C into an event that is looked at after the step; the second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def on_signal(*_: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from overhaul.interop.fused import fused
 from overhaul.method import Training
 from overhaul.objective import Batch, Forward, Mean, Objective, weighted_mean
 from overhaul.optim import per_layer
-from overhaul.progress import Bar
+from overhaul.progress import Bar, interruptible
 from overhaul.schedules import Schedule
 from overhaul.stream import Drawn, Stream, num_items
 from overhaul.watch import Watcher
@@ -185,7 +184,7 @@ def train(
         watcher.start(plan.model)
     began = time.perf_counter() - run.history.seconds
     with (
-        _interruptible() as interrupted,
+        interruptible() as interrupted,
         fused(plan.model),
         run.updates(),
         Bar("training", steps, done=first, quiet=quiet or not accelerator.is_main_process) as bar,
@@ -444,26 +443,6 @@ def _plain(asked: dict[str, Any]) -> dict[str, Any]:
 
 def _sum_counts(counts: list[dict[str, int]]) -> dict[str, int]:
     return {name: sum(count[name] for count in counts) for name in counts[0]}
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C into an event that is looked at after the step; the second one stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def on_signal(*_: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _blame(plan: Plan, batch: Batch, step: int, micro_batch: int, dtype: torch.dtype) -> dict[str, str]:
