@@ -14,7 +14,7 @@ from overhaul import sharding
 from overhaul.errors import UserError
 from overhaul.journal import note_state
 
-FILE, VERSION = artifacts.CONTINUATION, 1
+FILE, VERSION = artifacts.CONTINUATION, 2
 
 
 class Continuation(NamedTuple):

@@ -17,6 +17,7 @@ from pydantic import Field
 from overhaul import documents, on_disk
 from overhaul.documents import Row, Rows, read_rows, text_row
 from overhaul.errors import UserError, did_you_mean
+from overhaul.ledger import Origin
 from overhaul.method import Positive, Settings
 from overhaul.novels import novels
 from overhaul.on_disk import RowsOnDisk
@@ -44,6 +45,9 @@ class Corpus:
             stays on disk.
         notes: what was dropped, kept or cut, one sentence each.
         fingerprint: content hash of the parts, hex.
+        spec: what it was opened by; None where it was made on the way.
+        whole: whether nothing was held out.
+        plain: whether it was made plain text of.
     """
 
     name: str
@@ -55,6 +59,16 @@ class Corpus:
     heldout: tuple[Row, ...]
     notes: tuple[str, ...]
     fingerprint: str
+    spec: CorpusSpec | None = None
+    whole: bool = False
+    plain: bool = False
+
+    @property
+    def origin(self) -> Origin:
+        """How it was read, for the ledger."""
+        spec = self.spec or CorpusSpec(path="")
+        read = {"path": from_anywhere(spec.path) if spec.path else "", "field": spec.field, "limit": spec.limit}
+        return Origin(source=self.name, whole=self.whole, plain=self.plain, fingerprint=self.fingerprint, **read)
 
     def check_leakage(self) -> list[str]:
         """Documents and long lines of heldout that train or calib hold too: empty, by construction."""
@@ -70,7 +84,7 @@ def as_plain_text(corpus: Corpus) -> Corpus:
     else:
         train = tuple(map(documents.as_plain_text, corpus.train))
         known = fingerprint((train, calib, heldout))
-    return replace(corpus, train=train, calib=calib, heldout=heldout, fingerprint=known)
+    return replace(corpus, train=train, calib=calib, heldout=heldout, fingerprint=known, plain=True)
 
 
 NO_CORPUS = Corpus(
@@ -128,7 +142,7 @@ def open_corpus(spec: str | Path | CorpusSpec) -> Corpus:
             raise UserError(f"{spec.path} is a named corpus: it has no field {spec.field!r}", hint="leave field out")
         info, read = _NAMED[spec.path]
         found = read()
-        return _divided(info.name, info.licence, info.source, Rows(found.rows[: spec.limit], found.notes))
+        return _divided(info.name, info.licence, info.source, Rows(found.rows[: spec.limit], found.notes), spec)
     if spec.path != "-" and not Path(spec.path).exists():
         raise UserError(
             f"corpus {spec.path!r} is neither a name nor an existing path",
@@ -138,7 +152,7 @@ def open_corpus(spec: str | Path | CorpusSpec) -> Corpus:
     name = "stdin" if spec.path == "-" else Path(spec.path).resolve().name
     if spec.path != "-" and spec.limit is None and on_disk.is_large(Path(spec.path)):
         return _left_on_disk(name, spec)
-    return _divided(name, "not stated", spec.path, read_rows(spec.path, spec.field, spec.limit))
+    return _divided(name, "not stated", spec.path, read_rows(spec.path, spec.field, spec.limit), spec)
 
 
 def open_whole(spec: CorpusSpec, tags: Sequence[str] = (), *, label: str | None = None) -> Corpus:
@@ -159,7 +173,8 @@ def open_whole(spec: CorpusSpec, tags: Sequence[str] = (), *, label: str | None 
         if tags:
             raise UserError(f"{spec.path} has no columns, and so no {tags[0]}", hint="without --tags")
         rows = (*divided.train, *divided.calib, *divided.heldout)
-        return replace(divided, train=rows, calib=(), heldout=(), notes=(), fingerprint=fingerprint((rows, (), ())))
+        parts = {"train": rows, "calib": (), "heldout": (), "notes": (), "fingerprint": fingerprint((rows, (), ()))}
+        return replace(divided, whole=True, **parts)
     reading = documents.Reading(spec.path, spec.field, tags, label=label)
     rows = tuple(itertools.islice(reading, spec.limit))
     reading.refuse_nothing()
@@ -174,6 +189,8 @@ def open_whole(spec: CorpusSpec, tags: Sequence[str] = (), *, label: str | None 
         heldout=(),
         notes=replace(reading.notes, duplicates=copies).sentences(),
         fingerprint=fingerprint((rows, (), ())),
+        spec=spec,
+        whole=True,
     )
 
 
@@ -226,6 +243,7 @@ def _left_on_disk(name: str, spec: CorpusSpec) -> Corpus:
         heldout=found.heldout,
         notes=(*found.notes.sentences(), *_removed(found.lines_removed, found.rows_removed)),
         fingerprint=found.fingerprint,
+        spec=spec,
     )
 
 
@@ -272,7 +290,7 @@ def _without_field(path: str) -> Corpus:
         raise
 
 
-def _divided(name: str, licence: str, source: str, found: Rows) -> Corpus:
+def _divided(name: str, licence: str, source: str, found: Rows, spec: CorpusSpec) -> Corpus:
     parts = split(found.rows)
     notes = (*found.notes.sentences(), *_removed(parts.lines_removed, parts.rows_removed))
     three = (parts.train, parts.calib, parts.heldout)
@@ -286,6 +304,7 @@ def _divided(name: str, licence: str, source: str, found: Rows) -> Corpus:
         heldout=parts.heldout,
         notes=notes,
         fingerprint=fingerprint(three),
+        spec=spec,
     )
 
 

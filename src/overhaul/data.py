@@ -165,7 +165,7 @@ class Data:
         """The training documents as tokens."""
         name = f"{self.corpus.name}/train"
         key = tokens.fingerprint_of(self.corpus.fingerprint, name, self._reader)
-        how: dict[str, Any] = {"name": name, "fingerprint": key}
+        how: dict[str, Any] = {"name": name, "fingerprint": key, "origin": self.corpus.origin}
         if self.corpus.bytes <= IN_MEMORY_BYTES:
             return tokens.in_memory(self.corpus.train, self.encoded, **how)
         return tokens.on_disk(self.corpus.train, self.encoded, cache_directory() / "tokens" / key[:32], **how)

@@ -12,10 +12,14 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from overhaul.ledger import Seen
+    from overhaul.tokens import Tokens
 
 IGNORED = -100
 """The label of a token that is not trained on."""
@@ -66,6 +70,20 @@ class Drawn(NamedTuple):
     passes: float | None
 
 
+class Counted(Protocol):
+    """A stream of documents that have numbers.
+
+    Attributes:
+        held: all of them.
+        number: of the one that came last.
+    """
+
+    held: Tokens
+
+    @property
+    def number(self) -> int: ...
+
+
 def padded(document: Encoded, width: int) -> dict[str, torch.Tensor]:
     """A document alone in a window, filled up on the right, where a causal model does not look and nothing is trained.
 
@@ -108,6 +126,19 @@ class Stream(ABC, Iterator[Any]):
     def ledger(self) -> tuple[Drawn, ...]:
         """What each source of a mixture has given so far; empty where nothing is mixed."""
         return tuple(drawn for source in self.sources for drawn in source.ledger())
+
+    def counted(self) -> Counted | None:
+        """Where the documents come from, one after the other, if they have numbers there."""
+        return self.sources[0].counted() if len(self.sources) == 1 else None
+
+    def seen(self) -> tuple[Seen, ...]:
+        """How many tokens of which documents went out in windows, since `count_anew`."""
+        return tuple(seen for source in self.sources for seen in source.seen())
+
+    def count_anew(self) -> None:
+        """Begins to count what `seen` tells."""
+        for source in self.sources:
+            source.count_anew()
 
     def restart(self, epoch: int) -> None:
         """Back to the first item; a shuffled stream takes the order of that epoch."""
@@ -244,6 +275,8 @@ class Pack(Stream):
     With a document mask there are `"position_ids": (T,)` too, int64, which are 0 again where a document begins, and so
     tell a model where attention has to end; a document's first token, which nothing before it predicts, is not trained
     on. A document that is cut at the end of a window goes on in the next one at position 0, as if it began there.
+
+    Of documents that have numbers the tokens that went out are counted, for `seen`.
     """
 
     def __init__(self, source: Stream, *, seq_len: int, document_mask: bool = False) -> None:
@@ -251,6 +284,10 @@ class Pack(Stream):
         self.held = {"ids": np.zeros(0, np.int64), "labels": np.zeros(0, np.int64)}
         if document_mask:
             self.held["begins"] = np.zeros(0, bool)
+        self.below = source.counted()
+        if self.below:
+            self.held["numbers"] = np.zeros(0, np.int64)
+            self.given_D = np.zeros(len(self.below.held), np.int64)
 
     def __next__(self) -> dict[str, torch.Tensor]:
         parts, count = {name: [part] for name, part in self.held.items()}, len(self.held["ids"])
@@ -263,23 +300,37 @@ class Pack(Stream):
             self.held = {name: np.concatenate(pieces) for name, pieces in parts.items()}
         cut = {name: part[: self.seq_len] for name, part in self.held.items()}
         self.held = {name: part[self.seq_len :] for name, part in self.held.items()}
+        if self.below:
+            numbers, counts = np.unique(cut["numbers"], return_counts=True)
+            self.given_D[numbers] += counts
         window = {"input_ids": cut["ids"].copy(), "labels": cut["labels"].copy()}
         if self.document_mask:
             window["position_ids"] = _positions(cut["begins"])
         return {name: torch.from_numpy(part) for name, part in window.items()}
 
     def _parts(self, document: Encoded) -> dict[str, np.ndarray]:
+        numbers = {"numbers": np.full(len(document.ids), self.below.number)} if self.below else {}
         if not self.document_mask:
-            return {"ids": document.ids, "labels": np.where(document.trained, document.ids, IGNORED)}
+            return {"ids": document.ids, "labels": np.where(document.trained, document.ids, IGNORED), **numbers}
         begins = np.arange(len(document.ids)) == 0
         labels = np.where(document.trained & ~begins, document.ids, IGNORED)
-        return {"ids": document.ids, "labels": labels, "begins": begins}
+        return {"ids": document.ids, "labels": labels, "begins": begins, **numbers}
+
+    def seen(self) -> tuple[Seen, ...]:
+        return self.below.held.seen(self.given_D) if self.below else ()
+
+    def count_anew(self) -> None:
+        if self.below:
+            self.given_D = np.zeros_like(self.given_D)
 
     def own_state(self) -> dict[str, Any]:
-        return {name: torch.from_numpy(part.copy()) for name, part in self.held.items()}
+        parts = self.held | ({"given": self.given_D} if self.below else {})
+        return {name: torch.from_numpy(part.copy()) for name, part in parts.items()}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         self.held = {name: state[name].numpy().copy() for name in self.held}
+        if self.below:
+            self.given_D = state["given"].numpy().copy()
 
     def label(self) -> str:
         return f"pack({self.seq_len}{', document mask' if self.document_mask else ''})"

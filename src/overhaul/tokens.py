@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from overhaul import disk
 from overhaul.documents import Row
 from overhaul.errors import UserError
+from overhaul.ledger import Origin, Seen, merged
 from overhaul.stream import Encoded, Stream
 
 SHARD_TOKENS = 10_000_000
@@ -28,7 +29,7 @@ ROWS_AT_ONCE = 256
 """Encoded in one call: so many are in memory beside the shard that is being filled."""
 OPEN_SHARDS = 64
 """Whose files are open at once where documents are read across shards."""
-MANIFEST, VERSION = "tokens.json", 1
+MANIFEST, VERSION = "tokens.json", 2
 
 Encode = Callable[[Sequence[Row]], Sequence[Encoded]]
 
@@ -40,22 +41,25 @@ class Shard:
     Attributes:
         ids_N: of the tokens, unsigned.
         ends_D: where each document ends.
+        documents_D: hash of each as it stands in the corpus (`Row.document`), uint64.
         trained_N: whether each token is trained on; None where all are.
     """
 
     ids_N: np.ndarray
     ends_D: np.ndarray
+    documents_D: np.ndarray
     trained_N: np.ndarray | None
 
     @classmethod
-    def of(cls, documents: Sequence[Encoded]) -> Shard:
+    def of(cls, documents: Sequence[Encoded], hashes: Sequence[int]) -> Shard:
         """Puts documents together."""
         if not documents:
-            return cls(np.zeros(0, np.uint16), np.zeros(0, np.int64), None)
+            return cls(np.zeros(0, np.uint16), np.zeros(0, np.int64), np.zeros(0, np.uint64), None)
         ids_N, trained_N = (np.concatenate([document[part] for document in documents]) for part in (0, 1))
         narrow = np.uint16 if ids_N.max(initial=0) <= np.iinfo(np.uint16).max else np.uint32
         ends_D = np.cumsum([len(document.ids) for document in documents])
-        return cls(ids_N.astype(narrow), ends_D, None if trained_N.all() else trained_N)
+        hashes_D = np.array(hashes, np.uint64)
+        return cls(ids_N.astype(narrow), ends_D, hashes_D, None if trained_N.all() else trained_N)
 
     def __len__(self) -> int:
         return len(self.ends_D)
@@ -98,10 +102,10 @@ class ShardOnDisk:
         Raises:
             ValueError: they are not as long as they were.
         """
-        ids, ends, trained = (
-            self.stem.with_name(f"{self.stem.name}.{part}.npy") for part in ("ids", "ends", "trained")
+        ids, ends, documents, trained = (
+            self.stem.with_name(f"{self.stem.name}.{part}.npy") for part in ("ids", "ends", "documents", "trained")
         )
-        shard = Shard(_map(ids), _map(ends), _map(trained) if trained.is_file() else None)
+        shard = Shard(_map(ids), _map(ends), _map(documents), _map(trained) if trained.is_file() else None)
         if (len(shard), shard.num_tokens) != (self.count, self.num_tokens):
             raise ValueError(f"{self.stem.name} has another length than the manifest says")
         return shard
@@ -119,11 +123,13 @@ class Tokens:
         name: for people.
         fingerprint: hash of the text and of what encoded it.
         shards: in the order of the text.
+        origin: how the corpus was read, for the ledger; None where nobody keeps one.
     """
 
     name: str
     fingerprint: str
     shards: tuple[Shard | ShardOnDisk, ...]
+    origin: Origin | None = None
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))
@@ -138,33 +144,60 @@ class Tokens:
         lengths = [np.diff(shard.opened().ends_D, prepend=0) for shard in self.shards]
         return np.concatenate([np.zeros(0, np.int64), *lengths])
 
+    @property
+    def begins(self) -> np.ndarray:
+        """The number of each shard's first document, and that of all documents."""
+        return np.cumsum([0, *map(len, self.shards)])
 
-def in_memory(rows: Iterable[Row], encode: Encode, *, name: str, fingerprint: str) -> Tokens:
+    def seen(self, given_D: np.ndarray) -> tuple[Seen, ...]:
+        """What a ledger says of documents of which so many tokens were given."""
+        if self.origin is None:
+            return ()
+        hashes = [np.asarray(shard.opened().documents_D) for shard in self.shards]
+        return merged([Seen(self.origin, np.concatenate([np.zeros(0, np.uint64), *hashes]), given_D)])
+
+
+def in_memory(
+    rows: Iterable[Row], encode: Encode, *, name: str, fingerprint: str, origin: Origin | None = None
+) -> Tokens:
     """Encodes rows and keeps all of them."""
-    return Tokens(name, fingerprint, tuple(_shards(rows, encode)))
+    return Tokens(name, fingerprint, tuple(_shards(rows, encode)), origin)
 
 
-def on_disk(rows: Iterable[Row], encode: Encode, directory: Path, *, name: str, fingerprint: str) -> Tokens:
+def on_disk(
+    rows: Iterable[Row],
+    encode: Encode,
+    directory: Path,
+    *,
+    name: str,
+    fingerprint: str,
+    origin: Origin | None = None,
+) -> Tokens:
     """Encodes rows into files, shard by shard, or finds them there; no more than one shard is in memory.
 
     Args:
         rows: read only where the files are not there.
         encode: as `in_memory`.
         directory: made whole or not at all.
-        name, fingerprint: of the result; the second says that the files are the right ones.
+        name, fingerprint, origin: of the result; the second says that the files are the right ones.
 
     Raises:
         UserError: the disk is full or refuses, or what is there is damaged.
     """
     disk.made_once(directory, MANIFEST, lambda made: _write(rows, encode, made, fingerprint))
-    return _opened(directory, name, fingerprint)
+    return replace(_opened(directory, name, fingerprint), origin=origin)
 
 
 def _write(rows: Iterable[Row], encode: Encode, directory: Path, fingerprint: str) -> None:
     files = []
     for number, shard in enumerate(_shards(rows, encode)):
         stem = f"{number:05d}-{shard.num_tokens}"
-        parts = {"ids": shard.ids_N, "ends": shard.ends_D, "trained": shard.trained_N}
+        parts = {
+            "ids": shard.ids_N,
+            "ends": shard.ends_D,
+            "documents": shard.documents_D,
+            "trained": shard.trained_N,
+        }
         for part, array in parts.items():
             if array is not None:
                 np.save(directory / f"{stem}.{part}.npy", array)
@@ -190,28 +223,40 @@ def _opened(directory: Path, name: str, fingerprint: str) -> Tokens:
 
 def _shards(rows: Iterable[Row], encode: Encode) -> Iterator[Shard]:
     held: list[Encoded] = []
+    hashes: list[int] = []
     count = 0
     following = iter(rows)
     while some := list(islice(following, ROWS_AT_ONCE)):
-        for document in encode(some):
+        for row, document in zip(some, encode(some), strict=True):
             if held and count + len(document.ids) > SHARD_TOKENS:
-                yield Shard.of(held)
-                held, count = [], 0
+                yield Shard.of(held, hashes)
+                held, hashes, count = [], [], 0
             held.append(document)
+            hashes.append(int(row.document, 16))
             count += len(document.ids)
     if held:
-        yield Shard.of(held)
+        yield Shard.of(held, hashes)
 
 
 class Documents(Stream):
     """The documents of a corpus, once: as they stand, or, with a seed, shards shuffled and documents within each.
 
     Only the order within one shard is in memory.
+
+    Attributes:
+        number: in the corpus, of the document that came last; -1 before the first.
     """
 
     def __init__(self, tokens: Tokens, *, seed: int | None = None) -> None:
-        self.held, self.seed = tokens, seed
+        self.held, self.seed, self.begins = tokens, seed, tokens.begins
         self.restart(0)
+
+    def counted(self) -> Documents:
+        return self
+
+    @property
+    def number(self) -> int:
+        return int(self.begins[self._among[self.place]] + self._within[self.cursor - 1]) if self.cursor else -1
 
     def __next__(self) -> Encoded:
         while self.cursor >= len(self._within):
@@ -254,7 +299,11 @@ class Documents(Stream):
 
 
 class Chosen(Stream):
-    """Some documents of a corpus in an order of their own, once; another pass may choose others."""
+    """Some documents of a corpus in an order of their own, once; another pass may choose others.
+
+    Attributes:
+        number: in the corpus, of the document that came last; -1 before the first.
+    """
 
     def __init__(self, tokens: Tokens, places: Callable[[int], np.ndarray], *, name: str) -> None:
         """Puts documents in order; a pass that was begun ends in the order that it began with.
@@ -265,9 +314,16 @@ class Chosen(Stream):
             name: of the choice; it is part of what the stream is known by.
         """
         self.held, self.places, self.name = tokens, places, name
-        self.begins, self.lengths_D = np.cumsum([0, *map(len, tokens.shards)]), tokens.lengths()
+        self.begins, self.lengths_D = tokens.begins, tokens.lengths()
         self.opened: dict[int, Shard] = {}
         self.restart(0)
+
+    def counted(self) -> Chosen:
+        return self
+
+    @property
+    def number(self) -> int:
+        return int(self.order[self.cursor - 1]) if self.cursor else -1
 
     def __next__(self) -> Encoded:
         if self.cursor >= len(self.order):

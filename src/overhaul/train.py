@@ -23,6 +23,7 @@ from overhaul import checkpoint, machine, sharding
 from overhaul.artifact import TRACKED
 from overhaul.errors import Diverged, Interrupted, UserError
 from overhaul.interop.fused import fused
+from overhaul.ledger import Seen, merged
 from overhaul.method import Training
 from overhaul.objective import Batch, Forward, Mean, Objective, weighted_mean
 from overhaul.optim import per_layer
@@ -61,6 +62,7 @@ class Plan:
         steps: so many, where plans of one method are not equally long; None for those of the settings.
         unit: of what is counted: tokens, or examples: images, texts.
         told: hears what was done, when all of it is; also where a run that is resumed finds it done.
+        starts_over: whether the weights it begins with have learnt nothing of what the model was trained on before.
     """
 
     model: nn.Module
@@ -76,6 +78,7 @@ class Plan:
     steps: int | None = None
     unit: str = "tokens"
     told: Callable[[History], None] = lambda history: None
+    starts_over: bool = False
 
     @property
     def num_trained(self) -> int:
@@ -86,13 +89,15 @@ class Plan:
 
 @dataclass(slots=True)
 class History:
-    """One point per optimizer step, as written to `metrics.jsonl`, and the ledger of what was mixed.
+    """One point per optimizer step, as written to `metrics.jsonl`, and what was read: of each text, and document.
 
-    `tokens` counts what the plan's `unit` says, which may be images.
+    `tokens` counts what the plan's `unit` says, which may be images; `starts_over` is as of the plan.
     """
 
     points: list[dict[str, Any]] = field(default_factory=list)
     ledger: tuple[Drawn, ...] = ()
+    seen: tuple[Seen, ...] = ()
+    starts_over: bool = False
     trainable_parameters: int = 0
     optimizer_bytes: int = 0
     tokens: int = 0
@@ -116,6 +121,8 @@ class History:
         return cls(
             points,
             ledger=stages[-1].ledger if stages else (),
+            seen=merged(seen for stage in stages for seen in stage.seen),
+            starts_over=any(stage.starts_over for stage in stages),
             trainable_parameters=(sum if in_parts else max)(stage.trainable_parameters for stage in stages),
             optimizer_bytes=max((stage.optimizer_bytes for stage in stages), default=0),
             tokens=sum(stage.tokens for stage in stages),
@@ -205,7 +212,7 @@ def train(
     run.set_rates(1.0)  # a later plan with the same optimizer finds its peak rates there
     for watcher in plan.watchers:
         watcher.end(plan.model)
-    run.history.optimizer_bytes, run.history.ledger = run.optimizer_bytes(), plan.stream.ledger()
+    run.note_end()
     if state_dir and goes_on and settings.save_every and first < steps:
         run.save(state_dir, steps, asked, is_done=True)
     sharding.gather(trained, into=whole)
@@ -244,6 +251,7 @@ class _Run:
         self.history = History(unit=plan.unit)
         self.steps = settings.steps if plan.steps is None else plan.steps
         self.number = 0
+        plan.stream.count_anew()  # it may go on where that of another run ended
         self.take_norm: per_layer.TakeNorm | None = None
 
     def steps_after(self, done: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -380,6 +388,11 @@ class _Run:
         if interrupted.is_set():
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
+
+    def note_end(self) -> None:
+        """Puts into the history what was read, and what the optimizer holds."""
+        self.history.ledger, self.history.seen = self.plan.stream.ledger(), self.plan.stream.seen()
+        self.history.optimizer_bytes, self.history.starts_over = self.optimizer_bytes(), self.plan.starts_over
 
     def optimizer_bytes(self) -> int:
         """What the optimizer holds by now, on this process."""

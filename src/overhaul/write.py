@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 from overhaul import artifact as artifacts
-from overhaul import banks, catalog, checkpoint, models, packed, pretrained, recipe
+from overhaul import banks, catalog, checkpoint, ledger, models, packed, pretrained, recipe
 from overhaul.artifact import Artifact
 from overhaul.deletion import ensemble
 from overhaul.journal import Notes, TableNote
@@ -92,6 +92,10 @@ def write_directory(
             (directory / TASKS).write_text(json.dumps(record.to_json(), indent=1, ensure_ascii=False), "utf-8")
         for written in notes.texts:
             (directory / written.file).write_text(written.text, encoding="utf-8")
+        if history:
+            last, step = made.lineage[-1], len(made.lineage)
+            how: dict[str, Any] = {"verb": last.verb, "method": last.method, "anew": history.starts_over}
+            ledger.add(directory, history.seen, step=step, **how)
         artifacts.write_record(made, directory, extra)
         recipe_yaml = replay(made.lineage, out)
         if recipe_yaml:

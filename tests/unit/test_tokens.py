@@ -6,6 +6,7 @@ import random
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import pytest
 from overhaul import tokens
 from overhaul.documents import Row, text_row
 from overhaul.errors import UserError
-from overhaul.stream import Encoded, Repeat
+from overhaul.ledger import Origin
+from overhaul.stream import Encoded, Pack, Repeat
 from overhaul.tokens import Chosen, Documents, Tokens
 
 NAMES = {"name": "numbers/train", "fingerprint": "1234"}
@@ -48,6 +50,47 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> Tokens:
 
 def plain(documents: Iterator[Encoded]) -> list[tuple[list[int], list[bool]]]:
     return [(document.ids.tolist(), document.trained.tolist()) for document in documents]
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_what_came_last_is_known_by_its_number_and_its_hash(made: Tokens, seed: int | None):
+    """Of documents in order, shuffled, and chosen."""
+    encoded, hashes = numbers(rows(100)), [int(row.document, 16) for row in rows(100)]
+    made = replace(made, origin=Origin(source="numbers", path="numbers.txt"))
+    order = np.random.default_rng(1).permutation(100)[:50]
+
+    for stream in (Documents(made, seed=seed), Chosen(made, lambda _: order, name="some")):
+        assert stream.number == -1
+        for document in stream:
+            assert document.ids.tolist() == encoded[stream.number].ids.tolist()
+            (found,) = made.seen(np.arange(100) == stream.number)
+            assert (found.documents_D.tolist(), found.tokens_D.tolist()) == ([hashes[stream.number]], [1])
+
+
+def test_windows_count_what_went_out_of_each_document_and_not_what_they_hold(made: Tokens):
+    lengths_D = made.lengths()
+    made = replace(made, origin=Origin(source="numbers", path="numbers.txt"))
+    hashes = [int(row.document, 16) for row in rows(100)]
+    pack = Pack(Repeat(Documents(made)), seq_len=10)
+    for _ in range(7):
+        next(pack)
+    ends_D = np.minimum(np.cumsum(lengths_D), 70)
+    wanted = {hashes[place]: int(count) for place, count in enumerate(np.diff(ends_D, prepend=0)) if count}
+
+    def told(stream: Pack) -> dict[int, int]:
+        (found,) = stream.seen()
+        return dict(zip(found.documents_D.tolist(), found.tokens_D.tolist(), strict=True))
+
+    assert told(pack) == wanted
+    other = Pack(Repeat(Documents(made)), seq_len=10)
+    other.load_state_dict(pack.state_dict())
+    next(pack), next(other)
+    assert told(other) == told(pack) != wanted
+    pack.count_anew()
+    assert pack.seen() == ()
+    next(pack)
+    assert sum(told(pack).values()) == 10
+    assert Pack(Repeat(Documents(replace(made, origin=None))), seq_len=10).seen() == ()
 
 
 def test_documents_in_order_are_those_that_were_encoded(made: Tokens):

@@ -347,6 +347,7 @@ class ContinualPretraining(Training):
             schedule=rate,
             watchers=(KeepZeros(),) if self.keep_zeros else (),
             finish=finish,
+            starts_over=self.from_scratch,
             probes=(partial(drift_of, start=start_of(model)),) if self.drift else (),
         )
 
