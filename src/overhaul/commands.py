@@ -99,17 +99,21 @@ def sweep_command(arguments: list[str]) -> None:
 
 
 def show_command(arguments: list[str]) -> None:
-    """`overhaul show DIR [--json]`."""
+    """`overhaul show DIR [--seen CORPUS] [--json]`."""
 
     @dataclass
     class Show:
         model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Model directory.", metavar="DIR")]
+        seen: Annotated[str | None, tyro.conf.arg(help="Texts: which of them the model was trained on.")] = None
         json: Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")] = False
 
     given = parse(Show, arguments, prog="overhaul show", description="Facts and lineage of a model directory.")
-    from overhaul.inspect import describe
+    from overhaul.inspect import describe, seen
 
+    asked = seen(given.model, given.seen) if given.seen else None
     facts = describe(given.model)
+    if asked:
+        facts["seen"] = asked
     if given.json:
         print_json(facts)
         return
@@ -128,6 +132,12 @@ def show_command(arguments: list[str]) -> None:
         print(
             f"{number}. {step['verb']} {step['method']} {chosen}\n   of {step['parent']}, {cost}, seed {step['seed']}"
         )
+    for read in facts["ledger"]:
+        step = f"step {read['step']}, {read['verb']} {read['method']}"
+        print(f"{read['source']}: {read['documents']:,} documents were seen, {read['tokens']:,} tokens, in {step}")
+    if asked:
+        print(f"{given.seen}: {asked['told']}")
+        print("".join(f"the ledger says nothing of {step}\n" for step in asked["untold"]), end="")
 
 
 def compare_command(arguments: list[str]) -> None:

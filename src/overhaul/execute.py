@@ -206,9 +206,9 @@ def measured_by(step: Step) -> tuple[str, ...]:
     method, options = step.method, step.options
     reads = method.reads_data()
     beside, watched = _further(method, options, open_data(options, method) if reads or options.data else None)
-    losses = (f"{LOSS_ON} {text.name}" for text in (*method.whole_corpora(), *beside.values(), *watched))
+    names = (*method.whole_names(), *(text.name for text in (*beside.values(), *watched)))
     on_text = [] if options.evaluate == "none" or method.measures() else [PERPLEXITY, LOSS]
-    return (*method.measures(), *on_text, *losses)
+    return (*method.measures(), *on_text, *(f"{LOSS_ON} {name}" for name in names))
 
 
 def _further(method: Method, options: Options, corpus: Corpus | None) -> tuple[dict[str, Corpus], tuple[Corpus, ...]]:

@@ -91,6 +91,10 @@ class Method(Settings, ABC):
         """
         return ()
 
+    def whole_names(self) -> tuple[str, ...]:
+        """What `whole_corpora` will be called, also before there is a model that says what is in them."""
+        return tuple(corpus.name for corpus in self.whole_corpora())
+
     def reads_data(self) -> bool:
         """Whether it reads the corpus of --data with these settings."""
         return True

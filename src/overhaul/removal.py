@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from functools import cache, partial
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from overhaul.method import TO_FORGET, TO_RETAIN, Fraction, NonNegative, PeakRate, Positive, Settings, Training
+from overhaul.method import TO_FORGET, TO_RETAIN, Fraction, Names, NonNegative, PeakRate, Positive, Settings, Training
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from overhaul.objective import Objective
     from overhaul.stream import Stream
     from overhaul.train import Plan
+    from overhaul.unlearning.seen import Known
     from overhaul.unlearning.stopping import Knowledge, Stopping
     from overhaul.unlearning.texts import Windows
 
@@ -71,7 +73,12 @@ class Removal(Training):
 
     brings_text: ClassVar[bool] = True
 
-    forget: str = Field(min_length=1, description="Texts to forget: a corpus name, a file or a directory.")
+    forget: str | None = Field(None, min_length=1, description="Texts to forget: a corpus name, a file or a directory.")
+    from_ledger: Names | None = Field(
+        None,
+        description="Corpora in the model's ledger: what it was trained on of them is forgotten; with --forget, of its "
+        "texts those that the model was trained on there, or, where none is named, anywhere.",
+    )
     lr: PeakRate = 1e-5
     warmup: Fraction = Field(0.0, description="Share of the steps with a linearly rising rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field("constant", description="Decay after the warm-up.")
@@ -79,6 +86,16 @@ class Removal(Training):
         None, description="Passes over the texts to forget; replaces --steps when given."
     )
     stop: Stop = Field(Stop.model_validate({}), description="When it is over before its last step.")
+
+    _path: Path | None = PrivateAttr(None)
+    _found: Any = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _something_is_forgotten(self) -> Self:
+        if self.forget is None and not self.from_ledger:
+            what = "from_ledger names no corpus" if self.from_ledger is not None else "nothing is to be forgotten"
+            raise ValueError(f"{what}: use forget FILE, or from_ledger NAME of a corpus that the model was trained on")
+        return self
 
     @model_validator(mode="after")
     def _stopping_is_a_rule(self) -> Self:
@@ -107,13 +124,53 @@ class Removal(Training):
         return False
 
     def references(self) -> tuple[str, ...]:
-        return (self.forget, *self.stop.files())
+        return (*((self.forget,) if self.forget else ()), *self.stop.files())
+
+    def at(self, path: Path) -> Self:
+        """The same for the model in a directory, whose ledger may say what is forgotten."""
+        placed = self.model_copy()
+        placed._path = path
+        return placed
 
     def to_forget(self) -> Corpus:
-        """All of the texts to forget; raises `UserError` where they cannot be read."""
+        """All of the texts to forget; raises `UserError` where they cannot be read, or the ledger has none of them."""
         from overhaul.corpora import open_all_of
 
-        return open_all_of(self.forget, TO_FORGET)
+        if self.from_ledger is None:
+            assert self.forget is not None
+            return open_all_of(self.forget, TO_FORGET)
+        return self.from_the_ledger()[0]
+
+    def from_the_ledger(self) -> tuple[Corpus, Known]:
+        """The texts to forget that the model was trained on, and what its ledger says of them; read once."""
+        from dataclasses import replace
+
+        from overhaul.corpora import open_all_of
+        from overhaul.errors import UserError
+        from overhaul.progress import say
+        from overhaul.unlearning import seen
+
+        if self._path is None:
+            raise UserError("from_ledger needs the directory of the model", hint="method.at(directory)")
+        if self._found is None:
+            names = self.from_ledger or ()
+            if self.forget:
+                corpus, known = seen.among(open_all_of(self.forget, TO_FORGET), self._path, names)
+            else:
+                corpus, known = seen.trained_on(self._path, names)
+                corpus = replace(corpus, name=self._called())
+            say(f"{corpus.name}: {known.told()}")
+            self._found = corpus, known
+        return self._found
+
+    def whole_names(self) -> tuple[str, ...]:
+        from overhaul.corpora import open_all_of
+
+        return (open_all_of(self.forget, TO_FORGET).name if self.forget else self._called(),)
+
+    def _called(self) -> str:
+        """What texts are called that the ledger alone names."""
+        return f"{'+'.join(self.from_ledger or ())} ({TO_FORGET})"
 
     def whole_corpora(self) -> tuple[Corpus, ...]:
         return (self.to_forget(),)
@@ -142,10 +199,12 @@ class Removal(Training):
         from overhaul.optim.build import build
         from overhaul.schedules import schedule
         from overhaul.train import Plan
-        from overhaul.unlearning import texts
+        from overhaul.unlearning import seen, texts
         from overhaul.watch import KeepZeros, LastGood
 
         found = texts.cut(replace(data, corpus=(corpus := self.to_forget())), self.seq_len)
+        if self.from_ledger is not None:
+            seen.note(corpus, self.from_the_ledger()[1])
         if self.needs_reference():
             found = texts.with_reference(model, found, batch_size=self.batch_size, dtype=data.dtype)
         objective = self.objective(model)
@@ -255,7 +314,7 @@ class Retaining(Removal):
             for name in ("retain", "retain_weight"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is read by a retain_term, and there is none; leave it out")
-        if self.retain == self.forget:
+        if self.retain is not None and self.retain == self.forget:
             raise ValueError(f"forget and retain are both {self.forget}: a text is one or the other")
         return self
 
@@ -267,6 +326,10 @@ class Retaining(Removal):
         from overhaul.corpora import open_all_of
 
         return open_all_of(self.retain, TO_RETAIN) if self.retain else None
+
+    def whole_names(self) -> tuple[str, ...]:
+        retained = self.to_retain()
+        return (*super().whole_names(), *((retained.name,) if retained else ()))
 
     def whole_corpora(self) -> tuple[Corpus, ...]:
         retained = self.to_retain()
