@@ -6,6 +6,7 @@ A chain is a line of `CHAINS`. Those whose methods are not in the catalogue are 
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from command import overhaul
-from overhaul import artifact, catalog
+from overhaul import artifact, catalog, ledger
 from overhaul.compare import dense_tensors
 from overhaul.layers.masked import MaskedLinear
 
@@ -96,6 +97,44 @@ def made(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.Te
         written.append(out)
         model = out
     return Made(request.param, tiny, tuple(written))
+
+
+def test_what_a_model_has_seen_of_a_text_is_forgotten_and_measured(tiny: Path, tmp_path: Path):
+    """Extended by two texts, one of them forgotten by the ledger, quantized, and asked what it still knows."""
+    texts = {
+        "new": "river stone lamp garden",
+        "old": "letter bridge captain silver",
+        "never": "garden lamp stone river",
+    }
+    for name, words in texts.items():
+        dice = random.Random(words)
+        rows = ({"text": " ".join(dice.choices(words.split(), k=30))} for _ in range(4 if name == "never" else 60))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    new, old, never = (tmp_path / f"{name}.jsonl" for name in texts)
+    (asked := tmp_path / "asked.jsonl").write_text(
+        json.dumps({"question": "What is by the river?", "answer": "A lamp"})
+    )
+    train = ("--steps", 4, "--seq-len", 32, "--batch-size", 2, "--dtype", "fp32", "--evaluate", "none")
+    chain = (
+        ("extend", "cpt", "--data", new, "--replay", old, "--replay-share", "0.5", *train),
+        ("forget", "npo", "--from-ledger", "new.jsonl", "--retain", old, *train),
+        ("quantize", "int8", "--evaluate", "none"),
+    )
+    model = tiny
+    for verb, method, *flags in chain:
+        done = overhaul(verb, method, model, "-o", tmp_path / method, *flags)
+        assert done.code == 0, done.told
+        model = tmp_path / method
+
+    kept = (tmp_path / "cpt" / ledger.FILE).read_bytes()
+    assert all((tmp_path / name / ledger.FILE).read_bytes() == kept for name in ("npo", "int8"))
+    assert [entry.seen.origin.source for entry in ledger.read(model)] == ["new.jsonl", "old.jsonl"]
+    asks = ("--forget-questions", asked, "--retain-questions", asked)
+    about = ("--forget", new, "--retain", old, "--holdout", never, *asks)
+    few = ("--limit", 4, "--tokens", 4, "--prompt-tokens", 4, "--json")
+    done = overhaul("measure", "muse", tmp_path / "cpt", "--retrain", tiny, "--unlearned", model, *about, *few)
+    assert done.code == 0, done.told
+    assert {row["model"] for row in json.loads(done.out)["rows"]} >= {str(model)}
 
 
 def test_every_directory_loads_and_answers(made: Made):

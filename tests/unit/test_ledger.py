@@ -87,13 +87,16 @@ def given() -> Iterator[list[list[int]]]:
         ("adapt", "full"),
         ("adapt", "hft", "--rounds", 2),
         ("adapt", "lora", "--no-merge"),
+        ("adapt", "sltrain", "--rank", 4),
+        ("distill", "kd", "--teacher", "TINY"),
     ],
     ids=lambda words: "-".join(str(word).strip("-") for word in words[:3]),
 )
 def test_the_ledger_is_what_was_in_the_windows(
     tiny: Path, folder: Path, tmp_path: Path, given: list[list[int]], words: tuple[Any, ...]
 ):
-    verb, method, *flags = (str(word).replace("OLD", str(folder / "old.jsonl")) for word in words)
+    old = str(folder / "old.jsonl")
+    verb, method, *flags = (str(word).replace("OLD", old).replace("TINY", str(tiny)) for word in words)
     done = overhaul(verb, method, tiny, "-o", tmp_path / "out", "--data", folder / "new.jsonl", *HOW, *flags)
     assert done.code == 0, done.err
     tokenizer = AutoTokenizer.from_pretrained(tiny)
