@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -285,9 +286,9 @@ class Pack(Stream):
         if document_mask:
             self.held["begins"] = np.zeros(0, bool)
         self.below = source.counted()
-        if self.below:
-            self.held["numbers"] = np.zeros(0, np.int64)
-            self.given_D = np.zeros(len(self.below.held), np.int64)
+        # Of each document that is held, its number and how many of its tokens are.
+        self.runs: deque[tuple[int, int]] = deque()
+        self.given_D = np.zeros(len(self.below.held) if self.below else 0, np.int64)
 
     def __next__(self) -> dict[str, torch.Tensor]:
         parts, count = {name: [part] for name, part in self.held.items()}, len(self.held["ids"])
@@ -300,43 +301,55 @@ class Pack(Stream):
             self.held = {name: np.concatenate(pieces) for name, pieces in parts.items()}
         cut = {name: part[: self.seq_len] for name, part in self.held.items()}
         self.held = {name: part[self.seq_len :] for name, part in self.held.items()}
-        if self.below:
-            numbers, counts = np.unique(cut["numbers"], return_counts=True)
-            self.given_D[numbers] += counts
+        self._count()
         window = {"input_ids": cut["ids"].copy(), "labels": cut["labels"].copy()}
         if self.document_mask:
             window["position_ids"] = _positions(cut["begins"])
         return {name: torch.from_numpy(part) for name, part in window.items()}
 
     def _parts(self, document: Encoded) -> dict[str, np.ndarray]:
-        numbers = {"numbers": np.full(len(document.ids), self.below.number)} if self.below else {}
+        if self.below:
+            self.runs.append((self.below.number, len(document.ids)))
         if not self.document_mask:
-            return {"ids": document.ids, "labels": np.where(document.trained, document.ids, IGNORED), **numbers}
+            return {"ids": document.ids, "labels": np.where(document.trained, document.ids, IGNORED)}
         begins = np.arange(len(document.ids)) == 0
         labels = np.where(document.trained & ~begins, document.ids, IGNORED)
-        return {"ids": document.ids, "labels": labels, "begins": begins, **numbers}
+        return {"ids": document.ids, "labels": labels, "begins": begins}
+
+    def _count(self) -> None:
+        """Takes the tokens of a window off the documents that are held."""
+        left = self.seq_len if self.below else 0
+        while left:
+            number, length = self.runs.popleft()
+            taken = min(left, length)
+            self.given_D[number] += taken
+            left -= taken
+            if taken < length:
+                self.runs.appendleft((number, length - taken))
 
     def seen(self) -> tuple[Seen, ...]:
         return self.below.held.seen(self.given_D) if self.below else ()
 
     def count_anew(self) -> None:
-        if self.below:
-            self.given_D = np.zeros_like(self.given_D)
+        self.given_D = np.zeros_like(self.given_D)
 
     def own_state(self) -> dict[str, Any]:
-        parts = self.held | ({"given": self.given_D} if self.below else {})
+        counted = {"given": self.given_D, "runs": np.array(self.runs, np.int64).reshape(-1, 2)}
+        parts = self.held | (counted if self.below else {})
         return {name: torch.from_numpy(part.copy()) for name, part in parts.items()}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         self.held = {name: state[name].numpy().copy() for name in self.held}
         if self.below:
             self.given_D = state["given"].numpy().copy()
+            self.runs = deque((number, length) for number, length in state["runs"].tolist())
 
     def label(self) -> str:
         return f"pack({self.seq_len}{', document mask' if self.document_mask else ''})"
 
     def restart(self, epoch: int) -> None:
         self.held = {name: part[:0] for name, part in self.held.items()}
+        self.runs.clear()
         super().restart(epoch)
 
 

@@ -92,8 +92,8 @@ def write_directory(
             (directory / TASKS).write_text(json.dumps(record.to_json(), indent=1, ensure_ascii=False), "utf-8")
         for written in notes.texts:
             (directory / written.file).write_text(written.text, encoding="utf-8")
-        if history:
-            last, step = made.lineage[-1], len(made.lineage)
+        last, step = made.lineage[-1], len(made.lineage)
+        if history and last.verb != "learn":  # a memory gives documents again, and examples come alone
             how: dict[str, Any] = {"verb": last.verb, "method": last.method, "anew": history.starts_over}
             ledger.add(directory, history.seen, step=step, **how)
         artifacts.write_record(made, directory, extra)

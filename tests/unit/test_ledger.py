@@ -152,6 +152,18 @@ def test_it_goes_with_the_model_and_random_weights_begin_another(tiny: Path, fol
     assert ledger.read(tiny) == ()
 
 
+def test_what_learns_tasks_keeps_none_and_says_so(tiny: Path, folder: Path, tmp_path: Path):
+    assert overhaul("extend", "cpt", tiny, "-o", tmp_path / "one", "--data", folder / "new.jsonl", *HOW).code == 0
+    few = ("--steps", 2, "--batch-size", 2, "--seq-len", 32, "--dtype", "fp32", "--heldout", 1, "--output-term", "er")
+    tasks = ("--tasks", folder / "new.jsonl", folder / "old.jsonl")
+    done = overhaul("learn", "bregman", tmp_path / "one", "-o", tmp_path / "two", *tasks, *few)
+    assert done.code == 0, done.told
+
+    assert (tmp_path / "two" / ledger.FILE).read_bytes() == (tmp_path / "one" / ledger.FILE).read_bytes()
+    asked = overhaul("show", tmp_path / "two", "--seen", folder / "old.jsonl").out
+    assert asked.endswith("0 of 60 documents were seen\nthe ledger says nothing of step 2, learn bregman\n")
+
+
 def test_a_document_that_was_cut_is_there_under_the_hash_of_all_of_it(tiny: Path, tmp_path: Path):
     text = "\n\n".join(f"Part {number} of a long text about nothing else." for number in range(60))
     (tmp_path / "book.txt").write_text(text)

@@ -84,7 +84,7 @@ def of_sources(entries: Sequence[Entry], names: Sequence[str]) -> tuple[Entry, .
 
 def known(rows: Sequence[Row], entries: Sequence[Entry]) -> Known:
     """What a ledger says of rows as they stand in a corpus or a file."""
-    hashes_D = np.array([int(row.id, 16) for row in rows], np.uint64)
+    hashes_D = np.array([int(row.document, 16) for row in rows], np.uint64)
     is_seen_D, tokens, last = np.zeros(len(rows), bool), 0, ""
     for entry in entries:
         found_D = np.isin(hashes_D, entry.seen.documents_D)
@@ -210,5 +210,5 @@ def _rows_of(origin: Origin, wanted: set[str]) -> Iterator[Row]:
     if corpus.fingerprint == origin.fingerprint:
         return (row for row in corpus.train if row.document in wanted)
     say(f"note: {origin.source} was changed since it was trained on: its documents are read whole")
-    rows = (row for row in islice(every_row(spec.path, spec.field), spec.limit) if row.id in wanted)
+    rows = (row for row in islice(every_row(spec.path, spec.field), spec.limit) if row.document in wanted)
     return map(documents.as_plain_text, rows) if origin.plain else rows

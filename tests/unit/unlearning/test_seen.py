@@ -245,6 +245,15 @@ def test_the_texts_have_names_before_there_is_a_model(folder: Path):
         named.to_forget()
 
 
+def test_a_named_corpus_is_known_by_the_documents_that_it_is_cut_out_of(tiny: Path, tmp_path: Path):
+    assert overhaul("extend", "cpt", tiny, "-o", tmp_path / "read", "--data", "sample", *TRAIN).code == 0
+    corpus, known = seen.trained_on(tmp_path / "read", ["sample"])
+
+    assert 0 < known.seen == len(hashes(tmp_path / "read", "sample"))
+    assert {row.document for row in corpus.train} == hashes(tmp_path / "read", "sample")
+    assert shown(str(tmp_path / "read"), "sample")["tokens"] == known.tokens == 6 * 2 * 32
+
+
 def test_a_model_is_asked_what_it_has_seen(tiny: Path, extended: Path, folder: Path):
     read = hashes(extended, "old.jsonl")
     wanted = [n for n, row in enumerate(rows_of(folder / "old.jsonl"), 1) if text_row(row["text"]).id in read]
