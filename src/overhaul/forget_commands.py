@@ -30,7 +30,7 @@ def forget_delete_command(arguments: list[str]) -> None:
             tuple[str, ...], tyro.conf.arg(help="COLUMN=VALUE: examples with one of these, by columns of --tags.")
         ] = ()
         text: Annotated[Path | None, tyro.conf.arg(help="File of examples, exactly as the data has them.")] = None
-        field: Annotated[str | None, tyro.conf.arg(help="The column of it that holds the text.")] = None
+        field: Annotated[str | None, tyro.conf.arg(help="The column of it that holds the text; as in training.")] = None
         by: Annotated[str | None, tyro.conf.arg(help="Who asked for it, for the log; none: the user here.")] = None
         reason: Annotated[str | None, tyro.conf.arg(help="Why, for the log.")] = None
         dry_run: Annotated[Flag[bool], tyro.conf.arg(help="Tell what would be deleted.")] = False

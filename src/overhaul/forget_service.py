@@ -55,7 +55,7 @@ def delete(
         directory: that `forget s3t` wrote.
         where: columns with values; an example with one of them is meant.
         texts: a file of examples, as the data was.
-        field: the column of it that holds the text.
+        field: the column of it that holds the text; as in training where none is named.
         by: who asked for it; the user who runs this where it is None.
         reason: why, for the log.
         dry_run: tells what would be done.
@@ -109,7 +109,8 @@ def _found(book: Book, where: Sequence[tuple[str, str]], texts: Path | None, fie
         there |= dict.fromkeys(found.there)
         gone |= dict.fromkeys(found.gone)
     if texts is not None:
-        rows = documents.read_rows(texts, field, label=book.settings.get("label")).rows
+        settings = book.settings
+        rows = documents.read_rows(texts, field or settings.get("field"), label=settings.get("label")).rows
         unknown = []
         for number, row in enumerate(rows, 1):
             found = book.find_content(row.id)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from command import overhaul
+from command import overhaul, refused
 from overhaul import artifact, forget_service
 from overhaul.deletion.book import FOLDER, STAGES, Book
 from overhaul.deletion.ensemble import Served
@@ -195,6 +195,23 @@ def test_what_is_not_there_is_told(model: Path, flags: tuple[str, ...], told: st
     assert done.code == 2
     assert told in " ".join(done.err.replace("│", "").split())
     assert forget_service.status(model)["deleted"] == 0
+
+
+def test_the_column_of_the_text_is_that_of_training(make_tiny: Callable[..., Path], tmp_path: Path):
+    lines = [json.dumps({"said": f"{word} is far away", "by": "ann"}) for word in ("Rome", "Oslo", "Lima", "Kyiv")]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    (tmp_path / "gone.jsonl").write_text(lines[1])
+    how = ("--shards", 1, "--slices", 1, "--budget", 1, "--steps", 1, "--seq-len", 16, "--evaluate", "none")
+    done = overhaul(
+        "forget", "s3t", make_tiny(), "-o", tmp_path / "out", "--data", tmp_path / "data.jsonl", "--field", "said", *how
+    )
+    assert done.code == 0, done.err
+
+    told = overhaul("forget", "delete", tmp_path / "out", "--text", tmp_path / "gone.jsonl", "--dry-run", "--json")
+    assert told.code == 0, told.err
+    assert json.loads(told.out)["examples"] == 1
+    other = ("--text", tmp_path / "gone.jsonl", "--field", "by")
+    refused(overhaul("forget", "delete", tmp_path / "out", *other), "nothing was deleted")
 
 
 def test_an_unknown_example_stops_the_whole_request(model: Path, tmp_path: Path):
