@@ -156,6 +156,12 @@ def _columns(facts: Sequence[Facts], *, is_comparison: bool) -> list[_Column | _
     return columns
 
 
+def _measured(facts: Sequence[Facts], *, is_comparison: bool) -> list[_Column | _MetricColumn]:
+    """The columns in which some model has a value: what nobody was asked for says nothing."""
+    columns = _columns(facts, is_comparison=is_comparison)
+    return [column for column in columns if any(column.cell(one, facts[0]).text != MISSING for one in facts)]
+
+
 def _is_language(facts: Sequence[Facts]) -> bool:
     """Whether one of the models is a language model: classifiers have no perplexity, and generate nothing."""
     return not all(one.kind for one in facts)
@@ -176,10 +182,12 @@ def before_after(facts: Sequence[Facts], *, is_comparison: bool = False) -> Befo
     In a comparison a last column says against what no other model is a better trade (see `pareto`). What making a
     model cost is said where its steps since the reference were added up, which a comparison of adaptations does.
 
+    Columns that no model has a value for are left out.
+
     A metric is worse when its value lies beyond the reference's 95% interval; parameters and size when they
     grew; tokens/s when it fell by more than a quarter: such timings vary from run to run.
     """
-    reference, columns = facts[0], _columns(facts, is_comparison=is_comparison)
+    reference, columns = facts[0], _measured(facts, is_comparison=is_comparison)
     rows = [(Cell(text=one.label), *(column.cell(one, reference) for column in columns)) for one in facts]
     titles = ["model", *(column.title for column in columns)]
     if is_comparison and _is_language(facts):
@@ -199,7 +207,8 @@ def _note(facts: Sequence[Facts], *, is_comparison: bool) -> str:
         sentences.append(f"Perplexity over {measured.perplexity.count:,} tokens {corpus}{windows}, 95% interval.")
     if is_language := _is_language(facts):
         sentences.append("Non-zero share of the blocks' linear layers, and of all parameters.")
-        sentences.append("Prefill: a forward pass over the windows. Decode: greedy, one text at a time.")
+        if any(one.tokens_per_second or one.decode_tokens_per_second for one in facts):
+            sentences.append("Prefill: a forward pass over the windows. Decode: greedy, one text at a time.")
     else:
         sentences.append("Accuracy over the held-out examples of all tasks, 95% interval.")
     if task := next((row for one in facts for row in one.metrics if row.metric == TASK_LOSS), None):

@@ -44,6 +44,16 @@ def test_the_table_holds_the_facts() -> None:
     }
 
 
+def test_what_nobody_was_asked_for_has_no_column_and_what_one_was_asked_for_has() -> None:
+    dense, pruned, _ = three_facts()
+    silent = [replace(one, perplexity=None, tokens_per_second=None) for one in (dense, pruned)]
+
+    content = before_after([replace(silent[0], decode_tokens_per_second=None), silent[1]])
+
+    assert not {"perplexity", "prefill tokens/s"} & set(content.columns)
+    assert str(content.rows[0][content.columns.index("decode tokens/s")]) == "n/a"
+
+
 def test_worse_means_beyond_the_interval_of_the_reference() -> None:
     reference = perplexity("dense", 28.0)
 
