@@ -19,6 +19,8 @@ from bench import results
 Stored = dict[str, Any]
 
 _MARKED = re.compile(r"(<!-- table: (\S[^\n]*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+ROUNDING = 1e-12
+"""Sums of floats that should be 0 are up to this far from it."""
 NOTHING = "*Not measured yet.*\n"
 
 
@@ -98,13 +100,19 @@ def _models(rows: Sequence[Stored]) -> str:
         name, _, quantity = row["what"].rpartition(": ")
         reference = [(row["peer_name"], row["peer"])] if row["peer"] else []
         for model, numbers in (*reference, (name, row["values"])):
-            lines.setdefault(model, {})[quantity] = number(sum(numbers) / len(numbers), row["unit"])
+            lines.setdefault(model, {})[quantity] = _with_spread(numbers, row["unit"])
     quantities = sorted({quantity for line in lines.values() for quantity in line})
     return _table(
         ("model", *quantities),
         list(lines.items()),
         lambda line: (line[0], *(line[1].get(quantity, "") for quantity in quantities)),
     )
+
+
+def _with_spread(values: Sequence[float], unit: str) -> str:
+    """The mean, and behind it from where to where it goes, if there are several values."""
+    mean = number(sum(values) / len(values), unit)
+    return mean if len(values) == 1 else f"{mean} ({number(min(values), unit)} to {number(max(values), unit)})"
 
 
 def _target(row: Stored, unit: str) -> str:
@@ -121,6 +129,8 @@ def _met(row: Stored) -> str:
 
 def number(value: float, unit: str) -> str:
     """Three significant digits with the unit, more close to one; shares in percent, counts whole."""
+    if abs(value) < ROUNDING:
+        value = 0.0
     match unit:
         case "share":
             return f"{value:.1%}"

@@ -76,6 +76,12 @@ def test_models_of_a_folder_are_lines_and_their_quantities_columns(tmp_path: Pat
     assert "| dense | 4 MB | 10 |\n| a | 2 MB | 30 |\n| b |  | 20 |\n" in made
 
 
+def test_a_model_of_several_seeds_is_shown_with_its_spread(tmp_path: Path):
+    row = Row(id="half-a/it", kind="model", what="a: memory", unit="", values=(30.0, 20.0, 25.0), seeds=(0, 1, 2))
+
+    assert "| a | 25 (20 to 30) |" in tables.filled("<!-- table: half- -->\n<!-- end -->", _stored(tmp_path, row))
+
+
 def test_recording_replaces_a_row_and_keeps_the_others(tmp_path: Path):
     _stored(
         tmp_path, Row(id="a", kind="claim", what="", values=(1.0,)), Row(id="b", kind="claim", what="", values=(2.0,))
@@ -107,6 +113,8 @@ def test_a_row_that_misses_its_target_is_recorded_before_it_fails(tmp_path: Path
         (30, "count", "30"),
         (1.0002, "", "1.0002"),
         (1.034, "", "1.03"),
+        (-4e-15, "points", "0 points"),
+        (4e-7, "nats", "4e-07 nats"),
     ],
 )
 def test_numbers_are_shown_to_the_digits_that_tell_them_apart(value: float, unit: str, shown: str):
