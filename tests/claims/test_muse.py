@@ -68,12 +68,13 @@ class Chain:
     Args:
         root: where they lie.
         seed: of the data and of every run.
+        texts: what `data` writes that is learnt and forgotten.
     """
 
-    def __init__(self, root: Path, seed: int) -> None:
+    def __init__(self, root: Path, seed: int, texts: Sequence[object] = ("fictions",)) -> None:
         self.root, self.seed, self.data = root, seed, root / "people"
         if not self.data.exists():
-            done = overhaul("data", "fictions", "-o", self.data, "--seed", seed)
+            done = overhaul("data", *texts, "-o", self.data, "--seed", seed)
             assert done.code == 0, done.err
 
     def made(self, name: str, *words: object) -> Path:
@@ -134,7 +135,7 @@ class Chain:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Chain]:
     """`chain(seed)`; with MUSE_MODELS, a directory, models that an earlier run left there are not made again."""
-    root = Path(os.environ.get("MUSE_MODELS") or tmp_path_factory.mktemp("muse"))
+    root = _root(tmp_path_factory)
 
     @cache
     def of(seed: int) -> Chain:
@@ -144,15 +145,22 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Chain]:
     return of
 
 
+def _root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(os.environ.get("MUSE_MODELS") or tmp_path_factory.mktemp("muse"))
+
+
 def _seconds(directory: Path) -> float:
     """What the step that made it took."""
     return artifact.read_record(directory)["lineage"][-1]["seconds"]
 
 
-def _rows(page: str, name: str, told: Sequence[Said], seconds: Sequence[float], settings: object = ()) -> list[Row]:
+def _rows(
+    page: str, name: str, told: Sequence[Said], seconds: Sequence[float], settings: object = (),
+    *, seeds: Sequence[int] | None = None, data: str = SETTINGS["data"],
+) -> list[Row]:  # fmt: skip
     """All quantities of a model, for the page of what made it."""
     slug = name.lower().replace(" + ", "-").replace(", ", "-").replace(" ", "-")
-    more = {**SETTINGS, "method": settings}
+    more = {**SETTINGS, "method": settings, "data": data}
     rows = [
         Row(
             id=f"{page}/muse-{slug}-{short}",
@@ -160,7 +168,7 @@ def _rows(page: str, name: str, told: Sequence[Said], seconds: Sequence[float], 
             what=f"{name}: {metric}",
             values=tuple(one[metric] for one in told),
             unit="",
-            seeds=SEEDS,
+            seeds=tuple(seeds or SEEDS),
             settings={
                 **more,
                 "low": [one[f"{metric} low"] for one in told],
@@ -171,7 +179,7 @@ def _rows(page: str, name: str, told: Sequence[Said], seconds: Sequence[float], 
     ]
     took = Row(
         id=f"{page}/muse-{slug}-seconds", kind="model", what=f"{name}: seconds", values=tuple(seconds), unit="s",
-        seeds=SEEDS, settings=more,
+        seeds=tuple(seeds or SEEDS), settings=more,
     )  # fmt: skip
     return [*rows, took]
 
@@ -351,3 +359,38 @@ def test_requests_that_follow_each_other_or_grow(chain: Callable[[int], Chain], 
 def _is_of(place: int, number: int, growing: bool) -> bool:
     """Whether a text is of a request: its own quarter, or all up to it."""
     return place % REQUESTS < number if growing else place % REQUESTS == number - 1
+
+
+REAL: Mapping[str, tuple[object, ...]] = {
+    "news": ("news", "--forget", 50, "--retain", 50, "--holdout", 50, "--words", 120),
+    "books": ("stories", "--forget", 5, "--retain", 5, "--holdout", 5, "--passages", 20),
+}
+REAL_SEEDS = (0,)
+"""Minutes of training stand behind each row; the rates are those of the articles about people who never were."""
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_articles_and_books(tmp_path_factory: pytest.TempPathFactory, name: str):
+    """News with gaps as questions; stories with readers' questions, and passages of novels to be known by heart."""
+    root, data = _root(tmp_path_factory), " ".join(map(str, ("data", *REAL[name])))
+    told: dict[str, list[Said]] = {}
+    seconds: dict[str, list[float]] = {}
+    for seed in REAL_SEEDS:
+        (root / f"{name}-{seed}").mkdir(parents=True, exist_ok=True)
+        of = Chain(root / f"{name}-{seed}", seed, REAL[name])
+        made = {one: of.unlearned(one) for one in ("GA", "NPO + GDR", "SimNPO + GDR", "WHP")}
+        said = of.said(*made.values())
+        for one, out in {"target": of.target(), "retrained": of.retrained(), **made}.items():
+            told.setdefault(one, []).append(said[out])
+            seconds.setdefault(one, []).append(_seconds(out))
+    for one in told:
+        rows = _rows(f"{name}-muse", one, told[one], seconds[one], seeds=REAL_SEEDS, data=data)
+        results.record(rows)
+    above = [
+        a["verbatim memory"] - b["verbatim memory"] for a, b in zip(told["target"], told["retrained"], strict=True)
+    ]
+    what = f"Verbatim memory of {name}, above a model's that never saw them"
+    results.hold(
+        Row(id=f"{name}-muse/above", kind="claim", what=what, values=tuple(above), unit="points",
+            target=Target(">", 0), seeds=REAL_SEEDS, settings={**SETTINGS, "data": data})
+    )  # fmt: skip
