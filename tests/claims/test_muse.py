@@ -46,7 +46,7 @@ METHODS: Mapping[str, tuple[str, tuple[object, ...]]] = {
     "NPO + GDR": ("npo", (*GDR, *PASSES)),
     "NPO + KLR": ("npo", (*KLR, *PASSES)),
     "SimNPO + GDR": ("simnpo", (*GDR, *PASSES)),
-    "RMU": ("rmu", ("--epochs", 3)),
+    "RMU": ("rmu", ("--adaptive", "--coefficient", 5, "--retain-weight", 10, "--epochs", 5, "--lr", 7e-4)),
     "task vector": ("task-vector", (*PASSES, "--alpha", 2)),
     "WHP": ("whp", (*PASSES, "--alpha", 2)),
 }
