@@ -109,8 +109,9 @@ class Book:
     def __init__(self, directory: Path) -> None:
         self.path = directory / FOLDER / BOOK
         if not self.path.is_file():
+            what = "is no model that examples can be deleted from" if directory.exists() else "does not exist"
             raise UserError(
-                f"{directory} is no model that examples can be deleted from",
+                f"{directory} {what}",
                 allowed="a directory that forget s3t wrote",
                 hint="overhaul forget s3t MODEL -o DIR --data TEXT",
             )

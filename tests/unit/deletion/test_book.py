@@ -167,6 +167,8 @@ def test_files_that_were_changed_or_put_back_are_seen(directory: Path):
 def test_a_directory_without_a_book_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="no model that examples can be deleted from"):
         Book(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        Book(tmp_path / "elsewhere")
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / BOOK).write_bytes(b"no database" * 100)
     with pytest.raises(UserError, match="is damaged"):
