@@ -31,7 +31,7 @@ from overhaul.layers import LinearLike, Packed
 from overhaul.learn_report import alone, learnt_in, tasks_differ
 from overhaul.lineage import LineageStep, Parent
 from overhaul.options import DEFAULT_CORPUS, Options
-from overhaul.report.facts import ACCURACY_OF, Facts, Report
+from overhaul.report.facts import ACCURACY_OF, Facts, Report, labels_of
 from overhaul.report.numbers import as_quantity
 from overhaul.report.tasks import Learnt, accuracy_rows, metrics_table
 from overhaul.stored import base_of
@@ -323,13 +323,6 @@ def _adapted(facts: Facts, spent: Cost, losses: Sequence[Losses]) -> Facts:
         trainable_parameters=spent.trainable_parameters,
         stored_bytes=spent.stored_bytes,
     )
-
-
-def labels_of(refs: Sequence[str]) -> list[str]:
-    """The last part of each path, or as much of it as tells two of them apart."""
-    most = max(len(Path(ref).parts) for ref in refs)
-    shortened = [["/".join(Path(ref).parts[-count:]) for ref in refs] for count in range(1, most + 1)]
-    return next((labels for labels in shortened if len(set(labels)) == len(set(refs))), list(refs))
 
 
 def _other_tokens(facts: Sequence[Facts]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from overhaul.journal import TableNote
 from overhaul.lineage import LineageStep
@@ -258,3 +259,10 @@ def recovery(facts: Sequence[Facts]) -> Recovery | None:
         return None
     shares = tuple((one.label, (lost - log) / (lost - best)) for one, log in measured[1:])
     return Recovery(reference=reference, worst=worst, shares=shares)
+
+
+def labels_of(refs: Sequence[str]) -> list[str]:
+    """The last part of each path, or as much of it as tells two of them apart."""
+    most = max(len(Path(ref).parts) for ref in refs)
+    shortened = [["/".join(Path(ref).parts[-count:]) for ref in refs] for count in range(1, most + 1)]
+    return next((labels for labels in shortened if len(set(labels)) == len(set(refs))), list(refs))
