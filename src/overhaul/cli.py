@@ -217,10 +217,14 @@ def _measure(entry: catalog.Entry, arguments: list[str]) -> None:
 
     table = measure(method, given.model, options)
     if given.html:
+        from overhaul.report.facts import labels_of
         from overhaul.report.html import html_measured
 
         environment = {**machine.versions(), "hardware": machine.hardware(machine.pick_device(options.device))}
-        given.html.write_text(html_measured(table, title=where, command=typed(), environment=environment))
+        models = list(dict.fromkeys(row.model for row in table.rows))
+        called = dict(zip(models, labels_of(models), strict=True))
+        page = html_measured(table, title=where, command=typed(), environment=environment, called=called)
+        given.html.write_text(page)
     print_table(table, as_json=given.json)
 
 

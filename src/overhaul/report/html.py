@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,15 +118,19 @@ def html_learnt(methods: Sequence[Learnt], *, command: str, environment: Mapping
     )
 
 
-def html_measured(table: Table, *, title: str, command: str, environment: Mapping[str, str]) -> str:
+def html_measured(
+    table: Table, *, title: str, command: str, environment: Mapping[str, str], called: Mapping[str, str] | None = None
+) -> str:
     """The page of a measure: the finding, the numbers with a row for each model, the pictures.
 
     Args:
         table: with at least one row.
+        called: what to call models whose names in the table are long; its CSV keeps those.
         title: above the finding.
         command: what to type to measure it again.
         environment: versions and hardware.
     """
+    named = called or {}
     metrics = list(dict.fromkeys(row.metric for row in table.rows))
     by_model: dict[str, dict[str, Row]] = {}
     for row in table.rows:
@@ -136,13 +141,16 @@ def html_measured(table: Table, *, title: str, command: str, environment: Mappin
         .get_template("measured.html.j2")
         .render(
             title=title,
-            verdict=measured_sentence(table.rows),
+            verdict=measured_sentence([replace(row, model=named.get(row.model, row.model)) for row in table.rows]),
             columns=["model", *metrics],
-            rows=[[model, *(as_interval(rows.get(metric)) for metric in metrics)] for model, rows in by_model.items()],
+            rows=[
+                [named.get(model, model), *(as_interval(rows.get(metric)) for metric in metrics)]
+                for model, rows in by_model.items()
+            ],
             csv_url=csv_url(as_csv(names, [[str(getattr(row, name)) for name in names] for row in table.rows])),
             charts=curve_figures(table.curves),
             maps=map_figures(table.maps),
-            details=_details(table),
+            details=_details(table, named),
             notes=table.notes,
             command=command,
             environment=environment,
@@ -150,13 +158,14 @@ def html_measured(table: Table, *, title: str, command: str, environment: Mappin
     )
 
 
-def _details(table: Table) -> dict[str, Any] | None:
-    """Titles, rows and CSV of the records; lists in a cell are written with semicolons."""
+def _details(table: Table, called: Mapping[str, str]) -> dict[str, Any] | None:
+    """Titles, rows and CSV of the records; lists in a cell are written with semicolons, models are called shortly."""
     if not table.details:
         return None
     names = list(table.details[0])
     rows = [[_cell(detail[name]) for name in names] for detail in table.details]
-    return {"columns": names, "rows": rows, "csv_url": csv_url(as_csv(names, rows))}
+    shown = [[called.get(text, text) for text in row] for row in rows]
+    return {"columns": names, "rows": shown, "csv_url": csv_url(as_csv(names, rows))}
 
 
 def _cell(value: Any) -> str:

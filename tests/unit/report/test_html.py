@@ -201,6 +201,19 @@ def test_the_page_of_a_measure_has_a_row_for_each_model_and_its_pictures() -> No
     assert re.findall(r"<h2[^>]*>(.*?)</h2>", text) == ["Measured", "Curves", "Layers", "Do it again", "Environment"]
 
 
+def test_models_of_a_measure_are_called_shortly_and_its_files_keep_their_paths() -> None:
+    details = [{"model": "dense", "score": "loss"}, {"model": "<small>", "score": "dense"}]
+    called = {"dense": "big", "<small>": "little"}
+
+    text = html_measured(replace(MEASURED, details=details), title="t", command="c", environment={}, called=called)
+
+    shown = Page(text).texts
+    assert "Perplexity: from 28.00 (big) to 49.00 (little)." in shown
+    assert {"2 rows", "big", "little"} <= set(shown)
+    assert "<small>" not in shown
+    assert text.count("%3Csmall%3E") == len(MEASURED.rows) // 2 + 1
+
+
 def test_a_measure_without_pictures_is_a_table() -> None:
     text = html_measured(Table(MEASURED.rows), title="t", command="c", environment={})
 
