@@ -7,7 +7,7 @@ import struct
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -80,41 +80,85 @@ class Entry(NamedTuple):
     group: str = ""
 
 
-def gathered(entries: Iterable[Entry], where: str, size: Size | None, classes: Sequence[str] | None = None) -> Pictures:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undecoded:
+    """Where the pictures of a source are, before any is decoded.
+
+    Attributes:
+        where: what all of them are called in messages.
+        entries: one for each picture.
+        classes: names of the classes; without them, the labels that occur.
+        notes: what was left out, one sentence each.
+    """
+
+    where: str
+    entries: Iterable[Entry]
+    classes: Sequence[str] | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Decoding:
+    """The pictures of a source one by one; what cannot be read is left out and noted.
+
+    Args:
+        found: the source.
+        size: what they are resized to; None leaves each its own.
+    """
+
+    def __init__(self, found: Undecoded, size: Size | None = None) -> None:
+        self.found, self.size = found, size
+        self.count, self.unreadable = 0, list[str]()
+
+    def __iter__(self) -> Iterator[tuple[Entry, NDArray[np.uint8]]]:
+        """Each with its pixels (H, W, C); `UserError` at the end where there are none, or too few can be read."""
+        for entry in self.found.entries:
+            try:
+                array_HWC = decoded(entry.source, self.size)
+            except _UNREADABLE as error:
+                self.unreadable.append(f"{entry.where}: {_reason(error)}")
+                continue
+            self.count += 1
+            yield entry._replace(source=b""), array_HWC
+        self._refuse_too_few()
+
+    def _refuse_too_few(self) -> None:
+        total, where = self.count + len(self.unreadable), self.found.where
+        if not total:
+            raise UserError(f"{where} holds no pictures", allowed=LAYOUTS)
+        if self.count < total * READABLE_SHARE:
+            raise UserError(
+                f"{len(self.unreadable):,} of the {total:,} pictures in {where} cannot be read; first "
+                f"{self.unreadable[0]}",
+                allowed="pictures that Pillow reads, half of them at least",
+            )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out, when all of them were read."""
+        left = self.unreadable
+        told = (f"{len(left):,} unreadable pictures left out; first {left[0]}",) if left else ()
+        return (*told, *self.found.notes)
+
+
+def gathered(found: Undecoded, size: Size | None = None) -> Pictures:
     """The pictures decoded; what cannot be read is left out and noted.
 
     Args:
-        entries: one for each picture.
-        where: what all of them are called in messages.
+        found: the source.
         size: what they are resized to; without it they must have one size.
-        classes: names of the classes; without them, the labels that occur.
 
     Raises:
         UserError: there are none, more than half cannot be read, sizes differ, or labels are not classes.
     """
     arrays: list[NDArray[np.uint8]] = []
     kept: list[Entry] = []
-    unreadable: list[str] = []
-    for entry in entries:
-        try:
-            array_HWC = decoded(entry.source, size)
-        except _UNREADABLE as error:
-            unreadable.append(f"{entry.where}: {_reason(error)}")
-            continue
+    decoding = Decoding(found, size)
+    for entry, array_HWC in decoding:
         if arrays and array_HWC.shape[:2] != arrays[0].shape[:2]:
             raise _sizes_differ((kept[0].where, arrays[0]), (entry.where, array_HWC))
         arrays.append(array_HWC)
-        kept.append(entry._replace(source=b""))
-    total = len(kept) + len(unreadable)
-    if not total:
-        raise UserError(f"{where} holds no pictures", allowed=LAYOUTS)
-    if len(kept) < total * READABLE_SHARE:
-        raise UserError(
-            f"{len(unreadable):,} of the {total:,} pictures in {where} cannot be read; first {unreadable[0]}",
-            allowed="pictures that Pillow reads, half of them at least",
-        )
-    notes = (f"{len(unreadable):,} unreadable pictures left out; first {unreadable[0]}",) if unreadable else ()
-    return _stacked(arrays, kept, where, classes, notes)
+        kept.append(entry)
+    return _stacked(arrays, kept, found.where, found.classes, decoding.notes)
 
 
 def _reason(error: Exception) -> str:
@@ -304,17 +348,16 @@ def are_parts(names: Iterable[str]) -> bool:
     return bool(lower) and lower <= {TRAIN, *HELDOUT}
 
 
-def read_folder(path: Path, size: Size | None = None) -> Pictures:
+def in_folder(path: Path) -> Undecoded:
     """Pictures of a directory with one folder for each class, under train/ and test/ or not.
 
     Hidden files are ignored; what Pillow has no format for is counted and noted.
 
     Args:
         path: the directory.
-        size: as for `gathered`.
 
     Raises:
-        UserError: fewer than two classes, an empty class, or what `gathered` refuses.
+        UserError: fewer than two classes, or an empty class.
     """
     top = _folders(path)
     read, notes = parts_among(top, str(path)) if are_parts(top) else ({"": ""}, ())
@@ -342,8 +385,7 @@ def read_folder(path: Path, size: Size | None = None) -> Pictures:
     loose = [file for name in read for file in (path / name).iterdir() if file.is_file() and file.name[0] != "."]
     if others := loose + others:
         notes += (f"{len(others):,} files ignored that are no pictures in a class folder; first {others[0]}",)
-    found = gathered(entries, str(path), size, classes)
-    return replace(found, notes=(*found.notes, *notes))
+    return Undecoded(where=str(path), entries=entries, classes=classes, notes=notes)
 
 
 def _folders(path: Path) -> list[str]:

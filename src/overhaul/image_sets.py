@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overhaul.errors import UserError
-from overhaul.image_files import Entry, Pictures, Size, gathered, resized
+from overhaul.image_files import Entry, Pictures, Size, Undecoded, gathered, resized
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,7 +157,7 @@ def _emoji(size: Size, *, label: str) -> Pictures:
         for emoji in json.loads(drawings["emoji.json"])
         if emoji["category"] != "Component" and emoji["has_img_google"]
     )
-    return _distinct(gathered(entries, "emoji-datasource-google", size))
+    return _distinct(gathered(Undecoded(where="emoji-datasource-google", entries=entries), size))
 
 
 _THEMES = {
@@ -183,7 +183,7 @@ _CATEGORIES = ("actions", "apps", "categories", "devices", "emblems", "emotes", 
 
 def _icons(size: Size) -> Pictures:
     """Icons of four themes. One name is held out in all themes or in none: artists drew after each other."""
-    return _distinct(gathered(_icon_files(), "the icon themes", size))
+    return _distinct(gathered(Undecoded(where="the icon themes", entries=_icon_files()), size))
 
 
 def _icon_files() -> Iterator[Entry]:

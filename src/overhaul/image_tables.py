@@ -6,12 +6,12 @@ import json
 import re
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overhaul.errors import UserError, did_you_mean
-from overhaul.image_files import TRAIN, Entry, Pictures, Size, are_parts, gathered, numbered, parts_among, resized
+from overhaul.image_files import TRAIN, Entry, Pictures, Size, Undecoded, are_parts, numbered, parts_among, resized
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,15 +105,14 @@ def _images(images: NDArray[Any], path: Path) -> NDArray[np.uint8]:
     raise UserError(f"images in {path} is {images.dtype} of the shape {images.shape}", allowed=NPZ, hint=hint)
 
 
-def read_parquet(path: Path, size: Size | None = None) -> Pictures:
+def in_parquet(path: Path) -> Undecoded:
     """Pictures from the columns `image`, `label` and, if there, `domain` of Parquet files.
 
     Args:
         path: a file, or a directory of them; files called `train-...` and `test-...` keep that division.
-        size: as for `gathered`.
 
     Raises:
-        UserError: it is no such file, has other columns, or what `gathered` refuses.
+        UserError: it is no such file, or has other columns; of some files not before they are read.
     """
     files = parquet_files(path) if path.is_dir() else [path]
     kinds = {file: re.split(r"[-.]", file.name)[0] for file in files}
@@ -125,8 +124,7 @@ def read_parquet(path: Path, size: Size | None = None) -> Pictures:
     entries = (
         entry for file, part in chosen.items() for entry in _entries(_batches(file), str(file), part, file.parent)
     )
-    found = gathered(entries, str(path), size, names)
-    return replace(found, notes=(*found.notes, *notes))
+    return Undecoded(where=str(path), entries=entries, classes=names, notes=notes)
 
 
 def parquet_files(path: Path) -> list[Path]:
@@ -189,15 +187,14 @@ def is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
-def read_saved(path: Path, size: Size | None = None) -> Pictures:
-    """Pictures of what `datasets`' `save_to_disk` wrote, in the columns of `read_parquet`; its splits are kept.
+def in_saved(path: Path) -> Undecoded:
+    """Pictures of what `datasets`' `save_to_disk` wrote, in the columns of `in_parquet`; its splits are kept.
 
     Args:
         path: the directory.
-        size: as for `gathered`.
 
     Raises:
-        UserError: it has other columns, no split called train, or what `gathered` refuses.
+        UserError: it cannot be read, has other columns, or no split called train.
     """
     from datasets import Dataset, DatasetDict, load_from_disk
 
@@ -215,5 +212,4 @@ def read_saved(path: Path, size: Size | None = None) -> Pictures:
         names = names or getattr(label, "names", None)
         batches = splits[name].select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE)
         entries.append(_entries(batches, where, part, path))
-    found = gathered((entry for part in entries for entry in part), str(path), size, names)
-    return replace(found, notes=(*found.notes, *notes))
+    return Undecoded(where=str(path), entries=chain.from_iterable(entries), classes=names, notes=notes)

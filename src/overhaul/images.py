@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from overhaul import image_files, image_sets, image_tables
 from overhaul.errors import UserError, did_you_mean
-from overhaul.image_files import Pictures, Size
+from overhaul.image_files import Pictures, Size, Undecoded
 from overhaul.image_sets import ImageSetInfo, named_image_sets
 from overhaul.split import held_out
 
@@ -113,16 +113,28 @@ def _check_size(size: Size | None) -> None:
 
 
 def _read(path: Path, size: Size | None) -> Pictures:
+    if path.suffix == ".npz" and path.is_file():
+        return image_tables.read_npz(path, size)
+    return image_files.gathered(undecoded(path), size)
+
+
+def undecoded(path: Path) -> Undecoded:
+    """Where the pictures of a directory or a Parquet file are.
+
+    Args:
+        path: it exists.
+
+    Raises:
+        UserError: it is of another kind, or what is in it fits no layout.
+    """
     if path.is_dir():
         if image_tables.is_saved(path):
-            return image_tables.read_saved(path, size)
+            return image_tables.in_saved(path)
         if image_tables.parquet_files(path):
-            return image_tables.read_parquet(path, size)
-        return image_files.read_folder(path, size)
-    if path.suffix == ".npz":
-        return image_tables.read_npz(path, size)
+            return image_tables.in_parquet(path)
+        return image_files.in_folder(path)
     if path.suffix == ".parquet":
-        return image_tables.read_parquet(path, size)
+        return image_tables.in_parquet(path)
     raise UserError(
         f"{path} is a file of a kind that is not read as images",
         allowed=NOTHING_READ,

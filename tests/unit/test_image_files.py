@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from overhaul.errors import UserError
-from overhaul.image_files import decoded, numbered, parts_among, read_folder, resized
+from overhaul.image_files import decoded, gathered, in_folder, numbered, parts_among, resized
 
 
 def save(path: Path, colour: object, mode: str = "RGB", size: tuple[int, int] = (6, 4), **options: object) -> Path:
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_for_each_class(folder: Path):
-    found = read_folder(folder)
+    found = gathered(in_folder(folder))
 
     assert found.images_NHWC.shape == (6, 4, 6, 3)
     assert found.images_NHWC.dtype == np.uint8
@@ -47,7 +47,7 @@ def test_a_division_that_is_there_is_kept(folder: Path, other: str):
     folder.rename(top / "train")
     save(top / other / "dog" / "a.png", "red")
 
-    found = read_folder(top)
+    found = gathered(in_folder(top))
 
     assert found.heldout_N is not None
     assert found.heldout_N.tolist() == [False] * 6 + [True]
@@ -66,7 +66,7 @@ def test_formats_are_mixed_and_folders_nest(folder: Path):
         save(folder / "cat" / "more" / f"a.{suffix}", (200, 100, 50))
     save(folder / "dog" / "palette.png", 0, "P")
 
-    found = read_folder(folder)
+    found = gathered(in_folder(folder))
 
     assert len(found.labels_N) == 12
     assert np.abs(found.images_NHWC[3:8].astype(int) - [200, 100, 50]).max() <= 8
@@ -76,12 +76,12 @@ def test_grey_stays_one_channel_only_if_all_are_grey(tmp_path: Path):
     for label, mode, colour in (("a", "L", 7), ("b", "1", 1), ("b", "LA", (9, 255))):
         save(tmp_path / label / f"{mode}.png", colour, mode)
 
-    grey = read_folder(tmp_path)
+    grey = gathered(in_folder(tmp_path))
     assert grey.images_NHWC.shape == (3, 4, 6, 1)
     assert grey.images_NHWC[:, 0, 0, 0].tolist() == [7, 255, 9]
 
     save(tmp_path / "b" / "z.png", (1, 2, 3))
-    assert read_folder(tmp_path).images_NHWC[:, 0, 0].tolist() == [[7] * 3, [255] * 3, [9] * 3, [1, 2, 3]]
+    assert gathered(in_folder(tmp_path)).images_NHWC[:, 0, 0].tolist() == [[7] * 3, [255] * 3, [9] * 3, [1, 2, 3]]
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path):
@@ -116,9 +116,9 @@ def test_pictures_of_several_sizes_need_one(folder: Path):
     save(folder / "dog" / "large.png", "red", size=(9, 5))
 
     with pytest.raises(UserError, match=r"cat.0.png is 4 x 6, dog.large.png is 5 x 9") as caught:
-        read_folder(folder)
+        gathered(in_folder(folder))
     assert caught.value.hint == "size=(32, 32)"
-    assert read_folder(folder, (8, 2)).images_NHWC.shape == (7, 8, 2, 3)
+    assert gathered(in_folder(folder), (8, 2)).images_NHWC.shape == (7, 8, 2, 3)
 
 
 def test_resizing_arrays_is_resizing_files(tmp_path: Path):
@@ -138,7 +138,7 @@ def test_what_cannot_be_read_is_left_out_and_counted(folder: Path):
     (folder / "dog" / "words.png").write_text("no picture")
     (folder / "dog" / "empty.png").touch()
 
-    found = read_folder(folder)
+    found = gathered(in_folder(folder))
 
     assert len(found.labels_N) == 6
     assert found.notes[0].startswith("4 unreadable pictures left out; first cat/cut.jpg: ")
@@ -149,24 +149,24 @@ def test_more_than_half_unreadable_is_an_error(folder: Path):
         (folder / "dog" / f"x{number}.png").write_text("no picture")
 
     with pytest.raises(UserError, match=r"7 of the 13 pictures in .* cannot be read; first dog/x0.png: not a picture"):
-        read_folder(folder)
+        gathered(in_folder(folder))
 
 
 def test_postscript_is_not_run(folder: Path):
     (folder / "dog" / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\nshowpage\n")
 
-    assert "dog/a.png: not a picture" in read_folder(folder).notes[0]
+    assert "dog/a.png: not a picture" in gathered(in_folder(folder)).notes[0]
 
 
 def test_hidden_files_are_ignored_and_others_noted(folder: Path):
     for name in (".DS_Store", "cat/.hidden.png", ".cache/x/a.png", "__MACOSX/cat/a.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
-    assert read_folder(folder).notes == ()
+    assert gathered(in_folder(folder)).notes == ()
 
     for name in ("cat/labels.txt", "README.md"):
         (folder / name).write_text("x")
-    assert read_folder(folder).notes == (
+    assert gathered(in_folder(folder)).notes == (
         f"2 files ignored that are no pictures in a class folder; first {folder / 'README.md'}",
     )
 
@@ -174,22 +174,22 @@ def test_hidden_files_are_ignored_and_others_noted(folder: Path):
 def test_an_empty_class_is_named(folder: Path):
     (folder / "eel").mkdir()
     with pytest.raises(UserError, match=r"eel holds no picture\n") as caught:
-        read_folder(folder)
+        gathered(in_folder(folder))
     assert caught.value.hint == "remove eel/ or put pictures into it"
 
     (folder / "eel" / "a.heic").touch()
     with pytest.raises(UserError, match=r"eel holds no picture \(1 files of other kinds, first a.heic\)"):
-        read_folder(folder)
+        gathered(in_folder(folder))
 
 
 def test_fewer_than_two_classes(folder: Path, tmp_path: Path):
     save(tmp_path / "flat" / "a.png", "red")
     with pytest.raises(UserError, match="flat has no folders"):
-        read_folder(tmp_path / "flat")
+        gathered(in_folder(tmp_path / "flat"))
 
     save(tmp_path / "one" / "cat" / "a.png", "red")
     with pytest.raises(UserError, match="the class cat alone") as caught:
-        read_folder(tmp_path / "one")
+        gathered(in_folder(tmp_path / "one"))
     assert "FOLDER/CLASS/picture.png" in caught.value.allowed
 
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from overhaul.errors import UserError
-from overhaul.image_tables import is_saved, read_npz, read_parquet, read_saved
+from overhaul.image_files import gathered
+from overhaul.image_tables import in_parquet, in_saved, is_saved, read_npz
 
 IMAGES_NHWC = np.arange(4 * 3 * 5 * 3, dtype=np.uint8).reshape(4, 3, 5, 3)
 LABELS_N = np.array([0, 1, 1, 0])
@@ -92,7 +93,7 @@ def test_a_parquet_file(tmp_path: Path, kind: str):
     content = [png(n) for n in range(4)]
     image = content if kind == "bytes" else [{"bytes": each, "path": None} for each in content]
 
-    found = read_parquet(parquet(tmp_path / "a.parquet", image=image, label=list("cabc"), domain=[1, 1, 2, 2]))
+    found = gathered(in_parquet(parquet(tmp_path / "a.parquet", image=image, label=list("cabc"), domain=[1, 1, 2, 2])))
 
     assert (found.images_NHWC == IMAGES_NHWC).all()
     assert (found.labels_N.tolist(), found.classes) == ([2, 0, 1, 2], ("a", "b", "c"))
@@ -103,7 +104,7 @@ def test_a_picture_may_be_a_file_beside_the_table_or_missing(tmp_path: Path):
     (tmp_path / "p.png").write_bytes(png(1))
     image = [{"bytes": None, "path": "p.png"}, {"bytes": png(2), "path": "gone.png"}, {"bytes": None, "path": None}]
 
-    found = read_parquet(parquet(tmp_path / "a.parquet", image=image, label=[0, 1, 1]))
+    found = gathered(in_parquet(parquet(tmp_path / "a.parquet", image=image, label=[0, 1, 1])))
 
     assert (found.images_NHWC == IMAGES_NHWC[1:3]).all()
     assert found.notes == (f"1 unreadable pictures left out; first {tmp_path / 'a.parquet'}:3: not a picture",)
@@ -115,7 +116,7 @@ def test_a_directory_of_parquet_files_keeps_its_division(tmp_path: Path, below: 
         columns = {"image": [png(n) for n in numbers], "label": [int(LABELS_N[n]) for n in numbers]}
         parquet(tmp_path / below / f"{name}.parquet", **columns)
 
-    found = read_parquet(tmp_path)
+    found = gathered(in_parquet(tmp_path))
 
     assert found.heldout_N is not None
     assert sorted(zip(found.heldout_N.tolist(), found.labels_N.tolist(), strict=True)) == [
@@ -125,12 +126,12 @@ def test_a_directory_of_parquet_files_keeps_its_division(tmp_path: Path, below: 
 
 def test_tables_that_do_not_fit(tmp_path: Path):
     with pytest.raises(UserError, match=r"has no column 'image', but img, label[\s\S]*try: did you mean 'img'"):
-        read_parquet(parquet(tmp_path / "a.parquet", img=[png(0)], label=[0]))
+        gathered(in_parquet(parquet(tmp_path / "a.parquet", img=[png(0)], label=[0])))
     with pytest.raises(UserError, match=r"the column image of .* holds int"):
-        read_parquet(parquet(tmp_path / "a.parquet", image=[1], label=[0]))
+        gathered(in_parquet(parquet(tmp_path / "a.parquet", image=[1], label=[0])))
     (tmp_path / "a.parquet").write_text("words")
     with pytest.raises(UserError, match=r"a.parquet is not a Parquet file"):
-        read_parquet(tmp_path / "a.parquet")
+        gathered(in_parquet(tmp_path / "a.parquet"))
 
 
 def test_what_datasets_saved(tmp_path: Path):
@@ -146,10 +147,10 @@ def test_what_datasets_saved(tmp_path: Path):
 
     assert is_saved(tmp_path / "whole")
     assert is_saved(tmp_path / "parts")
-    for found in (read_saved(tmp_path / "whole"), read_parquet(tmp_path / "whole.parquet")):
+    for found in (gathered(in_saved(tmp_path / "whole")), gathered(in_parquet(tmp_path / "whole.parquet"))):
         assert (found.images_NHWC == IMAGES_NHWC).all()
         assert (found.labels_N.tolist(), found.classes, found.heldout_N) == ([0, 1, 1, 0], ("owl", "ant"), None)
-    parts = read_saved(tmp_path / "parts")
+    parts = gathered(in_saved(tmp_path / "parts"))
     assert (parts.images_NHWC == IMAGES_NHWC[[2, 0, 1, 3]]).all()
     assert parts.heldout_N is not None
     assert parts.heldout_N.tolist() == [False, False, False, True]
