@@ -19,30 +19,22 @@ from torch import nn
 from overhaul import artifact as artifacts
 from overhaul import journal, machine, pretrained
 from overhaul.artifact import Artifact
-from overhaul.corpora import (
-    NO_CORPUS,
-    Corpus,
-    CorpusSpec,
-    from_anywhere,
-    open_corpus,
-    open_several,
-    open_whole,
-)
+from overhaul.corpora import NO_CORPUS, Corpus, from_anywhere, open_several
 from overhaul.data import Data
 from overhaul.dry_run import say_plan
 from overhaul.errors import Interrupted, UserError
 from overhaul.fitting import refuse_two_networks, refuse_unfit
 from overhaul.generation import longest
-from overhaul.interop.classifier import channels_of
 from overhaul.judge import Judge, without_text
 from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
 from overhaul.method import Difference, Measure, Method, Pipeline, Training, Transform
-from overhaul.options import DEFAULT_CORPUS, PASSING_OPTIONS, Options
+from overhaul.options import PASSING_OPTIONS, Options
 from overhaul.progress import say
 from overhaul.recipe import Recipe, Step
 from overhaul.report.facts import LOSS, LOSS_ON, PERPLEXITY, Facts
 from overhaul.select import has_adapters
 from overhaul.sharding import num_processes, wait_for_all
+from overhaul.step_data import open_data, sequence_of, task_data, text_data
 from overhaul.table import Table
 from overhaul.task_data import TaskData
 from overhaul.tasks import TaskSequence
@@ -59,14 +51,6 @@ class Outcome:
 
     path: Path
     facts: tuple[Facts, ...]
-
-
-def open_data(options: Options, method: Method | None = None) -> Corpus:
-    """The corpus that the options name, as a method reads it."""
-    spec = CorpusSpec(path=options.data or DEFAULT_CORPUS, field=options.field)
-    if method is None or (method.holds_out and not options.whole):
-        return open_corpus(spec)
-    return open_whole(spec, getattr(method, "tags", ()), label=getattr(method, "label_field", None))
 
 
 def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome | None:
@@ -94,7 +78,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     dtype = machine.compute_dtype(options.dtype, device)
     needs_data = method.reads_data()
     others = _others(method)
-    sequence = _sequence(method, options)
+    sequence = sequence_of(method, options)
     _refuse_unread(step)
     corpus = open_data(options, method) if needs_data or options.data else None
     beside, watched = _further(method, options, corpus)
@@ -108,9 +92,9 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     sees_all = isinstance(method, Pipeline) or method.brings_text
     text = (corpus or NO_CORPUS) if sees_all else corpus if needs_data else None
     data = (
-        _task_data(sequence, method, parent, options, dtype)
+        task_data(sequence, method, parent, options, dtype)
         if sequence
-        else _text_data(text, parent, options, dtype, beside)
+        else text_data(text, parent, options, dtype, beside)
         if text
         else None
     )
@@ -152,49 +136,6 @@ def _refuse_unread(step: Step) -> None:
         )
     if step.options.whole and not trains_on_data:
         raise UserError(f"--whole is of training on --data, and {step.entry.verb} {step.entry.name} does not")
-
-
-def _sequence(method: Method, options: Options) -> TaskSequence | TextSequence | None:
-    """The tasks of a method that learns some.
-
-    Raises:
-        UserError: they cannot be read, or a text is named too.
-    """
-    sequence = method.sequence()
-    texts = [
-        f"--{name}"
-        for name in ("data", "field", "evaluate", "watch")
-        if getattr(options, name) not in (None, "none", ())
-    ]
-    if sequence and texts:
-        raise UserError(f"{texts[0]} is of methods that read one text", hint="--tasks, which names what is learnt")
-    return sequence
-
-
-def _text_data(
-    text: Corpus, parent: Artifact, options: Options, dtype: torch.dtype, beside: Mapping[str, Corpus]
-) -> Data:
-    """A text as the model sees it."""
-    return Data(
-        text,
-        parent.processor,
-        options.seed,
-        dtype=dtype,
-        dense_tensors=artifacts.dense_ancestor(parent),
-        lineage=parent.lineage,
-        beside=beside,
-    )
-
-
-def _task_data(
-    sequence: TaskSequence | TextSequence, method: Any, parent: Artifact, options: Options, dtype: torch.dtype
-) -> TaskData | TextTaskData:
-    """The tasks as the model sees them."""
-    how: dict[str, Any] = {"seed": options.seed, "model": parent.name, "dtype": dtype}
-    if isinstance(sequence, TextSequence):
-        return TextTaskData(sequence, parent.processor, method.seq_len, measured=method.heldout, **how)
-    extent = channels_of(parent.model) if sequence.unit == "images" else method.seq_len
-    return TaskData(sequence, parent.processor, extent, **how)
 
 
 def measured_by(step: Step) -> tuple[str, ...]:

@@ -1,0 +1,72 @@
+"""What a step reads: the text that its options name, or the tasks of its method; opened, and as its model sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from overhaul import artifact as artifacts
+from overhaul.artifact import Artifact
+from overhaul.corpora import Corpus, CorpusSpec, open_corpus, open_whole
+from overhaul.data import Data
+from overhaul.errors import UserError
+from overhaul.interop.classifier import channels_of
+from overhaul.method import Method
+from overhaul.options import DEFAULT_CORPUS, Options
+from overhaul.task_data import TaskData
+from overhaul.tasks import TaskSequence
+from overhaul.text_task_data import TextTaskData
+from overhaul.text_tasks import TextSequence
+
+
+def open_data(options: Options, method: Method | None = None) -> Corpus:
+    """The corpus that the options name, as a method reads it."""
+    spec = CorpusSpec(path=options.data or DEFAULT_CORPUS, field=options.field)
+    if method is None or (method.holds_out and not options.whole):
+        return open_corpus(spec)
+    return open_whole(spec, getattr(method, "tags", ()), label=getattr(method, "label_field", None))
+
+
+def sequence_of(method: Method, options: Options) -> TaskSequence | TextSequence | None:
+    """The tasks of a method that learns some.
+
+    Raises:
+        UserError: they cannot be read, or a text is named too.
+    """
+    sequence = method.sequence()
+    texts = [
+        f"--{name}"
+        for name in ("data", "field", "evaluate", "watch")
+        if getattr(options, name) not in (None, "none", ())
+    ]
+    if sequence and texts:
+        raise UserError(f"{texts[0]} is of methods that read one text", hint="--tasks, which names what is learnt")
+    return sequence
+
+
+def text_data(
+    text: Corpus, parent: Artifact, options: Options, dtype: torch.dtype, beside: Mapping[str, Corpus]
+) -> Data:
+    """A text as the model sees it."""
+    return Data(
+        text,
+        parent.processor,
+        options.seed,
+        dtype=dtype,
+        dense_tensors=artifacts.dense_ancestor(parent),
+        lineage=parent.lineage,
+        beside=beside,
+    )
+
+
+def task_data(
+    sequence: TaskSequence | TextSequence, method: Any, parent: Artifact, options: Options, dtype: torch.dtype
+) -> TaskData | TextTaskData:
+    """The tasks as the model sees them."""
+    how: dict[str, Any] = {"seed": options.seed, "model": parent.name, "dtype": dtype}
+    if isinstance(sequence, TextSequence):
+        return TextTaskData(sequence, parent.processor, method.seq_len, measured=method.heldout, **how)
+    extent = channels_of(parent.model) if sequence.unit == "images" else method.seq_len
+    return TaskData(sequence, parent.processor, extent, **how)
