@@ -301,7 +301,7 @@ ENTRIES = (
         "measure",
         "accuracy",
         "measure.accuracy:MeasureAccuracy",
-        "Share of labelled texts whose class a classifier tells, with a 95% interval.",
+        "Share of labelled texts or images whose class a classifier tells, with a 95% interval.",
     ),
     Entry(
         "measure",

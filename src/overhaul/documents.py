@@ -70,6 +70,11 @@ class Row(Mapping[str, Any]):
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     @property
+    def label(self) -> str:
+        """The name of its class, where its columns are those of `LABELLED`."""
+        return self["label"]
+
+    @property
     def document(self) -> str:
         """Id of the row as it stands in the corpus, whatever was cut off it since."""
         return self.cut_of or self.id

@@ -14,6 +14,7 @@ from overhaul.artifact import Artifact
 from overhaul.data import Data
 from overhaul.method import Pipeline, Training
 from overhaul.optim.build import state_bytes
+from overhaul.picture_data import PictureData
 from overhaul.progress import say
 from overhaul.recipe import Step
 from overhaul.task_data import TaskData
@@ -27,7 +28,7 @@ MASTER_BYTES = 4
 def say_plan(
     step: Step,
     parent: Artifact,
-    data: Data | TaskData | TextTaskData | None,
+    data: Data | PictureData | TaskData | TextTaskData | None,
     out: Path,
     *,
     longest: int,

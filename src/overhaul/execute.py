@@ -29,12 +29,14 @@ from overhaul.judge import Judge, without_text
 from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
 from overhaul.method import Difference, Measure, Method, Pipeline, Training, Transform
 from overhaul.options import PASSING_OPTIONS, Options
+from overhaul.picture_data import PictureData
+from overhaul.picture_rows import PictureCorpus
 from overhaul.progress import say
 from overhaul.recipe import Recipe, Step
 from overhaul.report.facts import LOSS, LOSS_ON, PERPLEXITY, Facts
 from overhaul.select import has_adapters
 from overhaul.sharding import num_processes, wait_for_all
-from overhaul.step_data import open_data, sequence_of, task_data, text_data
+from overhaul.step_data import open_data, open_text, picture_data, sequence_of, task_data, text_data
 from overhaul.table import Table
 from overhaul.task_data import TaskData
 from overhaul.tasks import TaskSequence
@@ -80,7 +82,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     others = _others(method)
     sequence = sequence_of(method, options)
     _refuse_unread(step)
-    corpus = open_data(options, method) if needs_data or options.data else None
+    corpus = open_data(options, method, artifacts.kind_at(path)) if needs_data or options.data else None
     beside, watched = _further(method, options, corpus)
     whole = method.whole_corpora()
     for note in (note for text in (corpus, sequence, *beside.values(), *whole) if text for note in text.notes):
@@ -94,11 +96,13 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     data = (
         task_data(sequence, method, parent, options, dtype)
         if sequence
+        else picture_data(text, parent, options, dtype)
+        if isinstance(text, PictureCorpus)
         else text_data(text, parent, options, dtype, beside)
         if text
         else None
     )
-    handed: Any = data  # each method gets what it reads: text, or tasks
+    handed: Any = data  # each method gets what it reads: text, pictures, or tasks
     method.check(parent.model, handed)
     left = method.left_bytes(parent.model) if isinstance(method, Training) else 0
     artifacts.refuse_full_disk(
@@ -110,6 +114,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     # What a pipeline has no use for is not read by the back door either: --evaluate can still name it.
     is_held_out = method.holds_out and not options.whole
     judged = None if (isinstance(method, Pipeline) and not needs_data) or not is_held_out else corpus
+    assert not isinstance(judged, PictureCorpus), "a method that reads pictures holds none out"
     options = without_text(options, parent, learns_tasks=sequence is not None)
     judge = Judge.of(options, judged, parent.processor, dtype, (*beside.values(), *watched), whole)
     before = judge.chain(parent)
@@ -138,25 +143,32 @@ def _refuse_unread(step: Step) -> None:
         raise UserError(f"--whole is of training on --data, and {step.entry.verb} {step.entry.name} does not")
 
 
-def measured_by(step: Step) -> tuple[str, ...]:
+def measured_by(step: Step, model: str) -> tuple[str, ...]:
     """The metrics of a step's result: the method's own, or held-out perplexity and loss, and losses on other text.
+
+    Args:
+        step: the method with its options.
+        model: that it is applied to, or that such a one is made from.
 
     Raises:
         UserError: one of the corpora cannot be opened.
     """
     method, options = step.method, step.options
     reads = method.reads_data()
-    beside, watched = _further(method, options, open_data(options, method) if reads or options.data else None)
+    kind = artifacts.kind_at(pretrained.resolve(model))
+    beside, watched = _further(method, options, open_data(options, method, kind) if reads or options.data else None)
     names = (*method.whole_names(), *(text.name for text in (*beside.values(), *watched)))
     on_text = [] if options.evaluate == "none" or method.measures() else [PERPLEXITY, LOSS]
     return (*method.measures(), *on_text, *(f"{LOSS_ON} {name}" for name in names))
 
 
-def _further(method: Method, options: Options, corpus: Corpus | None) -> tuple[dict[str, Corpus], tuple[Corpus, ...]]:
+def _further(
+    method: Method, options: Options, corpus: Corpus | PictureCorpus | None
+) -> tuple[dict[str, Corpus], tuple[Corpus, ...]]:
     """The corpora that a method reads beside that of --data, and those that are only watched."""
     read = [corpus.name] if corpus else []
     beside = open_several(method.texts(), taken=read)
-    own = [corpus] if corpus and options.data in options.watch else []
+    own = [corpus] if isinstance(corpus, Corpus) and options.data in options.watch else []
     only = [path for path in options.watch if path not in beside and not (own and path == options.data)]
     watched = open_several(only, taken=[*read, *(one.name for one in beside.values())])
     return beside, (*own, *watched.values())
@@ -166,7 +178,7 @@ def _change(
     step: Step,
     parent: Artifact,
     others: tuple[Parent, ...],
-    data: Data | TaskData | TextTaskData | None,
+    data: Data | PictureData | TaskData | TextTaskData | None,
     dtype: torch.dtype,
     out: Path,
     judge: Judge,
@@ -229,7 +241,7 @@ def _train(
     method: Training,
     parent: Artifact,
     others: tuple[Parent, ...],
-    data: Data | TaskData | TextTaskData,
+    data: Data | PictureData | TaskData | TextTaskData,
     dtype: torch.dtype,
     out: Path,
     options: Options,
@@ -345,8 +357,8 @@ def _refuse_track(tracker: str, method: Training) -> None:
         )
 
 
-def _data_used(corpus: Corpus | TaskSequence | TextSequence, tokens: int) -> DataUsed:
-    unit = corpus.unit if isinstance(corpus, TaskSequence) else "tokens"
+def _data_used(corpus: Corpus | PictureCorpus | TaskSequence | TextSequence, tokens: int) -> DataUsed:
+    unit = corpus.unit if isinstance(corpus, TaskSequence | PictureCorpus) else "tokens"
     return DataUsed(name=corpus.name, fingerprint=corpus.fingerprint, tokens=tokens, licence=corpus.licence, unit=unit)
 
 
@@ -415,7 +427,7 @@ def measure(method: Measure, models: Sequence[str], options: Options) -> Table:
         return sum((method.between(models[0], tuned) for tuned in models[1:]), Table(()))
     device = machine.pick_device(options.device)
     dtype = machine.compute_dtype(options.dtype, device)
-    corpus = open_data(options) if method.needs_corpus else NO_CORPUS
+    corpus = open_text(options) if method.needs_corpus else NO_CORPUS
     table = Table(())
     for name in models:
         how: dict[str, Any] = {"device": device, "dtype": machine.weights_dtype(dtype), "kinds": method.kinds}

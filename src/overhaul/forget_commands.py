@@ -21,7 +21,7 @@ _Json = Annotated[Flag[bool], tyro.conf.arg(help="One JSON object on stdout.")]
 
 
 def forget_delete_command(arguments: list[str]) -> None:
-    """`overhaul forget delete DIR --where COLUMN=VALUE --text FILE`."""
+    """`overhaul forget delete DIR --where COLUMN=VALUE --text FILE --images PATH`."""
 
     @dataclass
     class ForgetDelete:
@@ -30,6 +30,10 @@ def forget_delete_command(arguments: list[str]) -> None:
             tuple[str, ...], tyro.conf.arg(help="COLUMN=VALUE: examples with one of these, by columns of --tags.")
         ] = ()
         text: Annotated[Path | None, tyro.conf.arg(help="File of examples, exactly as the data has them.")] = None
+        images: Annotated[
+            Path | None,
+            tyro.conf.arg(help="A picture, or a folder or a table of them, exactly as the data has them."),
+        ] = None
         field: Annotated[str | None, tyro.conf.arg(help="The column of it that holds the text; as in training.")] = None
         by: Annotated[str | None, tyro.conf.arg(help="Who asked for it, for the log; none: the user here.")] = None
         reason: Annotated[str | None, tyro.conf.arg(help="Why, for the log.")] = None
@@ -44,6 +48,7 @@ def forget_delete_command(arguments: list[str]) -> None:
         given.directory,
         where=[_pair(one) for one in given.where],
         texts=given.text,
+        images=given.images,
         field=given.field,
         by=given.by,
         reason=given.reason,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from overhaul import documents, machine
-from overhaul.deletion.book import Book, Found, Key
+from overhaul.deletion.book import Book, Found
 from overhaul.deletion.sequences import expected_deletions
 from overhaul.errors import UserError
+from overhaul.picture_rows import PIXELS, hashes_at
 from overhaul.unlearning.writing import whoami
 
 
@@ -42,6 +44,7 @@ def delete(
     *,
     where: Sequence[tuple[str, str]] = (),
     texts: Path | None = None,
+    images: Path | None = None,
     field: str | None = None,
     by: str | None = None,
     reason: str | None = None,
@@ -55,6 +58,7 @@ def delete(
         directory: that `forget s3t` wrote.
         where: columns with values; an example with one of them is meant.
         texts: a file of examples, as the data was.
+        images: a picture, a folder of them, or a table; whatever the label that they were learnt with.
         field: the column of it that holds the text; as in training where none is named.
         by: who asked for it; the user who runs this where it is None.
         reason: why, for the log.
@@ -63,11 +67,16 @@ def delete(
     Raises:
         UserError: nothing is asked for, or something that this model's data never had; then nothing is deleted.
     """
-    if not where and texts is None:
-        raise UserError("nothing is named to be deleted", hint="--where user=17, or --text FILE")
+    if not where and texts is None and images is None:
+        raise UserError("nothing is named to be deleted", hint="--where user=17, --text FILE, or --images PATH")
     with Book(directory) as book:
         book.sweep()
-        found = _found(book, where, texts, field)
+        _refuse_other_kind(book, texts, images)
+        found = _joined(
+            _by_columns(book, where),
+            _by_text(book, texts, field) if texts is not None else (),
+            _by_pixels(book, images) if images is not None else (),
+        )
         left = book.survivors()
         stages = len(book.stages())
         if dry_run:
@@ -92,39 +101,65 @@ def delete(
         )
 
 
-def _found(book: Book, where: Sequence[tuple[str, str]], texts: Path | None, field: str | None) -> Found:
-    """All that is asked for, each once; `UserError` where some of it was never there."""
-    there: dict[Key, None] = {}
-    gone: dict[Key, None] = {}
-    known = book.settings["tags"]
+def _refuse_other_kind(book: Book, texts: Path | None, images: Path | None) -> None:
+    """Raises `UserError` for texts of a model of images, and for images of one of texts."""
+    of_images = book.settings.get("images", False)
+    if of_images and texts is not None:
+        raise UserError(f"--text {texts}: this model learnt images", hint="--images PATH")
+    if not of_images and images is not None:
+        raise UserError(f"--images {images}: this model learnt texts", hint="--text FILE")
+
+
+def _joined(*parts: Iterable[Found]) -> Found:
+    """All of them, each example once."""
+    every = list(chain.from_iterable(parts))
+    there, gone = (chain.from_iterable(keys) for keys in ((one.there for one in every), (one.gone for one in every)))
+    return Found(tuple(dict.fromkeys(there)), tuple(dict.fromkeys(gone)))
+
+
+def _by_columns(book: Book, where: Sequence[tuple[str, str]]) -> list[Found]:
+    """Examples with values in columns; `UserError` where none ever had one."""
+    known, every = book.settings["tags"], list[Found]()
+    content = "--images PATH" if book.settings.get("images") else "--text FILE"
     for name, value in where:
         if name not in known:
             raise UserError(
                 f"examples of this model cannot be asked for by {name!r}",
-                allowed=", ".join(known) or "--text FILE: no column was named in --tags when it was trained",
+                allowed=", ".join(known) or f"{content}: no column was named in --tags when it was trained",
             )
         found = book.find((name, value))
         if not found.there and not found.gone:
             raise UserError(f"no example has {name}={value}; nothing was deleted", allowed="values of the data")
-        there |= dict.fromkeys(found.there)
-        gone |= dict.fromkeys(found.gone)
-    if texts is not None:
-        settings = book.settings
-        rows = documents.read_rows(texts, field or settings.get("field"), label=settings.get("label")).rows
-        unknown = []
-        for number, row in enumerate(rows, 1):
-            found = book.find_content(row.id)
-            there |= dict.fromkeys(found.there)
-            gone |= dict.fromkeys(found.gone)
-            if not found.there and not found.gone:
-                unknown.append(number)
-        if unknown:
-            raise UserError(
-                f"{len(unknown)} of {len(rows)} examples in {texts} were never in this model's data, such as number "
-                f"{unknown[0]}; nothing was deleted",
-                allowed="examples exactly as the data has them, all of their columns",
-            )
-    return Found(tuple(there), tuple(gone))
+        every.append(found)
+    return every
+
+
+def _by_text(book: Book, texts: Path, field: str | None) -> list[Found]:
+    """The examples of a file; `UserError` where some of it was never there."""
+    settings = book.settings
+    rows = documents.read_rows(texts, field or settings.get("field"), label=settings.get("label")).rows
+    return _known(
+        [book.find_content(row.id) for row in rows],
+        texts,
+        "examples exactly as the data has them, all of their columns",
+    )
+
+
+def _by_pixels(book: Book, images: Path) -> list[Found]:
+    """The examples with some pictures, under whatever label; `UserError` where some were never there."""
+    allowed = "pictures exactly as the data has them, pixel for pixel: neither resized nor compressed anew"
+    return _known([book.find((PIXELS, pixels)) for pixels in hashes_at(images)], images, allowed)
+
+
+def _known(every: list[Found], path: Path, allowed: str) -> list[Found]:
+    unknown = [number for number, found in enumerate(every, 1) if not found.there and not found.gone]
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} of {len(every)} examples in {path} were never in this model's data, such as number "
+            f"{unknown[0]}; nothing was deleted",
+            allowed=allowed,
+        )
+    return every
 
 
 def status(directory: Path) -> dict[str, Any]:

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 Size = tuple[int, int]
 """Height and width in pixels."""
 
+Tags = tuple[tuple[str, str], ...]
+"""Columns with values, which are no content."""
+FILE = "file"
+"""The one that a folder has: the path of a picture in it."""
+
 TRAIN = "train"
 HELDOUT = ("heldout", "test", "valid", "validation", "val")
 """What people call the part that is not trained on; the first that is there is read."""
@@ -48,6 +53,7 @@ class Pictures:
         domains_N: int64, places in `domains`, such as the artist, the camera or the year.
         domains: their names.
         notes: what was left out or changed, one sentence each.
+        tags: of each picture, where they were asked for.
     """
 
     images_NHWC: NDArray[np.uint8]
@@ -58,6 +64,7 @@ class Pictures:
     domains_N: NDArray[np.int64] | None = None
     domains: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    tags: tuple[Tags, ...] = ()
 
 
 class Entry(NamedTuple):
@@ -70,6 +77,7 @@ class Entry(NamedTuple):
         part: "train" or "heldout" if its source says so.
         domain: name or number, if there are domains.
         group: what it may not be divided from.
+        tags: what else its source says of it: columns with values.
     """
 
     where: str
@@ -78,6 +86,7 @@ class Entry(NamedTuple):
     part: str = ""
     domain: str | int | None = None
     group: str = ""
+    tags: Tags = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +312,11 @@ def resized(images_NHWC: NDArray[np.uint8], size: Size | None) -> NDArray[np.uin
     return out_NHWC
 
 
+def is_picture(file: Path) -> bool:
+    """Whether the name of a file ends as that of a picture of a format that is read."""
+    return file.suffix.lower() in _formats()[1]
+
+
 @cache
 def _formats() -> tuple[tuple[str, ...], frozenset[str]]:
     """The formats that are read, and the suffixes their files have."""
@@ -371,9 +385,9 @@ def in_folder(path: Path) -> Undecoded:
         )
     entries, others = [], []
     for part, folder in folders:
-        files = sorted(_visible(folder))
-        pictures = [file for file in files if file.suffix.lower() in _formats()[1]]
-        others += [file for file in files if file.suffix.lower() not in _formats()[1]]
+        files = sorted(visible(folder))
+        pictures = [file for file in files if is_picture(file)]
+        others += [file for file in files if not is_picture(file)]
         if not pictures:
             but = f" ({len(files):,} files of other kinds, first {files[0].name})" if files else ""
             raise UserError(
@@ -381,7 +395,11 @@ def in_folder(path: Path) -> Undecoded:
                 allowed="files of formats that Pillow reads, such as .png and .jpg",
                 hint=f"remove {folder.name}/ or put pictures into it",
             )
-        entries += [Entry(str(file.relative_to(path)), file, folder.name, part) for file in pictures]
+        names = [str(file.relative_to(path)) for file in pictures]
+        entries += [
+            Entry(name, file, folder.name, part, tags=((FILE, name),))
+            for name, file in zip(names, pictures, strict=True)
+        ]
     loose = [file for name in read for file in (path / name).iterdir() if file.is_file() and file.name[0] != "."]
     if others := loose + others:
         notes += (f"{len(others):,} files ignored that are no pictures in a class folder; first {others[0]}",)
@@ -393,7 +411,8 @@ def _folders(path: Path) -> list[str]:
     return sorted(f.name for f in path.iterdir() if f.is_dir() and f.name[0] != "." and f.name != "__MACOSX")
 
 
-def _visible(folder: Path) -> Iterator[Path]:
+def visible(folder: Path) -> Iterator[Path]:
+    """Files at any depth, but for those that are hidden, or in a folder that is."""
     for file in folder.rglob("*"):
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts):
             yield file

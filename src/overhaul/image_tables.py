@@ -26,12 +26,13 @@ CHANNELS = (1, 3)
 """Grey, or red, green and blue."""
 
 
-def read_npz(path: Path, size: Size | None = None) -> Pictures:
+def read_npz(path: Path, size: Size | None = None, *, tags: Sequence[str] = ()) -> Pictures:
     """Pictures from the arrays of an `.npz`: `images` and `labels`, if wanted `classes`, `domains` and `heldout`.
 
     Args:
         path: the file.
         size: what the pictures are resized to, if given.
+        tags: further arrays with a value for each picture.
 
     Raises:
         UserError: it is no such file, or an array is missing, of another type or another length.
@@ -39,7 +40,8 @@ def read_npz(path: Path, size: Size | None = None) -> Pictures:
     arrays = _arrays(path)
     images_NHWC = _images(arrays["images"], path)
     count = len(images_NHWC)
-    for name in ("labels", "domains", "heldout"):
+    _refuse_missing(tags, arrays, f"{path} has no array", allowed="--tags with arrays of the file")
+    for name in ("labels", "domains", "heldout", *tags):
         if name in arrays and arrays[name].shape != (count,):
             raise UserError(
                 f"{name} in {path} has the shape {arrays[name].shape}, images that of {count:,} pictures",
@@ -60,7 +62,12 @@ def read_npz(path: Path, size: Size | None = None) -> Pictures:
         heldout_N=heldout_N,
         domains_N=domains_N,
         domains=domains,
+        tags=tuple(zip(*(_tag(name, arrays[name]) for name in tags), strict=True)),
     )
+
+
+def _tag(name: str, values_N: NDArray[Any]) -> list[tuple[str, str]]:
+    return [(name, str(value)) for value in values_N.tolist()]
 
 
 def _arrays(path: Path) -> dict[str, Any]:
@@ -105,11 +112,12 @@ def _images(images: NDArray[Any], path: Path) -> NDArray[np.uint8]:
     raise UserError(f"images in {path} is {images.dtype} of the shape {images.shape}", allowed=NPZ, hint=hint)
 
 
-def in_parquet(path: Path) -> Undecoded:
+def in_parquet(path: Path, tags: Sequence[str] = ()) -> Undecoded:
     """Pictures from the columns `image`, `label` and, if there, `domain` of Parquet files.
 
     Args:
         path: a file, or a directory of them; files called `train-...` and `test-...` keep that division.
+        tags: further columns.
 
     Raises:
         UserError: it is no such file, or has other columns; of some files not before they are read.
@@ -122,7 +130,9 @@ def in_parquet(path: Path) -> Undecoded:
     for file in chosen:
         names = names or _named_in(file)
     entries = (
-        entry for file, part in chosen.items() for entry in _entries(_batches(file), str(file), part, file.parent)
+        entry
+        for file, part in chosen.items()
+        for entry in _entries(_batches(file, tags), str(file), part, file.parent, tags)
     )
     return Undecoded(where=str(path), entries=entries, classes=names, notes=notes)
 
@@ -132,21 +142,22 @@ def parquet_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
 
 
-def _batches(file: Path) -> Iterator[pa.RecordBatch]:
+def _batches(file: Path, tags: Sequence[str]) -> Iterator[pa.RecordBatch]:
     from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(file) as opened:
-            columns = _columns(opened.schema_arrow.names, str(file))
+            columns = _columns(opened.schema_arrow.names, str(file), tags)
             yield from opened.iter_batches(ROWS_AT_ONCE, columns=columns)
     except (ArrowInvalid, OSError) as error:
         raise UserError(f"{file} is not a Parquet file: {error}") from error
 
 
-def _columns(names: Sequence[str], where: str) -> list[str]:
+def _columns(names: Sequence[str], where: str, tags: Sequence[str]) -> list[str]:
     _refuse_missing(("image", "label"), names, f"{where} has no column", allowed=COLUMNS)
-    return [name for name in ("image", "label", "domain") if name in names]
+    _refuse_missing(tags, names, f"{where} has no column", allowed="--tags with columns of the table")
+    return list(dict.fromkeys([*(name for name in ("image", "label", "domain") if name in names), *tags]))
 
 
 def _named_in(file: Path) -> list[str] | None:
@@ -161,13 +172,14 @@ def _named_in(file: Path) -> list[str] | None:
         return None
 
 
-def _entries(batches: Iterable[Any], where: str, part: str, folder: Path) -> Iterator[Entry]:
+def _entries(batches: Iterable[Any], where: str, part: str, folder: Path, tags: Sequence[str]) -> Iterator[Entry]:
     number = 0
     for batch in batches:
         for row in batch.to_pylist():
             number += 1
             source = _source(row["image"], where, folder)
-            yield Entry(f"{where}:{number}", source, row["label"], part, row.get("domain"))
+            told = tuple((name, str(row[name])) for name in tags if row[name] is not None)
+            yield Entry(f"{where}:{number}", source, row["label"], part, row.get("domain"), tags=told)
 
 
 def _source(image: object, where: str, folder: Path) -> Path | bytes:
@@ -187,11 +199,12 @@ def is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
-def in_saved(path: Path) -> Undecoded:
+def in_saved(path: Path, tags: Sequence[str] = ()) -> Undecoded:
     """Pictures of what `datasets`' `save_to_disk` wrote, in the columns of `in_parquet`; its splits are kept.
 
     Args:
         path: the directory.
+        tags: further columns.
 
     Raises:
         UserError: it cannot be read, has other columns, or no split called train.
@@ -207,9 +220,9 @@ def in_saved(path: Path) -> Undecoded:
     names, entries = None, []
     for name, part in read.items():
         where = f"{path}/{name}" if isinstance(loaded, DatasetDict) else str(path)
-        columns = _columns(splits[name].column_names, where)
+        columns = _columns(splits[name].column_names, where, tags)
         label = splits[name].features["label"]
         names = names or getattr(label, "names", None)
         batches = splits[name].select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE)
-        entries.append(_entries(batches, where, part, path))
+        entries.append(_entries(batches, where, part, path, tags))
     return Undecoded(where=str(path), entries=chain.from_iterable(entries), classes=names, notes=notes)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from overhaul import image_files, image_sets, image_tables
 from overhaul.errors import UserError, did_you_mean
-from overhaul.image_files import Pictures, Size, Undecoded
+from overhaul.image_files import FILE, Pictures, Size, Undecoded
 from overhaul.image_sets import ImageSetInfo, named_image_sets
 from overhaul.split import held_out
 
@@ -97,6 +97,12 @@ def open_images(path: str | Path, *, size: Size | None = None) -> ImageSet:
     if isinstance(path, str) and path in image_sets.NAMED:
         info, read = image_sets.NAMED[path]
         return _divided(info.name, info.licence, info.source, read(size or info.size[:2]))
+    there = existing(path)
+    return _divided(there.resolve().name, "not stated", str(path), _read(there, size))
+
+
+def existing(path: str | Path) -> Path:
+    """A path to images that is there, or `UserError`."""
     there = Path(path)
     if not there.exists():
         raise UserError(
@@ -104,7 +110,7 @@ def open_images(path: str | Path, *, size: Size | None = None) -> ImageSet:
             allowed=f"{', '.join(image_sets.NAMED)}, or {NOTHING_READ}",
             hint=did_you_mean(str(path), image_sets.NAMED) or "overhaul data list",
         )
-    return _divided(there.resolve().name, "not stated", str(path), _read(there, size))
+    return there
 
 
 def _check_size(size: Size | None) -> None:
@@ -118,23 +124,26 @@ def _read(path: Path, size: Size | None) -> Pictures:
     return image_files.gathered(undecoded(path), size)
 
 
-def undecoded(path: Path) -> Undecoded:
+def undecoded(path: Path, tags: Sequence[str] = ()) -> Undecoded:
     """Where the pictures of a directory or a Parquet file are.
 
     Args:
         path: it exists.
+        tags: columns that each picture keeps beside its content.
 
     Raises:
-        UserError: it is of another kind, or what is in it fits no layout.
+        UserError: it is of another kind, what is in it fits no layout, or it has no such column.
     """
     if path.is_dir():
         if image_tables.is_saved(path):
-            return image_tables.in_saved(path)
+            return image_tables.in_saved(path, tags)
         if image_tables.parquet_files(path):
-            return image_tables.in_parquet(path)
+            return image_tables.in_parquet(path, tags)
+        if strange := next((name for name in tags if name != FILE), None):
+            raise UserError(f"{path} is a folder of pictures, and has no column {strange!r}", allowed=f"--tags {FILE}")
         return image_files.in_folder(path)
     if path.suffix == ".parquet":
-        return image_tables.in_parquet(path)
+        return image_tables.in_parquet(path, tags)
     raise UserError(
         f"{path} is a file of a kind that is not read as images",
         allowed=NOTHING_READ,

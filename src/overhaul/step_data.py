@@ -1,4 +1,4 @@
-"""What a step reads: the text that its options name, or the tasks of its method; opened, and as its model sees it."""
+"""What a step reads: the text or images that its options name, or the tasks of its method; as its model sees them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,38 @@ from overhaul.corpora import Corpus, CorpusSpec, open_corpus, open_whole
 from overhaul.data import Data
 from overhaul.errors import UserError
 from overhaul.interop.classifier import channels_of
+from overhaul.kinds import Kind
 from overhaul.method import Method
 from overhaul.options import DEFAULT_CORPUS, Options
+from overhaul.picture_data import PictureData
+from overhaul.picture_rows import PictureCorpus, open_pictures
 from overhaul.task_data import TaskData
 from overhaul.tasks import TaskSequence
 from overhaul.text_task_data import TextTaskData
 from overhaul.text_tasks import TextSequence
 
 
-def open_data(options: Options, method: Method | None = None) -> Corpus:
-    """The corpus that the options name, as a method reads it."""
-    spec = CorpusSpec(path=options.data or DEFAULT_CORPUS, field=options.field)
-    if method is None or (method.holds_out and not options.whole):
+def _spec(options: Options) -> CorpusSpec:
+    return CorpusSpec(path=options.data or DEFAULT_CORPUS, field=options.field)
+
+
+def open_text(options: Options) -> Corpus:
+    """The text that the options name, with a part that is held out."""
+    return open_corpus(_spec(options))
+
+
+def open_data(options: Options, method: Method, kind: Kind) -> Corpus | PictureCorpus:
+    """The corpus that the options name, as a method reads it for a model of some kind.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if kind is Kind.IMAGE_CLASSIFIER and kind in method.kinds:
+        if options.field is not None:
+            raise UserError(f"--field {options.field} is of texts", allowed="images in the column image, or as files")
+        return open_pictures(options.data or DEFAULT_CORPUS, getattr(method, "tags", ()))
+    spec = _spec(options)
+    if method.holds_out and not options.whole:
         return open_corpus(spec)
     return open_whole(spec, getattr(method, "tags", ()), label=getattr(method, "label_field", None))
 
@@ -70,3 +90,8 @@ def task_data(
         return TextTaskData(sequence, parent.processor, method.seq_len, measured=method.heldout, **how)
     extent = channels_of(parent.model) if sequence.unit == "images" else method.seq_len
     return TaskData(sequence, parent.processor, extent, **how)
+
+
+def picture_data(pictures: PictureCorpus, parent: Artifact, options: Options, dtype: torch.dtype) -> PictureData:
+    """Pictures as the model sees them."""
+    return PictureData(pictures, parent.processor, channels_of(parent.model), options.seed, parent.name, dtype)

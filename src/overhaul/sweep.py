@@ -286,7 +286,7 @@ def _refuse_unmeasured(score: Score, plans: Iterable[Recipe]) -> None:
     found: dict[str, None] = {}
     for plan in plans:
         try:
-            measured = measured_by(plan.steps[-1])
+            measured = measured_by(plan.steps[-1], plan.model)
         except UserError:  # that setting will be a row with its reason
             continue
         if set(score.metrics) <= set(measured):

@@ -28,6 +28,7 @@ from overhaul.report.card import (
     model_card,
     overhaul_snippet,
     served_classes_snippet,
+    served_images_snippet,
     snippet_of,
 )
 from overhaul.report.facts import HELDOUT, LOSS_ON, Facts, Report, curves_of_history
@@ -253,7 +254,10 @@ def _snippet(made: Artifact, name: str, tasks: Sequence[str], *, deletable: bool
     if not _is_stock(made):
         return overhaul_snippet(name)
     if deletable:
-        return served_classes_snippet(name) if is_classifier(made.model) else overhaul_snippet(name, with_library=True)
+        if not is_classifier(made.model):
+            return overhaul_snippet(name, with_library=True)
+        of_images = made.kind is Kind.IMAGE_CLASSIFIER
+        return served_images_snippet(name) if of_images else served_classes_snippet(name)
     if tasks:
         by_likeness = made.kind is Kind.CAUSAL_LM
         return overhaul_snippet(name, with_library=True) if by_likeness else banked_snippet(name, tasks[-1])

@@ -1,6 +1,6 @@
 """One model that answers as the mean of a shard's each: its adapters on top of weights that all of them share.
 
-Letters of shapes: B texts, C classes, S shards, T tokens, D model width.
+Letters of shapes: B texts or images, C classes, S shards, T tokens, D model width.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from overhaul.interop import hf
 from overhaul.layers import swap
 from overhaul.layers.joint import Choice, JointHead, JointlyAdapted
 
-_ROWS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-"""Arguments of a model that have a row for each text."""
+_ROWS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "pixel_values")
+"""Arguments of a model that have a row for each text or image."""
 
 
 class Ensemble:

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from overhaul.artifact import Artifact
     from overhaul.data import Data
     from overhaul.deletion.sequences import Order
+    from overhaul.picture_data import PictureData
     from overhaul.train import Plan
 
 
 class S3T(Training):
     """Train adapters in shards and slices, so that an example can be taken out again exactly, and at once.
 
-    With labels it trains a classifier, whose head every stage has a copy of.
+    With labels it trains a classifier, of texts or of images, whose head every stage has a copy of.
 
     Every row of the data is trained on, and none is held out of it: who is held out would depend on the others.
     """
@@ -33,7 +34,7 @@ class S3T(Training):
         "Basu Roy Chowdhury, Choromanski, Sehanobish, Dubey, Chaturvedi: Towards Scalable Exact Machine Unlearning "
         "Using Parameter-Efficient Fine-Tuning, ICLR 2025, arXiv:2406.16257"
     )
-    kinds: ClassVar[tuple[Kind, ...]] = (Kind.CAUSAL_LM, Kind.TEXT_CLASSIFIER, Kind.ENCODER)
+    kinds: ClassVar[tuple[Kind, ...]] = (Kind.CAUSAL_LM, Kind.TEXT_CLASSIFIER, Kind.ENCODER, Kind.IMAGE_CLASSIFIER)
     holds_out: ClassVar[bool] = False
 
     lr: PeakRate = 2e-4
@@ -53,15 +54,21 @@ class S3T(Training):
     rslora: bool = Field(True, description="Scale by alpha / sqrt(rank) instead (rsLoRA), as in the paper.")
     targets: Names = Field((), description="Ends of layer names, such as q_proj v_proj; none: all linear layers.")
     label_field: str | None = Field(
-        None, description="Column of the label, where it is classes of texts that are learnt: the model gets a head."
+        None,
+        description="Column of the label, where it is classes of texts that are learnt: the model gets a head. Images "
+        "have their class by their folder, or in the column label.",
     )
     classes: Names = Field(
         (),
         description="All classes, declared: which there are must not depend on data that may be deleted. A classifier "
-        "of texts has its own.",
+        "of texts has its own; one of images has its own unless others are declared.",
     )
     uneven: bool = Field(False, description="Let the first stages have one block more, where blocks do not divide.")
-    tags: Names = Field((), description="Columns of the data by which examples can be asked for, such as id or user.")
+    tags: Names = Field(
+        (),
+        description="Columns of the data by which examples can be asked for, such as id or user; of a folder of images "
+        "file.",
+    )
     together: str | None = Field(
         None,
         description="One of --tags: examples with the same value are in one slice, as a user's are deleted at once.",
@@ -95,8 +102,6 @@ class S3T(Training):
 
     @model_validator(mode="after")
     def _classes_are_told_apart(self) -> Self:
-        if self.classes and self.label_field is None:
-            raise ValueError("classes is of texts with labels; use label_field, the column that holds them")
         if len(self.classes) == 1:
             raise ValueError(f"classes has {self.classes[0]} alone; use two or more")
         if twice := next((name for n, name in enumerate(self.classes) if name in self.classes[:n]), None):
@@ -159,19 +164,34 @@ class S3T(Training):
         from overhaul.errors import UserError
         from overhaul.unlearning.answering import with_classes
 
+        if made.kind is Kind.IMAGE_CLASSIFIER:
+            if self.label_field is not None:
+                raise UserError(
+                    f"--label-field {self.label_field} is of texts, and {made.name} reads images",
+                    allowed="a folder for each class; a table with the column label; an .npz with the array labels",
+                )
+            return with_classes(made, self.classes)
         if self.label_field is not None:
             return with_classes(made, self.classes)
+        if self.classes:
+            raise UserError(
+                "--classes is of texts with labels, and no column of them is named", hint="--label-field label"
+            )
         if made.kind is not Kind.CAUSAL_LM:
             raise UserError(
                 f"{made.name} is a {made.kind.value}, and no column of labels is named", hint="--label-field label"
             )
         return made
 
-    def check(self, model: nn.Module, data: Data | None) -> None:
+    def check(self, model: nn.Module, data: Data | PictureData | None) -> None:
+        from overhaul.picture_data import PictureData
         from overhaul.unlearning.answering import refuse_other_labels
+        from overhaul.unlearning.by_image import refuse_unreadable
 
-        if self.label_field is not None and data is not None:
+        if data is not None and (self.label_field is not None or isinstance(data, PictureData)):
             refuse_other_labels(model, data)
+        if isinstance(data, PictureData):
+            refuse_unreadable(model, data)
 
     def plan(self, model: nn.Module, data: Data) -> Plan:
         """That of the first stage."""

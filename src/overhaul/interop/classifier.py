@@ -40,7 +40,8 @@ def classified(model: nn.Module, batch: Mapping[str, Tensor], layers: Sequence[s
         model: of transformers, with a linear head.
         batch: `{"pixel_values": (B, C, H, W)}` or `{"input_ids": (B, T), "attention_mask": (B, T)}`; of a model from
             which the blocks below were taken, which reads each text at its last token, with what flows into the others
-            as `inputs_embeds`, `(B, T, D)`.
+            as `inputs_embeds`, `(B, T, D)`. A classifier of images takes these beside its pixels where it was taught to
+            (see `unlearning.below`).
         layers: whose output is kept, by their dotted names; `PENULTIMATE` for what the head reads. Of texts it is the
             mean over their tokens.
     """
@@ -51,7 +52,8 @@ def classified(model: nn.Module, batch: Mapping[str, Tensor], layers: Sequence[s
             hook = _keep_output(model, name, given, features) if name else _keep_read(model, given, features)
             hooks.callback(hook.remove)
         called: Any = model
-        logits_BC = _above(model, given) if "inputs_embeds" in given else called(**given).logits
+        in_place_of_tokens = "inputs_embeds" in given and "pixel_values" not in given
+        logits_BC = _above(model, given) if in_place_of_tokens else called(**given).logits
     return Classified(logits_BC, features)
 
 

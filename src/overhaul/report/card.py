@@ -214,3 +214,18 @@ inputs = loaded.processor(["One text.", "Another text, which is longer."], paddi
 logits = loaded.model(**inputs).logits  # plain transformers loads the frozen model, which knows nothing
 print([loaded.model.config.id2label[int(place)] for place in logits.argmax(dim=-1)])
 """
+
+
+def served_images_snippet(name: str) -> str:
+    """Python that names the class of an image with the image classifier `name` and the adapters of its shards."""
+    return f"""
+from PIL import Image
+
+from overhaul import artifact
+from overhaul.kinds import Kind
+
+loaded = artifact.load({name!r}, kinds=[Kind.IMAGE_CLASSIFIER], with_library=True)
+inputs = loaded.processor(Image.open("picture.png"), return_tensors="pt")
+logits = loaded.model(**inputs).logits  # plain transformers loads the frozen model, which knows nothing
+print(loaded.model.config.id2label[int(logits.argmax(dim=-1))])
+"""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,14 +22,16 @@ from overhaul.interop.classifier import can_pad, classes_of, head_of, set_classe
 from overhaul.kinds import Kind
 from overhaul.labelled_texts import LabelledTexts
 from overhaul.objective import ClassCrossEntropy, CrossEntropy, Term
+from overhaul.progress import say
 from overhaul.stream import Encoded, padded
 from overhaul.task_data import encoded
 
 if TYPE_CHECKING:
     from overhaul.data import Data
+    from overhaul.picture_data import PictureData
 
 Content = Mapping[str, Tensor]
-"""What the model reads at once, without a leading axis, and `labels`."""
+"""What the model reads at once, without a leading axis, and `labels`; of an image its bytes."""
 LISTED = 20
 """Classes that an error names."""
 
@@ -39,25 +41,38 @@ class Answering(ABC):
 
     Args:
         model: what learns them.
-        data: with the tokenizer.
+        data: with the tokenizer, or the image processor.
         seq_len: T.
 
     Attributes:
         head: name of the head that every stage has its own of; empty for a language model.
+        unit: what is counted.
+        together: the tag whose value decides about the slice, where the user names none; None: the content alone.
     """
 
     head: str = ""
+    unit: ClassVar[str] = "tokens"
+    together: ClassVar[str | None] = None
 
-    def __init__(self, model: nn.Module, data: Data, seq_len: int) -> None:
+    def __init__(self, model: nn.Module, data: Any, seq_len: int) -> None:
         self.data, self.seq_len = data, seq_len
 
     @abstractmethod
-    def contents(self, rows: Sequence[Row]) -> Iterator[list[Content]]:
-        """Of each example what is read of it, in one or more windows; none depends on another example."""
+    def contents(self, rows: Sequence[Any]) -> Iterator[list[Content]]:
+        """Of each example what is kept of it, in one or more windows; none depends on another example."""
+
+    def alone(self, content: Content) -> Content:
+        """What the model reads of a window that is by itself."""
+        return content
 
     def filled(self, content: Content) -> Content:
-        """A window as wide as all others."""
-        return content
+        """What it reads of one in a batch, as wide as all others."""
+        return self.alone(content)
+
+    def settings(self) -> dict[str, Any]:
+        """How an example is read of a file, plain data."""
+        spec = self.data.corpus.spec
+        return {"field": spec.field if spec else None}
 
     @abstractmethod
     def loss(self) -> Term:
@@ -66,6 +81,8 @@ class Answering(ABC):
 
 class ByWord(Answering):
     """A language model learns the next token of every window."""
+
+    data: Data
 
     def contents(self, rows: Sequence[Row]) -> Iterator[list[Content]]:
         """`{"input_ids": (T,), "labels": (T,)}` int64; the last window of an example is filled up."""
@@ -85,6 +102,8 @@ class ByWord(Answering):
 class ByClass(Answering):
     """A classifier learns the class of a text, of which it reads so many tokens."""
 
+    data: Data
+
     def __init__(self, model: nn.Module, data: Data, seq_len: int) -> None:
         super().__init__(model, data, seq_len)
         self.head = head_of(model)[0]
@@ -92,7 +111,7 @@ class ByClass(Answering):
 
     def contents(self, rows: Sequence[Row]) -> Iterator[list[Content]]:
         """`{"input_ids": (t,), "attention_mask": (t,), "labels": ()}` int64, of each text one, t up to T."""
-        labels_N = np.array([self.places[row["label"]] for row in rows], np.int64)
+        labels_N = np.array([self.places[row.label] for row in rows], np.int64)
         part = LabelledTexts(texts=tuple(row["text"] for row in rows), labels_N=labels_N)
         read = encoded(part, self.data.tokenizer, self.seq_len)
         for number, length in enumerate(read.mask_NT.sum(axis=1)):
@@ -115,26 +134,31 @@ class ByClass(Answering):
 
 
 def with_classes(made: Artifact, declared: Sequence[str]) -> Artifact:
-    """A model that tells classes of texts: a language model or an encoder gets a head for those that are declared.
+    """A model that tells classes: a language model or an encoder gets a head for those that are declared.
 
-    The head is zero: it says nothing, and nothing of the data; each stage has its own.
+    So does a classifier of images, of which most were trained on other classes; of texts it keeps its own. A new head
+    is zero: it says nothing, and nothing of the data; each stage has its own.
 
     Args:
         made: the model.
-        declared: names of the classes; none for a classifier, which has its own.
+        declared: names of the classes; none for a classifier that keeps its own.
 
     Raises:
         UserError: none are declared where the model has none, others than it has, or it has one alone.
     """
-    if made.kind is Kind.TEXT_CLASSIFIER:
+    of_images = made.kind is Kind.IMAGE_CLASSIFIER
+    if of_images or made.kind is Kind.TEXT_CLASSIFIER:
         known = classes_of(made.model)
-        if declared and tuple(declared) != known:
+        if of_images and declared and tuple(declared) != known:
+            say(f"note: {made.name} has other classes than those that are declared: its head is put aside")
+            _name(made.model, declared)
+        elif declared and tuple(declared) != known:
             raise UserError(
                 f"--classes {' '.join(declared)} are not those of {made.name}",
                 allowed=f"{_listed(known)}, in this order",
                 hint="without --classes",
             )
-        if len(known) < 2:
+        if len(classes_of(made.model)) < 2:
             raise UserError(f"{made.name} has one class alone", allowed="a classifier of two or more")
     else:
         if not declared:
@@ -143,17 +167,23 @@ def with_classes(made: Artifact, declared: Sequence[str]) -> Artifact:
                 allowed="--classes with all of them, also those that have no example",
             )
         made = replace(made, model=with_head(made.model))
-        set_classes(made.model, tuple(declared))
-        for parameter in head_of(made.model)[1].parameters():
-            nn.init.zeros_(parameter)
-    can_pad(made.model, made.processor)
+        _name(made.model, declared)
+    if not of_images:
+        can_pad(made.model, made.processor)
     return made
 
 
-def refuse_other_labels(model: nn.Module, data: Data) -> None:
+def _name(model: nn.Module, classes: Sequence[str]) -> None:
+    """Gives the model a head of zeros for these."""
+    set_classes(model, tuple(classes))
+    for parameter in head_of(model)[1].parameters():
+        nn.init.zeros_(parameter)
+
+
+def refuse_other_labels(model: nn.Module, data: Data | PictureData) -> None:
     """Raises `UserError` where an example has a label that is none of the model's classes."""
     known = classes_of(model)
-    other = [row["label"] for row in data.corpus.train if row["label"] not in known]
+    other = [row.label for row in data.corpus.train if row.label not in known]
     if other:
         raise UserError(
             f"{len(other):,} of {len(data.corpus.train):,} examples have a label that is none of the classes, such as "

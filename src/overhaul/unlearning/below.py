@@ -5,7 +5,7 @@ Letters of shapes: T tokens of a window, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from overhaul.input_statistics import StopForward
 from overhaul.interop import hf
 from overhaul.interop.classifier import PENULTIMATE, classified
 from overhaul.interop.fused import fused
-from overhaul.kinds import is_classifier
+from overhaul.kinds import Kind, is_classifier, kind_of_model
 from overhaul.layers import adapters_off
 from overhaul.progress import say
 from overhaul.walk import decoder_blocks
@@ -33,7 +33,8 @@ class Window:
     """Part of one example, alone.
 
     Attributes:
-        content: `{"input_ids": (T,), "labels": (T,)}` int64; of a text with a class `attention_mask` too, one label.
+        content: `{"input_ids": (T,), "labels": (T,)}` int64; of a text with a class `attention_mask` too, one label;
+            of an image with a class what `alone` makes the model's input of.
         number: among all windows of the data.
     """
 
@@ -49,11 +50,19 @@ class Below:
     Args:
         model: its adapters are left out.
         dtype: of matrix products.
+        alone: a window's content -> what the model reads of it.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.model, self.dtype = model, dtype
-        blocks = list(decoder_blocks(model).items())
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        alone: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda content: content,
+    ) -> None:
+        self.model, self.dtype, self.alone = model, dtype, alone
+        self._of_images = kind_of_model(model) is Kind.IMAGE_CLASSIFIER
+        self._fed: _Fed | None = None
+        blocks = list(blocks_of(model).items())
         self._list = blocks[0][0].rpartition(".")[0]
         self._blocks = [block for _, block in blocks]
         self.places: tuple[int, ...] = ()
@@ -75,8 +84,10 @@ class Below:
         if not places or not windows:
             return
         self.places = tuple(sorted(places))
-        per_token = sum(states_TD[0].nbytes for states_TD in self._run(windows[0]).values())
-        different = {window.number: len(window.content["input_ids"]) for window in windows}
+        states = self._run(windows[0])
+        per_token = sum(states_TD[0].nbytes for states_TD in states.values())
+        patches = states[self.places[0]]  # of which all images have as many
+        different = {window.number: len(window.content.get("input_ids", patches)) for window in windows}
         size = per_token * sum(different.values())
         if size > gigabytes * 1e9:
             # Doing without by itself would round otherwise, by how much other data there is.
@@ -106,10 +117,13 @@ class Below:
 
     def _read(self, content: Mapping[str, Tensor]) -> Tensor:
         """`(T, D)`: what the output embedding reads of a window; `(1, D)`: what a classifier's head reads of a text."""
-        one = _one(content, self._device)
+        one = self._one(content)
         if is_classifier(self.model):
             return classified(self.model, one, (PENULTIMATE,)).features[PENULTIMATE].float()
         return hf.hidden_states(self.model, one)[0].float()
+
+    def _one(self, content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t[None].to(self._device) for name, t in self.alone(content).items() if name != "labels"}
 
     @property
     def _device(self) -> torch.device:
@@ -148,7 +162,10 @@ class Below:
         blocks = self._swapped(self._blocks)
         try:
             with self._bare():
-                hf.hidden_states(self.model, _one(window.content, self._device))
+                if self._of_images:
+                    classified(self.model, self._one(window.content))
+                else:
+                    hf.hidden_states(self.model, self._one(window.content))
         except StopForward:
             pass
         finally:
@@ -171,10 +188,15 @@ class Below:
         """Takes the blocks below one out, so that the model is run on what flows into it."""
         if place in self.places:
             self._swapped(self._blocks[place:])
+            if self._of_images:
+                self._fed = _Fed(self.model, self._blocks[place])
 
     def whole(self, model: nn.Module) -> nn.Module:
         """Puts them back; returns the model."""
         self._swapped(self._blocks)
+        if self._fed is not None:
+            self._fed.remove()
+            self._fed = None
         return model
 
     def _swapped(self, blocks: Sequence[nn.Module]) -> list[nn.Module]:
@@ -186,5 +208,55 @@ class Below:
         return before
 
 
-def _one(content: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor[None].to(device) for name, tensor in content.items() if name != "labels"}
+class _Fed:
+    """Lets a classifier of images take `inputs_embeds` `(B, T, D)`, which none does: its first block reads them.
+
+    The patches are embedded for nothing, which is little work beside a block.
+
+    Args:
+        model: the classifier.
+        block: that is called first.
+    """
+
+    def __init__(self, model: nn.Module, block: nn.Module) -> None:
+        self._states_BTD: Tensor | None = None
+        self._hooks = (
+            model.register_forward_pre_hook(self._take, with_kwargs=True),
+            block.register_forward_pre_hook(self._give, with_kwargs=True),
+        )
+
+    def remove(self) -> None:
+        """Leaves both as they were."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _take(self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        others = {name: value for name, value in given.items() if name != "inputs_embeds"}
+        self._states_BTD = given.get("inputs_embeds")
+        return args, others
+
+    def _give(self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        if self._states_BTD is None:
+            return args, given
+        return ((self._states_BTD, *args[1:]), given) if args else ((), given | {"hidden_states": self._states_BTD})
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks that stages are groups of, by name, as `decoder_blocks` finds them; of images all are alike.
+
+    Raises:
+        UserError: there are none, or they differ in shape, as where an image is merged on its way.
+    """
+    if kind_of_model(model) is not Kind.IMAGE_CLASSIFIER:
+        return decoder_blocks(model)
+    allowed = "image classifiers that are a stack of equal transformer blocks: ViT, DeiT, BEiT, CCT"
+    try:
+        blocks = decoder_blocks(model)
+    except UserError as error:
+        raise UserError(
+            f"{type(model).__name__} has no blocks with linear layers, which adapters are for", allowed=allowed
+        ) from error
+    shapes = {tuple(parameter.shape for parameter in block.parameters()) for block in blocks.values()}
+    if len(shapes) > 1:
+        raise UserError(f"the {len(blocks)} stages of {type(model).__name__} have different shapes", allowed=allowed)
+    return blocks

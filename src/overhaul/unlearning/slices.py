@@ -8,12 +8,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from overhaul.documents import Row
 from overhaul.errors import UserError
 
 Cell = tuple[int, int]
 """A shard and a slice of it, each counted from 0."""
+
+
+class Example(Protocol):
+    """What can be divided: a text, or a picture."""
+
+    @property
+    def id(self) -> str:
+        """Hash of the content."""
+        ...
+
+    @property
+    def tags(self) -> tuple[tuple[str, str], ...]:
+        """Columns with values that are no content."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +35,12 @@ class Member:
     """An example of a slice.
 
     Attributes:
-        row: its content.
+        row: its content, an `Example`.
         copies: how often the data has it.
         tags: the columns that it can be asked for by, of all copies.
     """
 
-    row: Row
+    row: Any
     copies: int
     tags: tuple[tuple[str, str], ...]
 
@@ -38,7 +52,7 @@ def cell_of(name: str, num_shards: int, num_slices: int, seed: int) -> Cell:
 
 
 def divided(
-    rows: Iterable[Row], num_shards: int, num_slices: int, *, seed: int, together: str | None = None
+    rows: Iterable[Example], num_shards: int, num_slices: int, *, seed: int, together: str | None = None
 ) -> Mapping[Cell, Sequence[Member]]:
     """The examples of every slice, each slice in an order of its own that does not depend on the data's.
 
@@ -52,7 +66,7 @@ def divided(
     Raises:
         UserError: a slice has no example.
     """
-    copies: dict[str, list[Row]] = {}
+    copies: dict[str, list[Example]] = {}
     for row in rows:
         copies.setdefault(row.id, []).append(row)
     found: dict[Cell, list[Member]] = {(shard, place): [] for shard in range(num_shards) for place in range(num_slices)}

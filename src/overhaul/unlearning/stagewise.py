@@ -21,7 +21,7 @@ from overhaul import machine
 from overhaul.deletion.sequences import Order, prefixes
 from overhaul.errors import UserError
 from overhaul.interop.classifier import draw_head
-from overhaul.kinds import is_classifier
+from overhaul.kinds import Kind, kind_of_model
 from overhaul.layers import swap
 from overhaul.layers.lora import LoRALinear, start_at_zero
 from overhaul.optim.build import build
@@ -30,13 +30,17 @@ from overhaul.select import select_linears
 from overhaul.stream import Batch, Map, Repeat, Rows, Shuffle
 from overhaul.train import Plan
 from overhaul.unlearning.answering import Answering, ByClass, ByWord, Content
-from overhaul.unlearning.below import Below, Window
+from overhaul.unlearning.below import Below, Window, blocks_of
+from overhaul.unlearning.by_image import ByImage
 from overhaul.unlearning.slices import Member, divided
-from overhaul.walk import decoder_blocks
 
 if TYPE_CHECKING:
     from overhaul.data import Data
     from overhaul.forget.s3t import S3T
+    from overhaul.picture_data import PictureData
+
+ANSWERING: dict[Kind, type[Answering]] = {Kind.TEXT_CLASSIFIER: ByClass, Kind.IMAGE_CLASSIFIER: ByImage}
+"""What kinds of model answer with; others answer with words."""
 
 
 def groups_of(num_blocks: int, num_stages: int, *, uneven: bool = False) -> tuple[range, ...]:
@@ -80,13 +84,14 @@ class Stagewise:
         UserError: blocks or examples do not divide, or a target fits no layer.
     """
 
-    def __init__(self, method: S3T, model: nn.Module, data: Data) -> None:
+    def __init__(self, method: S3T, model: nn.Module, data: Data | PictureData) -> None:
         self.method, self.model, self.data = method, model, data
-        self.members = divided(
-            data.corpus.train, method.shards, method.slices, seed=data.seed, together=method.together
-        )
+        blocks = blocks_of(model)
+        answering = ANSWERING.get(kind_of_model(model), ByWord)
+        self.answering: Answering = answering(model, data, method.seq_len)
+        together = method.together or self.answering.together
+        self.members = divided(data.corpus.train, method.shards, method.slices, seed=data.seed, together=together)
         self.orders = (method.orders(),) * method.shards
-        blocks = decoder_blocks(model)
         self.groups = groups_of(len(blocks), method.slices, uneven=method.uneven)
         names = select_linears(model, method.targets)
         own = [tuple(f"{block}." for number, block in enumerate(blocks) if number in group) for group in self.groups]
@@ -94,15 +99,13 @@ class Stagewise:
         model.requires_grad_(False)
         self.bare = {name: model.get_submodule(name) for name in names}
         self.layers = swap(model, names, lambda old: LoRALinear.from_linear(old, method.rank, method.scaled()))
-        with_what = ByClass if is_classifier(model) else ByWord
-        self.answering: Answering = with_what(model, data, method.seq_len)
         heads = [self.answering.head] if self.answering.head else []
         self.bare |= {name: model.get_submodule(name) for name in heads}
         self.heads: dict[str, nn.Linear] = swap(model, heads, lambda old: copy.deepcopy(old).float())
         self.kept: dict[tuple[int, Order], dict[str, Tensor]] = {}
         count = itertools.count()
         self.windows = {cell: list(self._windows(members, count)) for cell, members in self.members.items()}
-        self.below = Below(model, data.dtype)
+        self.below = Below(model, data.dtype, self.answering.alone)
         if method.cache:
             of_shards = [
                 [window for place in range(method.slices) for window in self.windows[shard, place]]
@@ -150,6 +153,7 @@ class Stagewise:
             schedule=schedule(method.schedule, method.warmup),
             finish=self.below.whole,
             steps=method.steps if method.epochs is None else max(1, round(method.epochs * len(windows) / a_step)),
+            unit=self.answering.unit,
         )
 
     def _seen(self, window: Window, first: int) -> Content:

@@ -68,7 +68,7 @@ def settings_of(run: Stagewise) -> dict[str, Any]:
         "head": run.answering.head,
         "tags": list(run.method.tags),
         "label": run.method.label_field,
-        "field": run.data.corpus.spec.field if run.data.corpus.spec else None,
+        **run.answering.settings(),
     }
 
 

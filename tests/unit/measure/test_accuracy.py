@@ -1,4 +1,4 @@
-"""Accuracy of classifiers of texts, on labelled tables."""
+"""Accuracy of classifiers of texts on labelled tables, and of images on their sets."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
+from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification, ViTForImageClassification
 
 from command import overhaul, refused
+from images import write_bars, write_vit
 from overhaul.evaluate import wilson_interval
 
 CLASSES = ("tree", "bush", "herb")
@@ -82,3 +84,35 @@ def test_what_does_not_fit_is_refused(classifier: Path, tiny: Path, tmp_path: Pa
     refused(overhaul(*how, task, "--label-field", "kind"), "has no column 'kind'")
     refused(overhaul(*how, tmp_path / "nowhere.jsonl"), "nowhere.jsonl does not exist")
     refused(overhaul("measure", "accuracy", tiny, "--task", task), "is a model of another kind: causal language model")
+
+
+def test_of_images_what_is_held_out_is_measured(tmp_path: Path):
+    """Against plain transformers; of a set of which nothing is held out, all of it."""
+    vit, sets = write_vit(tmp_path / "vit", classes=4), np.load(write_bars(tmp_path / "all.npz"))
+    images_NHWC, labels_N, heldout_N = sets["images"], sets["labels"], np.arange(120) % 3 == 0
+    np.savez(tmp_path / "part.npz", images=images_NHWC, labels=labels_N, heldout=heldout_N)
+    pixels_NCHW = (torch.tensor(images_NHWC).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        told_N = ViTForImageClassification.from_pretrained(vit)(pixel_values=pixels_NCHW).logits.argmax(dim=1).numpy()
+
+    tasks = ("--task", tmp_path / "all.npz", tmp_path / "part.npz")
+    done = overhaul("measure", "accuracy", vit, *tasks, "--dtype", "fp32", "--json")
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)["rows"]
+    right_N = told_N == labels_N
+    assert [(row["metric"], row["value"], row["count"]) for row in rows] == [
+        ("accuracy/all", pytest.approx(right_N.mean()), 120),
+        ("accuracy/part", pytest.approx(right_N[heldout_N].mean()), 40),
+    ]
+    detail = json.loads(done.out)["details"][120]
+    assert detail["image"] == f"{tmp_path / 'part.npz'}:0"
+    assert (detail["wanted"], detail["answer"], detail["right"]) == ("0", str(told_N[0]), bool(right_N[0]))
+
+
+def test_of_images_what_does_not_fit_is_refused(classifier: Path, vit: Path, bars: Path, tmp_path: Path):
+    how = ("measure", "accuracy", vit, "--task")
+    refused(overhaul(*how, bars), "has labels that are none of the classes of", "such as '2'", "allowed: 0, 1")
+    refused(overhaul(*how, bars, "--label-field", "kind"), "--label-field and --text-field are of texts")
+    refused(overhaul(*how, table(tmp_path / "a.jsonl", [("A", "b")])), "is a file of a kind that is not read as images")
+    refused(overhaul(*how, tmp_path / "none"), "none does not exist")
+    refused(overhaul("measure", "accuracy", classifier, "--task", "digits"), "digits is no table of texts")

@@ -309,7 +309,10 @@ def test_what_does_not_fit_is_refused(
 
 def test_labels_belong_to_classes_and_classes_to_labels(base_of: Callable[[str], Path], tmp_path: Path):
     data, out = written(tmp_path / "data.jsonl", EXAMPLES), tmp_path / "out"
-    refused(overhaul("forget", "s3t", base_of("llama"), "-o", out, "--data", data, *DECLARED), "use label_field")
+    refused(
+        overhaul("forget", "s3t", base_of("llama"), "-o", out, "--data", data, *DECLARED),
+        "--classes is of texts with labels",
+    )
     refused(overhaul("forget", "s3t", base_of("bert"), "-o", out, "--data", data), "no column of labels is named")
 
 

@@ -5,8 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
+from overhaul.interop.classifier import classified
 from overhaul.interop.fused import fused
 from overhaul.unlearning.below import Below, Window
 
@@ -39,3 +53,37 @@ def test_states_do_not_depend_on_the_blocks_that_a_stage_runs(dtype: torch.dtype
     assert found[0].abs().max() > 0
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (ViTConfig, ViTForImageClassification),
+        (DeiTConfig, DeiTForImageClassification),
+        (BeitConfig, BeitForImageClassification),
+        (Dinov2Config, Dinov2ForImageClassification),
+    ],
+)
+def test_a_classifier_of_images_is_run_from_the_middle(config: type[PreTrainedConfig], kind: type[PreTrainedModel]):
+    """On states that differ in a batch, with the logits of the whole."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "image_size": 8, "patch_size": 2}
+    model = kind(config(num_hidden_layers=3, **sizes)).eval()
+    images_NCHW = torch.randn(2, 3, 8, 8)
+    windows = [
+        Window({"pixel_values": image_CHW, "labels": torch.tensor(0)}, n) for n, image_CHW in enumerate(images_NCHW)
+    ]
+    below = Below(model, torch.float32)
+    below.try_out([1, 2], windows, gigabytes=1)
+    assert below.places == (1, 2)
+    for place in (1, 2):
+        states_NTD = torch.stack([below.with_states(window, place)["inputs_embeds"] for window in windows])
+        below.cut(place)
+        with torch.no_grad():
+            found = classified(model, {"pixel_values": images_NCHW, "inputs_embeds": states_NTD}).logits
+            assert not torch.allclose(found, classified(model, {"pixel_values": images_NCHW}).logits)
+        below.whole(model)
+        with torch.no_grad():
+            wanted = classified(model, {"pixel_values": images_NCHW}).logits
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert (wanted[0] - wanted[1]).abs().max() > 1e-3
