@@ -6,7 +6,8 @@ the slices, with an adapter on all blocks that goes on learning at every slice a
 first slice is hit. One sequence of S3T is the same with a third of the blocks for each slice.
 
 Classes: which section of Debian a package is in, by the line that describes it, on MiniLM with two shards. Every stage
-goes over its slices as often as the single stage goes over the shard that S3T is compared with.
+goes over its slices as often as the single stage goes over the shard that S3T is compared with. The same of images:
+digits, on a vision transformer of four blocks with random weights that stay as they are.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from safetensors.torch import load_file
 
 from command import overhaul
 from overhaul import artifact, evaluate
+from overhaul.artifact import Artifact
 from overhaul.corpora import CorpusSpec, open_whole
 from overhaul.data import Data
 from overhaul.deletion.book import FOLDER, Book
@@ -38,10 +40,12 @@ from overhaul.deletion.ensemble import Ensemble
 from overhaul.deletion.sequences import Order
 from overhaul.deletion.survivors import Survivors
 from overhaul.documents import json_line, read_rows
-from overhaul.interop.classifier import classes_of
+from overhaul.interop.classifier import channels_of, classes_of
+from overhaul.interop.pixels import sized
 from overhaul.kinds import Kind
 from overhaul.labelled_texts import LabelledTexts, read_labelled
-from overhaul.task_data import encoded
+from overhaul.picture_rows import open_pictures
+from overhaul.task_data import Batched, Examples, encoded
 from overhaul.task_scores import logits_of
 from overhaul.unlearning.slices import cell_of
 
@@ -244,6 +248,10 @@ CLASS_SEEDS = (0, 1, 2)
 SECTIONS, TRAINED_ON, MEASURED = 20, 40, 100
 """Classes, and descriptions of each."""
 SHARDS, WIDTH, POINTS = 2, 24, 0.03
+DIGIT_SLICES = 2
+OF_DIGITS = ("--shards", SHARDS, "--epochs", 8, "--batch-size", 16, "--lr", 1e-3, "--save-every", 0)
+Accuracy = Callable[[Sequence[Order]], float]
+Orders = Sequence[Sequence[Order]]
 HOW = ("--shards", SHARDS, "--label-field", "section", "--epochs", 4, "--batch-size", 16, "--seq-len", WIDTH, "--lr",
        2e-3, "--save-every", 0)  # fmt: skip
 OF_CLASSES = {
@@ -255,36 +263,59 @@ OF_CLASSES = {
 
 def test_classes_are_told_as_by_one_stage_and_longer_than_by_one_sequence(tmp_path: Path):
     """Accuracy among 20 classes; where nothing is left it is that of guessing."""
-    accuracies: dict[str, list[float]] = {"three stages": [], "one stage": []}
-    areas: dict[str, list[float]] = {"three": [], "one": []}
-    for seed in CLASS_SEEDS:
+
+    def measured(seed: int, size: Callable[[int], tuple[object, ...]]) -> tuple[Accuracy, Accuracy, Orders]:
         train, held, names = _packages(tmp_path / f"packages-{seed}", seed)
         sliced, single = (
-            _classifier(tmp_path / f"{name}-{seed}", train, names, seed, "--slices", slices, "--budget", slices)
-            for name, slices in (("sliced", SLICES), ("single", 1))
+            _classifier(tmp_path / f"{n}-{seed}", OF_CLASSES["model"], train, seed, *HOW, *size(n), "--classes", *names)
+            for n in (SLICES, 1)
         )
-        accuracy = _accuracies(sliced, held)
-        with Book(sliced) as book:
-            orders = book.orders
-        accuracies["three stages"].append(accuracy([shard[0] for shard in orders]))
-        accuracies["one stage"].append(_accuracies(single, held)([(0,)] * SHARDS))
-        for name, budget in (("three", SLICES), ("one", 1)):
-            curves = [_curve(accuracy, [shard[:budget] for shard in orders], random.Random(n)) for n in range(ORDERS)]
-            areas[name].append(statistics.fmean(map(statistics.fmean, curves)))
-    gaps = [one - three for one, three in zip(accuracies["one stage"], accuracies["three stages"], strict=True)]
-    above = [three - one for three, one in zip(areas["three"], areas["one"], strict=True)]
-    after = f"over {REQUESTS} random requests, {SHARDS} shards of {SLICES} slices"
+        return _accuracies(sliced, _texts(held)), _accuracies(single, _texts(held)), _orders(sliced)
+
+    _hold_classes("classes", f"Accuracy among {SECTIONS} classes", measured, SLICES, OF_CLASSES)
+
+
+def test_digits_are_told_as_by_one_stage_and_longer_than_by_one_sequence(tmp_path: Path):
+    """As of texts; pictures are sliced by their pixels."""
+    done = overhaul("blank", "vit", "-o", tmp_path / "vit", "--images", "digits")
+    assert done.code == 0, done.err
+
+    def measured(seed: int, size: Callable[[int], tuple[object, ...]]) -> tuple[Accuracy, Accuracy, Orders]:
+        sliced, single = (
+            _classifier(tmp_path / f"{n}-{seed}", tmp_path / "vit", "digits", seed, *OF_DIGITS, *size(n))
+            for n in (DIGIT_SLICES, 1)
+        )
+        return _accuracies(sliced, _digits), _accuracies(single, _digits), _orders(sliced)
+
+    settings = {"model": "blank vit --images digits", "data": "digits", "flags": " ".join(map(str, OF_DIGITS))}
+    _hold_classes("digits", "Accuracy on digits, a ViT of four blocks", measured, DIGIT_SLICES, settings)
+
+
+def _hold_classes(
+    name: str, what: str, measured: Callable[..., tuple[Accuracy, Accuracy, Orders]], slices: int,
+    settings: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Of a set of classes: how far several stages are from one, and several sequences above one as deletions go on."""
+    stages: dict[str, list[float]] = {"several": [], "one": []}
+    areas: dict[str, list[float]] = {"several": [], "one": []}
+    for seed in CLASS_SEEDS:
+        sliced, single, orders = measured(seed, lambda n: ("--slices", n, "--budget", n))
+        stages["several"].append(sliced([shard[0] for shard in orders]))
+        stages["one"].append(single([(0,)] * SHARDS))
+        for called, budget in (("several", slices), ("one", 1)):
+            chosen = [shard[:budget] for shard in orders]
+            curves = [_curve(sliced, chosen, slices, random.Random(n)) for n in range(ORDERS)]
+            areas[called].append(statistics.fmean(map(statistics.fmean, curves)))
+    gaps = [one - several for one, several in zip(stages["one"], stages["several"], strict=True)]
+    above = [several - one for several, one in zip(areas["several"], areas["one"], strict=True)]
+    word, after = {2: "two", 3: "three"}[slices], f"over {REQUESTS} random requests, {SHARDS} shards of {slices} slices"
     results.hold(*[
-        _row("classes", f"Accuracy among {SECTIONS} classes, three stages", accuracies["three stages"], None, "share",
-             OF_CLASSES),
-        _row("classes-one-stage", f"Accuracy among {SECTIONS} classes, one stage on the whole shard",
-             accuracies["one stage"], None, "share", OF_CLASSES),
-        _row("classes-gap", f"Accuracy among {SECTIONS} classes, one stage above three", gaps, Target("<", POINTS),
-             "share", OF_CLASSES),
-        _row("classes-area-one", f"Accuracy {after}, one sequence", areas["one"], None, "share", OF_CLASSES),
-        _row("classes-area-three", f"Accuracy {after}, three sequences", areas["three"], None, "share", OF_CLASSES),
-        _row("classes-area", f"Accuracy {after}, three sequences above one", above, Target(">", 0), "share",
-             OF_CLASSES),
+        _row(name, f"{what}, {word} stages", stages["several"], None, "share", settings),
+        _row(f"{name}-one-stage", f"{what}, one stage on the whole shard", stages["one"], None, "share", settings),
+        _row(f"{name}-gap", f"{what}, one stage above {word}", gaps, Target("<", POINTS), "share", settings),
+        _row(f"{name}-area-one", f"{what} {after}, one sequence", areas["one"], None, "share", settings),
+        _row(f"{name}-area-{word}", f"{what} {after}, {word} sequences", areas["several"], None, "share", settings),
+        _row(f"{name}-area", f"{what} {after}, {word} sequences above one", above, Target(">", 0), "share", settings),
     ])  # fmt: skip
 
 
@@ -310,19 +341,37 @@ def _packages(root: Path, seed: int) -> tuple[Path, Path, list[str]]:
     return train, held, names
 
 
-def _classifier(out: Path, data: Path, names: Sequence[str], seed: int, *how: object) -> Path:
-    words = (*HOW, *how, "--classes", *names, "--seed", seed)
-    done = overhaul("forget", "s3t", OF_CLASSES["model"], "-o", out, "--data", data, *words)
+def _classifier(out: Path, model: str | Path, data: str | Path, seed: int, *how: object) -> Path:
+    done = overhaul("forget", "s3t", model, "-o", out, "--data", data, *how, "--seed", seed)
     assert done.code == 0, done.err
     return out
 
 
-def _accuracies(service: Path, held: Path) -> Callable[[Sequence[Order]], float]:
+def _orders(service: Path) -> Orders:
+    with Book(service) as book:
+        return book.orders
+
+
+def _texts(held: Path) -> Callable[[Artifact], Batched]:
+    def read(made: Artifact) -> Batched:
+        known, pairs = classes_of(made.model), read_labelled(str(held), label="section")[0]
+        labels_N = np.array([known.index(label) for _, label in pairs], np.int64)
+        return encoded(LabelledTexts(texts=tuple(text for text, _ in pairs), labels_N=labels_N), made.processor, WIDTH)
+
+    return read
+
+
+def _digits(made: Artifact) -> Batched:
+    known, rows = classes_of(made.model), open_pictures("digits").heldout
+    images_NHWC = np.stack([row.pixels_HWC for row in rows])
+    labels_N = np.array([known.index(row.label) for row in rows], np.int64)
+    return Examples(sized(images_NHWC, made.processor, channels_of(made.model)), labels_N, made.processor)
+
+
+def _accuracies(service: Path, examples_of: Callable[[Artifact], Batched]) -> Accuracy:
     """`accuracy(orders)`: with a beginning for each shard, of which some may be empty; guessing where all are."""
-    made, stages = artifact.load(service, kinds=(Kind.TEXT_CLASSIFIER,)), _stages(service)
-    known, pairs = classes_of(made.model), read_labelled(str(held), label="section")[0]
-    labels_N = np.array([known.index(label) for _, label in pairs], np.int64)
-    texts = encoded(LabelledTexts(texts=tuple(text for text, _ in pairs), labels_N=labels_N), made.processor, WIDTH)
+    made = artifact.load(service, kinds=(Kind.TEXT_CLASSIFIER, Kind.IMAGE_CLASSIFIER))
+    stages, examples = _stages(service), examples_of(made)
     with Book(service) as book:
         ensemble = Ensemble.of(made.model, book.settings)
 
@@ -330,24 +379,22 @@ def _accuracies(service: Path, held: Path) -> Callable[[Sequence[Order]], float]
     def logits(shard: int, order: Order) -> torch.Tensor:
         parts = (stages[shard, order[:length]].items() for length in range(1, len(order) + 1))
         ensemble.take({shard: {name: tensor for part in parts for name, tensor in part}})
-        return logits_of(made.model, texts, dtype=torch.float32)
+        return logits_of(made.model, examples, dtype=torch.float32)
 
     def of(orders: Sequence[Order]) -> float:
         own = [logits(shard, order) for shard, order in enumerate(orders) if order]
         if not own:
-            return 1 / len(known)
-        return float((torch.stack(own).mean(dim=0).argmax(dim=1).numpy() == labels_N).mean())
+            return 1 / len(classes_of(made.model))
+        return float((torch.stack(own).mean(dim=0).argmax(dim=1).numpy() == examples.labels_N).mean())
 
     return of
 
 
-def _curve(
-    accuracy: Callable[[Sequence[Order]], float], orders: Sequence[Sequence[Order]], dice: random.Random
-) -> list[float]:
+def _curve(accuracy: Accuracy, orders: Sequence[Sequence[Order]], slices: int, dice: random.Random) -> list[float]:
     """Accuracy before the first request and after each, requests hitting every slice of every shard alike."""
     left = Survivors(orders)
     found = [accuracy([left.serving(shard) for shard in range(SHARDS)])]
     for _ in range(REQUESTS):
-        left.delete(dice.randrange(SHARDS), dice.randrange(SLICES))
+        left.delete(dice.randrange(SHARDS), dice.randrange(slices))
         found.append(accuracy([left.serving(shard) for shard in range(SHARDS)]))
     return found
