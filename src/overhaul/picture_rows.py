@@ -79,8 +79,11 @@ def open_pictures(path: str, tags: Sequence[str] = ()) -> PictureCorpus:
         tags: columns of a table, arrays of an `.npz`, or `file` of a folder, which pictures keep beside their content.
 
     Raises:
-        UserError: it does not exist or cannot be read, has no such column, or no picture to train on.
+        UserError: it does not exist or cannot be read, has no such column, none may be called so, or nothing is left to
+            train on.
     """
+    if PIXELS in tags:
+        raise UserError(f"--tags {PIXELS}: by these every picture is known already", allowed="columns of other names")
     if path in images.image_sets.NAMED:
         return _named(path, tags)
     there = images.existing(path)

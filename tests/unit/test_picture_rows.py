@@ -117,3 +117,5 @@ def test_what_is_all_held_out_cannot_be_trained_on(tmp_path: Path):
         open_pictures(str(tmp_path / "all.npz"))
     with pytest.raises(UserError, match="has no array 'user'"):
         open_pictures(str(tmp_path / "all.npz"), ["user"])
+    with pytest.raises(UserError, match="--tags pixels: by these every picture is known already"):
+        open_pictures("digits", [PIXELS])
