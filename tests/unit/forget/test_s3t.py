@@ -245,6 +245,18 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flags", [("--slices", "3"), ("--sequences", "matched", "--deletion-prior", "nowhere.txt")])
+def test_slices_that_do_not_fit_are_refused_before_anything_is_measured(
+    make_tiny: Callable[..., Path], tmp_path: Path, flags: tuple[str, ...]
+):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    words = ("forget", "s3t", make_tiny(), "-o", tmp_path / "out", "--data", data, "--evaluate", "sample")
+    done = overhaul(*words, *flags)
+    assert done.code != 0
+    assert "measuring" not in done.err
+
+
 def test_a_key_is_of_the_content(trained: Callable[..., Path]):
     with Book(trained()) as book:
         assert len({book.key_of(text_row(text).id) for text in TEXTS}) == len(TEXTS)
