@@ -187,15 +187,15 @@ class S3T(Training):
         """Refuses examples that cannot be learnt, and slices that do not fit the blocks, or the probabilities given."""
         from overhaul.picture_data import PictureData
         from overhaul.unlearning.answering import refuse_other_labels
+        from overhaul.unlearning.below import blocks_of
         from overhaul.unlearning.by_image import refuse_unreadable
         from overhaul.unlearning.stagewise import groups_of
-        from overhaul.walk import decoder_blocks
 
         if data is not None and (self.label_field is not None or isinstance(data, PictureData)):
             refuse_other_labels(model, data)
         if isinstance(data, PictureData):
             refuse_unreadable(model, data)
-        groups_of(len(decoder_blocks(model)), self.slices, uneven=self.uneven)
+        groups_of(len(blocks_of(model)), self.slices, uneven=self.uneven)
         self.orders()
 
     def plan(self, model: nn.Module, data: Data) -> Plan:
