@@ -28,14 +28,13 @@ import pytest
 import torch
 from bench import results
 from bench.results import Row, Target
-from safetensors.torch import load_file
 
 from command import overhaul
 from overhaul import artifact, evaluate
 from overhaul.artifact import Artifact
 from overhaul.corpora import CorpusSpec, open_whole
 from overhaul.data import Data
-from overhaul.deletion.book import FOLDER, Book
+from overhaul.deletion.book import Book
 from overhaul.deletion.ensemble import Ensemble
 from overhaul.deletion.sequences import Order
 from overhaul.deletion.survivors import Survivors
@@ -48,6 +47,7 @@ from overhaul.picture_rows import open_pictures
 from overhaul.task_data import Batched, Examples, encoded
 from overhaul.task_scores import logits_of
 from overhaul.unlearning.slices import cell_of
+from services import stages_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * 3600)]
 
@@ -95,26 +95,17 @@ def test_what_is_left_is_what_is_trained_without_the_example(tmp_path: Path):
             before = len(book.stages())
         done = overhaul("forget", "delete", whole, "--text", gone)
         assert done.code == 0, done.err
-        left, wanted = _stages(whole), _stages(without)
+        left, wanted = stages_of(whole), stages_of(without)
         cell = cell_of(next(iter(read_rows(gone).rows)).id, 1, SLICES, seed)
         assert 0 < len(left) < before
         assert all(cell[1] not in order for _, order in left)
-        same.append(statistics.fmean(_equal(left[key], wanted[key]) for key in left))
+        same.append(statistics.fmean(same(left[key], wanted[key]) for key in left))
         others.append(len(left) / before)
     results.hold(*[
         _row("exact", "Stages left by a deletion that equal those trained without the example, to the bit", same,
              Target("==", 1.0), "share"),
         _row("left", "Stages left by a deletion, of all before it", others, unit="share"),
     ])  # fmt: skip
-
-
-def _stages(directory: Path) -> dict[tuple[int, Order], dict[str, torch.Tensor]]:
-    with Book(directory) as book:
-        return {(one.shard, one.sequence): load_file(directory / FOLDER / one.file) for one in book.stages()}
-
-
-def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_three_sequences_are_worth_more_than_one_as_deletions_go_on(tmp_path: Path):
@@ -181,7 +172,7 @@ def _until_gone(orders: Sequence[Order], dice: random.Random) -> int:
 
 def _losses(service: Path, heldout: Path) -> Callable[[Order], float]:
     """`loss(order)`: on held-out answers, in nats a token, with the stages of a beginning alone."""
-    made, stages = artifact.load(service), _stages(service)
+    made, stages = artifact.load(service), stages_of(service)
     with Book(service) as book:
         ensemble = Ensemble.of(made.model, book.settings)
 
@@ -371,7 +362,7 @@ def _digits(made: Artifact) -> Batched:
 def _accuracies(service: Path, examples_of: Callable[[Artifact], Batched]) -> Accuracy:
     """`accuracy(orders)`: with a beginning for each shard, of which some may be empty; guessing where all are."""
     made = artifact.load(service, kinds=(Kind.TEXT_CLASSIFIER, Kind.IMAGE_CLASSIFIER))
-    stages, examples = _stages(service), examples_of(made)
+    stages, examples = stages_of(service), examples_of(made)
     with Book(service) as book:
         ensemble = Ensemble.of(made.model, book.settings)
 

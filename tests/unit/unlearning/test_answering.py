@@ -24,6 +24,7 @@ from overhaul.kinds import Kind
 from overhaul.layers import swap
 from overhaul.layers.lora import LoRALinear
 from overhaul.unlearning.slices import cell_of
+from services import same, stages_of
 
 NAMES = ("alder", "birch", "cedar", "dogwood", "elm", "fir", "ginkgo", "hazel", "ironwood", "juniper", "larch", "maple")
 LABELS = ("hall", "shed", "yard")
@@ -84,11 +85,6 @@ def copied(tmp_path: Path) -> Callable[[Path, str], Path]:
     return lambda directory, name: Path(shutil.copytree(directory, tmp_path / name))
 
 
-def stages(directory: Path) -> dict[tuple[int, tuple[int, ...]], dict[str, Tensor]]:
-    with Book(directory) as book:
-        return {(one.shard, one.sequence): load_file(directory / FOLDER / one.file) for one in book.stages()}
-
-
 def cell(example: tuple[str, str]) -> tuple[int, int]:
     return cell_of(labelled_row(*example).id, 2, 2, seed=0)
 
@@ -114,10 +110,6 @@ def answers(model: Any, tokenizer: Any) -> Tensor:
     return model(**tokenizer([text for text, _ in EXAMPLES], padding=True, return_tensors="pt")).logits
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize("base", BASES)
 def test_a_deletion_leaves_tensors_and_logits_that_are_trained_without_the_example(
     trained: Callable[..., Path], copied: Callable[[Path, str], Path], base: str
@@ -130,7 +122,7 @@ def test_a_deletion_leaves_tensors_and_logits_that_are_trained_without_the_examp
 
     deleted(whole, gone)
     deleted(rest, other)
-    before, after = stages(whole), stages(rest)
+    before, after = stages_of(whole), stages_of(rest)
     assert before.keys() == after.keys() == {(0, (0,)), *((1, order) for order in [(0,), (0, 1), (1,), (1, 0)])}
     assert all(same(before[key], after[key]) for key in before)
     assert torch.equal(logits(whole), logits(rest))
@@ -141,7 +133,7 @@ def test_the_head_is_that_of_the_last_stage_that_is_left(
 ):
     """Of a sequence 0, 1 that loses slice 1; the head that stage (0, 1) trained has seen what was deleted."""
     model = copied(trained(), "model")
-    before = stages(model)
+    before = stages_of(model)
     assert before.keys() == {(shard, order) for shard in range(2) for order in [(0,), (0, 1), (1,), (1, 0)]}
     heads = {key: tensors["score.weight"] for key, tensors in before.items()}
     assert len({tuple(head.flatten().tolist()) for head in heads.values()}) == 8, "each stage has its own"
@@ -160,7 +152,7 @@ def test_the_head_is_that_of_the_last_stage_that_is_left(
 def test_logits_are_the_mean_of_one_classifier_for_each_shard(trained: Callable[..., Path], base: str):
     """Plain transformers, each with one shard's adapters merged and its last head."""
     directory, found = trained(base), []
-    tensors = stages(directory)
+    tensors = stages_of(directory)
     with Book(directory) as book:
         head, scale = book.settings["head"], book.settings["scale"]
     for shard in range(2):
@@ -198,7 +190,7 @@ def test_a_language_model_tells_no_classes(make_tiny: Callable[..., Path], tmp_p
 def test_a_head_goes_on_from_the_stage_before(trained: Callable[..., Path]):
     """With a rate of almost nothing every stage of a sequence has the head that the first one drew."""
     heads = {
-        key: tensors["score.weight"] for key, tensors in stages(trained("llama", EXAMPLES, "--lr", "1e-12")).items()
+        key: tensors["score.weight"] for key, tensors in stages_of(trained("llama", EXAMPLES, "--lr", "1e-12")).items()
     }
     for shard in range(2):
         torch.testing.assert_close(heads[shard, (0, 1)], heads[shard, (0,)])
@@ -233,7 +225,7 @@ def test_a_run_that_is_resumed_has_the_same_adapters_and_heads(
     assert interrupted(lambda seen: len(seen) == 5, *words).code != 0
     done = overhaul(*words, "--resume")
     assert done.code == 0, done.err
-    whole, resumed = stages(trained("bert")), stages(out)
+    whole, resumed = stages_of(trained("bert")), stages_of(out)
     assert whole.keys() == resumed.keys()
     assert all(same(whole[key], resumed[key]) for key in whole)
 
@@ -262,7 +254,7 @@ def test_a_text_under_two_labels_is_two_examples(trained: Callable[..., Path], c
 
 
 def test_states_that_are_kept_change_nothing_but_the_time(trained: Callable[..., Path]):
-    kept, whole = (stages(trained("llama", EXAMPLES, "--dtype", "fp32", flag)) for flag in ("--cache", "--no-cache"))
+    kept, whole = (stages_of(trained("llama", EXAMPLES, "--dtype", "fp32", flag)) for flag in ("--cache", "--no-cache"))
     for key, tensors in kept.items():
         for name, tensor in tensors.items():
             torch.testing.assert_close(tensor, whole[key][name], rtol=1e-3, atol=1e-4)

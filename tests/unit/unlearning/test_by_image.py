@@ -21,7 +21,7 @@ from transformers import AutoModelForImageClassification, SwinConfig, SwinForIma
 from command import interrupted, overhaul, refused
 from images import SIZE, write_own
 from overhaul import artifact, forget_service
-from overhaul.deletion.book import FOLDER, Book
+from overhaul.deletion.book import Book
 from overhaul.deletion.ensemble import Served
 from overhaul.interop.classifier import classes_of
 from overhaul.kinds import Kind
@@ -29,6 +29,7 @@ from overhaul.layers import swap
 from overhaul.layers.lora import LoRALinear
 from overhaul.picture_rows import PIXELS, hashes_at, open_pictures
 from overhaul.unlearning.slices import cell_of
+from services import same, stages_of
 
 LABELS = ("cat", "dog", "eel")
 HOW = ("--shards", "2", "--slices", "2", "--budget", "2", "--rank", "2", "--steps", "3", "--batch-size", "2",
@@ -81,11 +82,6 @@ def copied(tmp_path: Path) -> Callable[[Path, str], Path]:
     return lambda directory, name: Path(shutil.copytree(directory, tmp_path / name))
 
 
-def stages(directory: Path) -> dict[tuple[int, tuple[int, ...]], dict[str, Tensor]]:
-    with Book(directory) as book:
-        return {(one.shard, one.sequence): load_file(directory / FOLDER / one.file) for one in book.stages()}
-
-
 def cell(name: str, tmp_path: Path) -> tuple[int, int]:
     (pixels,) = hashes_at(written(tmp_path / "cells" / name.replace("/", "-"), {"a.png": PICTURES[name]}))
     return cell_of(f"{PIXELS}={pixels}", 2, 2, seed=0)
@@ -113,10 +109,6 @@ def logits(directory: Path, *, served: bool = True) -> Tensor:
     return model(pixel_values=pixels()).logits
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize("cache", ["--cache", "--no-cache"])
 def test_a_deletion_leaves_tensors_and_logits_that_are_trained_without_the_picture(
     trained: Callable[..., Path], copied: Callable[[Path, str], Path], tmp_path: Path, cache: str
@@ -131,7 +123,7 @@ def test_a_deletion_leaves_tensors_and_logits_that_are_trained_without_the_pictu
     for directory, name in ((whole, gone), (rest, other)):
         picture = written(tmp_path / f"of-{directory.name}", {"x.tiff": PICTURES[name]})
         assert deleted(directory, "--images", picture)["examples"] == 1
-    before, after = stages(whole), stages(rest)
+    before, after = stages_of(whole), stages_of(rest)
     assert before.keys() == after.keys() == {(0, (0,)), *((1, order) for order in [(0,), (0, 1), (1,), (1, 0)])}
     assert all(same(before[key], after[key]) for key in before)
     assert torch.equal(logits(whole), logits(rest))
@@ -139,7 +131,7 @@ def test_a_deletion_leaves_tensors_and_logits_that_are_trained_without_the_pictu
 
 
 def test_states_that_are_kept_change_nothing_but_the_time(trained: Callable[..., Path]):
-    kept, whole = (stages(trained(PICTURES, "--dtype", "fp32", flag)) for flag in ("--cache", "--no-cache"))
+    kept, whole = (stages_of(trained(PICTURES, "--dtype", "fp32", flag)) for flag in ("--cache", "--no-cache"))
     assert any(tensor.abs().max() > 0 for tensor in kept[0, (0,)].values())
     for key, tensors in kept.items():
         for name, tensor in tensors.items():
@@ -150,7 +142,7 @@ def test_the_head_is_that_of_the_last_stage_that_is_left(
     trained: Callable[..., Path], copied: Callable[[Path, str], Path], tmp_path: Path
 ):
     model = copied(trained(), "model")
-    heads = {key: tensors["classifier.weight"] for key, tensors in stages(model).items()}
+    heads = {key: tensors["classifier.weight"] for key, tensors in stages_of(model).items()}
     assert len({tuple(head.flatten().tolist()) for head in heads.values()}) == 8, "each stage has its own"
 
     made = artifact.load(model, kinds=(Kind.IMAGE_CLASSIFIER,))
@@ -166,7 +158,7 @@ def test_the_head_is_that_of_the_last_stage_that_is_left(
 def test_logits_are_the_mean_of_one_classifier_for_each_shard(trained: Callable[..., Path]):
     """Plain transformers, each with one shard's adapters merged and its last head."""
     directory, found = trained(PICTURES, "--dtype", "fp32"), []
-    tensors = stages(directory)
+    tensors = stages_of(directory)
     with Book(directory) as book:
         head, scale = book.settings["head"], book.settings["scale"]
     for shard in range(2):
@@ -253,7 +245,7 @@ def test_a_run_that_is_resumed_has_the_same_adapters_and_heads(trained: Callable
     assert interrupted(lambda seen: len(seen) == 5, *words).code != 0
     done = overhaul(*words, "--resume")
     assert done.code == 0, done.err
-    whole, resumed = stages(trained()), stages(out)
+    whole, resumed = stages_of(trained()), stages_of(out)
     assert whole.keys() == resumed.keys()
     assert all(same(whole[key], resumed[key]) for key in whole)
 
