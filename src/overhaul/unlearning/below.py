@@ -249,7 +249,7 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     """
     if kind_of_model(model) is not Kind.IMAGE_CLASSIFIER:
         return decoder_blocks(model)
-    allowed = "image classifiers that are a stack of equal transformer blocks: ViT, DeiT, BEiT, CCT"
+    allowed = "image classifiers that are a stack of equal transformer blocks: ViT, DeiT, BEiT, DINOv2, CCT"
     try:
         blocks = decoder_blocks(model)
     except UserError as error:
