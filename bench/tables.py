@@ -10,6 +10,7 @@ Those of the first stand first. Where they are of several methods, the first col
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,9 @@ def _models(rows: Sequence[Stored]) -> str:
 
 
 def _with_spread(values: Sequence[float], unit: str) -> str:
-    """The mean, and behind it from where to where it goes, if there are several values."""
-    mean = number(sum(values) / len(values), unit)
-    return mean if len(values) == 1 else f"{mean} ({number(min(values), unit)} to {number(max(values), unit)})"
+    """The mean, and behind it from where to where it goes, where that is to be seen."""
+    mean, low, high = (number(pick(values), unit) for pick in (statistics.fmean, min, max))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _target(row: Stored, unit: str) -> str:
