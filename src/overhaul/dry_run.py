@@ -11,14 +11,11 @@ from typing import Any
 import torch
 
 from overhaul.artifact import Artifact
-from overhaul.data import Data
 from overhaul.method import Pipeline, Training
 from overhaul.optim.build import state_bytes
-from overhaul.picture_data import PictureData
 from overhaul.progress import say
 from overhaul.recipe import Step
-from overhaul.task_data import TaskData
-from overhaul.text_task_data import TextTaskData
+from overhaul.step_data import Given
 from overhaul.train import Plan, train
 
 MASTER_BYTES = 4
@@ -28,7 +25,7 @@ MASTER_BYTES = 4
 def say_plan(
     step: Step,
     parent: Artifact,
-    data: Data | PictureData | TaskData | TextTaskData | None,
+    data: Given | None,
     out: Path,
     *,
     longest: int,

@@ -29,14 +29,13 @@ from overhaul.judge import Judge, without_text
 from overhaul.lineage import DataUsed, LineageStep, Parent, flat_fields
 from overhaul.method import Difference, Measure, Method, Pipeline, Training, Transform
 from overhaul.options import PASSING_OPTIONS, Options
-from overhaul.picture_data import PictureData
 from overhaul.picture_rows import PictureCorpus
 from overhaul.progress import say
 from overhaul.recipe import Recipe, Step
 from overhaul.report.facts import LOSS, LOSS_ON, PERPLEXITY, Facts
 from overhaul.select import has_adapters
 from overhaul.sharding import num_processes, wait_for_all
-from overhaul.step_data import open_data, open_text, picture_data, sequence_of, task_data, text_data
+from overhaul.step_data import Given, as_seen, open_data, open_text, sequence_of
 from overhaul.table import Table
 from overhaul.task_data import TaskData
 from overhaul.tasks import TaskSequence
@@ -93,15 +92,7 @@ def run_step(step: Step, model: str, out: Path, *, command: str = "") -> Outcome
     # A pipeline sees what was given even where it reads none of it: private data in the wrong place is worth a word.
     sees_all = isinstance(method, Pipeline) or method.brings_text
     text = (corpus or NO_CORPUS) if sees_all else corpus if needs_data else None
-    data = (
-        task_data(sequence, method, parent, options, dtype)
-        if sequence
-        else picture_data(text, parent, options, dtype)
-        if isinstance(text, PictureCorpus)
-        else text_data(text, parent, options, dtype, beside)
-        if text
-        else None
-    )
+    data = as_seen(method, parent, options, dtype, sequence=sequence, text=text, beside=beside)
     handed: Any = data  # each method gets what it reads: text, pictures, or tasks
     method.check(parent.model, handed)
     left = method.left_bytes(parent.model) if isinstance(method, Training) else 0
@@ -178,7 +169,7 @@ def _change(
     step: Step,
     parent: Artifact,
     others: tuple[Parent, ...],
-    data: Data | PictureData | TaskData | TextTaskData | None,
+    data: Given | None,
     dtype: torch.dtype,
     out: Path,
     judge: Judge,
@@ -241,7 +232,7 @@ def _train(
     method: Training,
     parent: Artifact,
     others: tuple[Parent, ...],
-    data: Data | PictureData | TaskData | TextTaskData,
+    data: Given,
     dtype: torch.dtype,
     out: Path,
     options: Options,

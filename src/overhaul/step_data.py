@@ -23,6 +23,9 @@ from overhaul.tasks import TaskSequence
 from overhaul.text_task_data import TextTaskData
 from overhaul.text_tasks import TextSequence
 
+Given = Data | PictureData | TaskData | TextTaskData
+"""What a method is given, as its model sees it."""
+
 
 def _spec(options: Options) -> CorpusSpec:
     return CorpusSpec(path=options.data or DEFAULT_CORPUS, field=options.field)
@@ -66,9 +69,25 @@ def sequence_of(method: Method, options: Options) -> TaskSequence | TextSequence
     return sequence
 
 
-def text_data(
-    text: Corpus, parent: Artifact, options: Options, dtype: torch.dtype, beside: Mapping[str, Corpus]
-) -> Data:
+def as_seen(
+    method: Any,
+    parent: Artifact,
+    options: Options,
+    dtype: torch.dtype,
+    *,
+    sequence: TaskSequence | TextSequence | None,
+    text: Corpus | PictureCorpus | None,
+    beside: Mapping[str, Corpus],
+) -> Given | None:
+    """The tasks of a method, else the pictures or the text that it reads, as the model sees them; None without any."""
+    if sequence:
+        return _tasks(sequence, method, parent, options, dtype)
+    if isinstance(text, PictureCorpus):
+        return PictureData(text, parent.processor, channels_of(parent.model), options.seed, parent.name, dtype)
+    return _text(text, parent, options, dtype, beside) if text else None
+
+
+def _text(text: Corpus, parent: Artifact, options: Options, dtype: torch.dtype, beside: Mapping[str, Corpus]) -> Data:
     """A text as the model sees it."""
     return Data(
         text,
@@ -81,7 +100,7 @@ def text_data(
     )
 
 
-def task_data(
+def _tasks(
     sequence: TaskSequence | TextSequence, method: Any, parent: Artifact, options: Options, dtype: torch.dtype
 ) -> TaskData | TextTaskData:
     """The tasks as the model sees them."""
@@ -90,8 +109,3 @@ def task_data(
         return TextTaskData(sequence, parent.processor, method.seq_len, measured=method.heldout, **how)
     extent = channels_of(parent.model) if sequence.unit == "images" else method.seq_len
     return TaskData(sequence, parent.processor, extent, **how)
-
-
-def picture_data(pictures: PictureCorpus, parent: Artifact, options: Options, dtype: torch.dtype) -> PictureData:
-    """Pictures as the model sees them."""
-    return PictureData(pictures, parent.processor, channels_of(parent.model), options.seed, parent.name, dtype)
