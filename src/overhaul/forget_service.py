@@ -113,8 +113,9 @@ def _refuse_other_kind(book: Book, texts: Path | None, images: Path | None) -> N
 def _joined(*parts: Iterable[Found]) -> Found:
     """All of them, each example once."""
     every = list(chain.from_iterable(parts))
-    there, gone = (chain.from_iterable(keys) for keys in ((one.there for one in every), (one.gone for one in every)))
-    return Found(tuple(dict.fromkeys(there)), tuple(dict.fromkeys(gone)))
+    there = dict.fromkeys(key for one in every for key in one.there)
+    gone = dict.fromkeys(key for one in every for key in one.gone)
+    return Found(tuple(there), tuple(gone))
 
 
 def _by_columns(book: Book, where: Sequence[tuple[str, str]]) -> list[Found]:

@@ -156,7 +156,7 @@ def _seconds(directory: Path) -> float:
 
 def _rows(
     page: str, name: str, told: Sequence[Said], seconds: Sequence[float], settings: object = (),
-    *, seeds: Sequence[int] | None = None, data: str = SETTINGS["data"],
+    *, seeds: Sequence[int] = SEEDS, data: str = SETTINGS["data"],
 ) -> list[Row]:  # fmt: skip
     """All quantities of a model, for the page of what made it."""
     slug = name.lower().replace(" + ", "-").replace(", ", "-").replace(" ", "-")
@@ -168,7 +168,7 @@ def _rows(
             what=f"{name}: {metric}",
             values=tuple(one[metric] for one in told),
             unit="",
-            seeds=tuple(seeds or SEEDS),
+            seeds=tuple(seeds),
             settings={
                 **more,
                 "low": [one[f"{metric} low"] for one in told],
@@ -179,7 +179,7 @@ def _rows(
     ]
     took = Row(
         id=f"{page}/muse-{slug}-seconds", kind="model", what=f"{name}: seconds", values=tuple(seconds), unit="s",
-        seeds=tuple(seeds or SEEDS), settings=more,
+        seeds=tuple(seeds), settings=more,
     )  # fmt: skip
     return [*rows, took]
 
@@ -389,8 +389,7 @@ def test_real_articles_and_books(tmp_path_factory: pytest.TempPathFactory, name:
             told.setdefault(one, []).append(said[out])
             seconds.setdefault(one, []).append(_seconds(out))
     for one in told:
-        rows = _rows(f"{name}-muse", one, told[one], seconds[one], seeds=REAL_SEEDS, data=data)
-        results.record(rows)
+        results.record(_rows(f"{name}-muse", one, told[one], seconds[one], seeds=REAL_SEEDS, data=data))
     above = [
         a["verbatim memory"] - b["verbatim memory"] for a, b in zip(told["target"], told["retrained"], strict=True)
     ]
