@@ -16,15 +16,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from command import interrupted, overhaul, refused
 from overhaul import artifact, forget_service
-from overhaul.deletion.book import FOLDER, STAGES, Book
+from overhaul.deletion.book import FOLDER, STAGES
 from overhaul.deletion.ensemble import Served
 from overhaul.documents import labelled_row
 from overhaul.interop.classifier import classes_of
 from overhaul.kinds import Kind
-from overhaul.layers import swap
-from overhaul.layers.lora import LoRALinear
 from overhaul.unlearning.slices import cell_of
-from services import same, stages_of
+from services import merge_stages, same, stages_of
 
 NAMES = ("alder", "birch", "cedar", "dogwood", "elm", "fir", "ginkgo", "hazel", "ironwood", "juniper", "larch", "maple")
 LABELS = ("hall", "shed", "yard")
@@ -152,17 +150,9 @@ def test_the_head_is_that_of_the_last_stage_that_is_left(
 def test_logits_are_the_mean_of_one_classifier_for_each_shard(trained: Callable[..., Path], base: str):
     """Plain transformers, each with one shard's adapters merged and its last head."""
     directory, found = trained(base), []
-    tensors = stages_of(directory)
-    with Book(directory) as book:
-        head, scale = book.settings["head"], book.settings["scale"]
     for shard in range(2):
         model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
-        own = tensors[shard, (0,)] | tensors[shard, (0, 1)]
-        for name in {name.removesuffix(".lora_A") for name in own if name.endswith(".lora_A")}:
-            A_RI, B_OR = own[f"{name}.lora_A"], own[f"{name}.lora_B"]
-            swap(model, [name], lambda old, A_RI=A_RI, B_OR=B_OR: LoRALinear(old, A_RI, B_OR, scale * 2).merge())
-        for name, place in model.get_submodule(head).named_parameters():
-            place.data = own[f"{head}.{name}"]
+        merge_stages(model, directory, (0,), (0, 1), shard=shard)
         found.append(answers(model, AutoTokenizer.from_pretrained(directory)))
     torch.testing.assert_close(logits(directory), torch.stack(found).mean(dim=0), rtol=1e-4, atol=1e-5)
     assert (found[0] - found[1]).abs().max() > 1e-3, "the shards differ"

@@ -21,15 +21,12 @@ from transformers import AutoModelForImageClassification, SwinConfig, SwinForIma
 from command import interrupted, overhaul, refused
 from images import SIZE, write_own
 from overhaul import artifact, forget_service
-from overhaul.deletion.book import Book
 from overhaul.deletion.ensemble import Served
 from overhaul.interop.classifier import classes_of
 from overhaul.kinds import Kind
-from overhaul.layers import swap
-from overhaul.layers.lora import LoRALinear
 from overhaul.picture_rows import PIXELS, hashes_at, open_pictures
 from overhaul.unlearning.slices import cell_of
-from services import same, stages_of
+from services import merge_stages, same, stages_of
 
 LABELS = ("cat", "dog", "eel")
 HOW = ("--shards", "2", "--slices", "2", "--budget", "2", "--rank", "2", "--steps", "3", "--batch-size", "2",
@@ -158,17 +155,9 @@ def test_the_head_is_that_of_the_last_stage_that_is_left(
 def test_logits_are_the_mean_of_one_classifier_for_each_shard(trained: Callable[..., Path]):
     """Plain transformers, each with one shard's adapters merged and its last head."""
     directory, found = trained(PICTURES, "--dtype", "fp32"), []
-    tensors = stages_of(directory)
-    with Book(directory) as book:
-        head, scale = book.settings["head"], book.settings["scale"]
     for shard in range(2):
         model = AutoModelForImageClassification.from_pretrained(directory).eval()
-        own = tensors[shard, (0,)] | tensors[shard, (0, 1)]
-        for name in {name.removesuffix(".lora_A") for name in own if name.endswith(".lora_A")}:
-            A_RI, B_OR = own[f"{name}.lora_A"], own[f"{name}.lora_B"]
-            swap(model, [name], lambda old, A_RI=A_RI, B_OR=B_OR: LoRALinear(old, A_RI, B_OR, scale * 2).merge())
-        for name, place in model.get_submodule(head).named_parameters():
-            place.data = own[f"{head}.{name}"]
+        merge_stages(model, directory, (0,), (0, 1), shard=shard)
         with torch.no_grad():
             found.append(model(pixel_values=pixels()).logits)
     torch.testing.assert_close(logits(directory), torch.stack(found).mean(dim=0), rtol=1e-4, atol=1e-5)
