@@ -69,6 +69,8 @@ def delete(
     """
     if not where and texts is None and images is None:
         raise UserError("nothing is named to be deleted", hint="--where user=17, --text FILE, or --images PATH")
+    if field is not None and texts is None:
+        raise UserError(f"--field {field} is the column of --text that holds it, and there is none", hint="--text FILE")
     with Book(directory) as book:
         book.sweep()
         _refuse_other_kind(book, texts, images)

@@ -186,6 +186,7 @@ def test_status_and_verify(model: Path, tmp_path: Path):
     [
         ((), "nothing is named to be deleted"),
         (("--where", "user"), "COLUMN=VALUE"),
+        (("--where", "user=1", "--field", "text"), "--field text is the column of --text"),
         (("--where", "age=7"), "cannot be asked for by 'age'"),
         (("--where", "user=99"), "no example has user=99; nothing was deleted"),
     ],

@@ -170,6 +170,10 @@ class S3T(Training):
                     f"--label-field {self.label_field} is of texts, and {made.name} reads images",
                     allowed="a folder for each class; a table with the column label; an .npz with the array labels",
                 )
+            if self.seq_len != type(self).model_fields["seq_len"].default:
+                raise UserError(
+                    f"--seq-len {self.seq_len} is of texts, and {made.name} reads images", hint="leave it out"
+                )
             return with_classes(made, self.classes)
         if self.label_field is not None:
             return with_classes(made, self.classes)

@@ -268,6 +268,7 @@ def test_a_dry_run_and_a_preview_of_time_leave_nothing(vit: Path, tmp_path: Path
         (("--classes", "cat", "dogs", "eel"), "such as 'dog'"),
         (("--classes", "cat"), "classes has cat alone"),
         ((*DECLARED, "--label-field", "label"), "--label-field label is of texts"),
+        ((*DECLARED, "--seq-len", "64"), "--seq-len 64 is of texts"),
         ((*DECLARED, "--field", "text"), "--field text is of texts"),
         ((*DECLARED, "--tags", "user"), "is a folder of pictures, and has no column 'user'"),
         ((*DECLARED, "--data", "digits", "--tags", "file"), "digits has no columns, and so no file"),
