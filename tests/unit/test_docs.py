@@ -115,7 +115,9 @@ def added(words: list[str]) -> Iterator[str]:
     }
     if "bundle" in kind.model_fields:
         wanted["--threshold"] = "0"  # a judge of random weights would let nothing through
-    images = "tasks" in kind.model_fields and Kind.IMAGE_CLASSIFIER in kind.kinds
+    images = Kind.IMAGE_CLASSIFIER in kind.kinds and (
+        "tasks" in kind.model_fields or not image_sets.NAMED.keys().isdisjoint(words)
+    )
     unread = {"--samples", "--seq-len"} if "--scores" in words else set[str]()
     unread |= {"--samples", "--seq-len", "--heldout"} if images else set()
     return iter([word for flag, value in wanted.items() if flag not in {*words, *unread} for word in (flag, value)])
